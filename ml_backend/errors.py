@@ -1,0 +1,27 @@
+"""The errors of the service; each message says what was expected, what came and how to mend it."""
+
+from model.errors import TSPError
+
+
+class LabelConfigError(TSPError):
+    """The project's labelling configuration has nothing that this backend can draw."""
+
+
+class LabelStudioError(TSPError):
+    """Label Studio answered something that cannot be worked with."""
+
+
+class LabelStudioUnavailableError(LabelStudioError):
+    """Label Studio could not be reached or answered 429 or 5xx: worth trying again."""
+
+
+class LabelStudioAuthError(LabelStudioError):
+    """Label Studio refused the access token."""
+
+
+class ImageError(TSPError):
+    """An image of a task cannot be fetched or read."""
+
+
+class SettingsError(TSPError):
+    """A setting is missing or cannot be used."""

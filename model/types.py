@@ -1,0 +1,101 @@
+"""What the rooms of the project hand to each other: frozen, and checked when they are made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import InvalidInputError
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
+BoolArray = NDArray[np.bool_]
+
+
+class Rle(TypedDict):
+    """COCO's compressed run-length encoding of one binary mask; `counts` is text, so that it can go into JSON."""
+
+    size: list[int]  # [height, width]
+    counts: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabeledImage:
+    """One image with the outlines of its instances, drawn by people or (`pseudo`) by the model.
+
+    `labels` (N,) int64 in 1..C, where 0 would be background; `rles` N masks of the image's own size `image_hw`.
+    N = 0 says that somebody looked and found nothing.
+    """
+
+    image_id: str
+    path: Path
+    image_hw: tuple[int, int]
+    labels: IntArray
+    rles: tuple[Rle, ...]
+    pseudo: bool = False
+
+    def __post_init__(self) -> None:
+        if self.labels.shape != (len(self.rles),):
+            raise InvalidInputError(
+                f"image {self.image_id}: expected one label for each of the {len(self.rles)} masks, "
+                f"got labels of shape {self.labels.shape}"
+            )
+        if self.labels.size and self.labels.min() < 1:
+            raise InvalidInputError(
+                f"image {self.image_id}: labels start at 1 (0 is background), got {self.labels.min()}"
+            )
+        for rle in self.rles:
+            if tuple(rle["size"]) != self.image_hw:
+                raise InvalidInputError(
+                    f"image {self.image_id}: its size is {self.image_hw} (height, width), a mask has {rle['size']}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections:
+    """What the model sees in one image of size `image_hw`: N instances, the best class score first.
+
+    `boxes_xyxy` (N, 4) in pixels of the image; `labels` (N,) in 1..C; the triplet of the paper, each (N,) in [0, 1]:
+    `class_scores` c, `box_scores` b (predicted box IoU), `mask_scores` m (predicted mask IoU);
+    `roi_masks` (N, M, M) probabilities inside each box.
+    """
+
+    image_hw: tuple[int, int]
+    boxes_xyxy: FloatArray
+    labels: IntArray
+    class_scores: FloatArray
+    box_scores: FloatArray
+    mask_scores: FloatArray
+    roi_masks: FloatArray
+
+    def __post_init__(self) -> None:
+        count = len(self.labels)
+        expected = {
+            "boxes_xyxy": (count, 4),
+            "labels": (count,),
+            "class_scores": (count,),
+            "box_scores": (count,),
+            "mask_scores": (count,),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise InvalidInputError(f"{name}: expected shape {shape}, got {getattr(self, name).shape}")
+        if self.roi_masks.ndim != 3 or len(self.roi_masks) != count:
+            raise InvalidInputError(f"roi_masks: expected shape ({count}, M, M), got {self.roi_masks.shape}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, keep: BoolArray | IntArray) -> "Detections":
+        """The instances that a boolean mask (N,) or an index array picks, in that order."""
+        return Detections(
+            image_hw=self.image_hw,
+            boxes_xyxy=self.boxes_xyxy[keep],
+            labels=self.labels[keep],
+            class_scores=self.class_scores[keep],
+            box_scores=self.box_scores[keep],
+            mask_scores=self.mask_scores[keep],
+            roi_masks=self.roi_masks[keep],
+        )
