@@ -1,0 +1,135 @@
+"""Every knob of the learning core, frozen; the paper's values are the defaults where the paper gives one."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self, get_args
+
+from model.errors import InvalidInputError
+
+Profile = Literal["resnet50_fpn", "resnet18_fpn", "efficientnet_lite0_fpn"]
+PROFILES: tuple[str, ...] = get_args(Profile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The network. Sizes are pixels at the network's input; `num_classes` counts the background, as in torchvision."""
+
+    profile: str
+    num_classes: int
+    min_size: int = 800  # the shorter side is scaled to this ...
+    max_size: int = 1333  # ... unless the longer one would exceed this
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)  # one for each pyramid level
+    fpn_channels: int = 256
+    box_head_width: int = 1024
+    mask_head_widths: tuple[int, ...] = (256, 256, 256, 256)
+    proposals_training: int = 2000
+    proposals_inference: int = 1000
+    rois_per_image: int = 512
+    trainable_stages: int = 3  # of a pretrained body, counted from its top
+    frozen_batch_norm: bool = False  # set for a pretrained body: its statistics are not estimated from tiny batches
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    detections_per_image: int = 100
+    mask_threshold: float = 0.3  # section 3.1; the same for targets, evaluation and the polygons people see
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise InvalidInputError(f"profile: expected one of {', '.join(PROFILES)}, got {self.profile!r}")
+        if self.num_classes < 2:
+            raise InvalidInputError(
+                f"num_classes: expected at least 2 (background and one class), got {self.num_classes}"
+            )
+        if len(self.anchor_sizes) != 5:
+            raise InvalidInputError(f"anchor_sizes: expected 5, one for each pyramid level, got {self.anchor_sizes}")
+        if not 0 < self.min_size <= self.max_size:
+            raise InvalidInputError(f"expected 0 < min_size <= max_size, got {self.min_size} and {self.max_size}")
+
+    @classmethod
+    def for_profile(cls, profile: str, num_classes: int, **options: Any) -> Self:
+        """The profile's own defaults, overridden by `options` (field names of this class)."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(options) - known):
+            raise InvalidInputError(f"unknown network options {unknown}; there are {sorted(known)}")
+        return cls(profile=profile, num_classes=num_classes, **{**_PROFILE_DEFAULTS.get(profile, {}), **options})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; `from_json` gives an equal config."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, card: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        lists_as_tuples: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in card.items()
+        }
+        return cls(**lists_as_tuples)
+
+    def resized(self, *, min_size: int, max_size: int) -> Self:
+        """The same network at another input size."""
+        return replace(self, min_size=min_size, max_size=max_size)
+
+
+_PROFILE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "resnet50_fpn": {},
+    "resnet18_fpn": {"min_size": 512, "max_size": 1024},
+    # Sized for CPUs: the body stays as ImageNet left it, the heads are slim. Measured in docs/figures.md.
+    "efficientnet_lite0_fpn": {
+        "min_size": 256,
+        "max_size": 512,
+        "anchor_sizes": (16, 32, 64, 128, 256),
+        "fpn_channels": 64,
+        "box_head_width": 256,
+        "mask_head_widths": (64, 64),
+        "proposals_training": 500,
+        "proposals_inference": 200,
+        "rois_per_image": 64,
+        "trainable_stages": 0,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training run (section 4.2 of the paper). An epoch is one pass over the annotated images."""
+
+    epochs: int = 50
+    batch_size: int = 2
+    pseudo_batch_size: int = 1  # pseudo-labelled images added to each step while there are any
+    schedule: Literal["step", "one_cycle"] = "step"
+    learning_rate: float = 0.001
+    milestones: tuple[int, ...] = (45, 49)  # epochs after which "step" divides the learning rate by 10
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    gradient_clip: float | None = None  # largest gradient norm
+    iou_loss_weight: float = 1.0  # lambda of eq. 1
+    beta: float = 0.01  # eq. 5
+    horizontal_flip: float = 0.5  # probability; the paper's only augmentation
+    seed: int = 0
+    checkpoint_every_steps: int = 50
+    loader_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "checkpoint_every_steps"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.schedule not in ("step", "one_cycle"):
+            raise InvalidInputError(f"schedule: expected 'step' or 'one_cycle', got {self.schedule!r}")
+
+    @classmethod
+    def for_cpu(cls, **options: Any) -> Self:
+        """What learns well in few steps without a GPU: one-cycle schedule, higher rate, clipped gradients."""
+        defaults: dict[str, Any] = {"epochs": 15, "schedule": "one_cycle", "learning_rate": 0.02, "gradient_clip": 5.0}
+        return cls(**{**defaults, **options})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabelConfig:
+    """Which predictions are trusted (section 3.2): `and` is the text of the paper, `or` its Algorithm 1, line 10."""
+
+    class_threshold: float = 0.9  # sigma_c
+    box_threshold: float = 0.9  # sigma_b
+    mask_threshold: float = 0.8  # sigma_m
+    rule: Literal["and", "or"] = "and"
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("and", "or"):
+            raise InvalidInputError(f"rule: expected 'and' or 'or', got {self.rule!r}")

@@ -1,0 +1,211 @@
+"""COCO files and images in, training batches out."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from model.config import NetworkConfig, TrainingConfig
+from model.errors import DatasetError
+from model.geometry import rle_to_mask
+from model.types import LabeledImage, Rle
+
+Batch = tuple[list[Tensor], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabeledSet:
+    """Annotated images and the names of their classes: label i is `class_names[i - 1]`."""
+
+    images: tuple[LabeledImage, ...]
+    class_names: tuple[str, ...]
+
+
+def read_coco(annotations: Path, images_folder: Path | None = None, *, split: str | None = None) -> LabeledSet:
+    """Read a COCO instance file; images lie in `images_folder` (default: `images/` beside the file).
+
+    Polygons, compressed and uncompressed RLE are understood; crowd regions are left out. Labels follow the order of the
+    category ids. With `split`, only images whose own "split" field says so. Raises DatasetError.
+    """
+    folder = images_folder or annotations.parent / "images"
+    try:
+        coco = json.loads(annotations.read_text())
+        categories = sorted(coco["categories"], key=lambda category: category["id"])
+        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+        by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+        for annotation in coco["annotations"]:
+            if not annotation.get("iscrowd", 0):
+                by_image[annotation["image_id"]].append(annotation)
+        images = tuple(
+            _coco_image(image, by_image[image["id"]], folder, labels)
+            for image in coco["images"]
+            if split is None or image.get("split") == split
+        )
+    except (OSError, json.JSONDecodeError) as error:
+        raise DatasetError(f"{annotations}: expected a readable COCO JSON file: {error}") from error
+    except KeyError as error:
+        raise DatasetError(
+            f"{annotations}: expected COCO instances (images, annotations, categories with ids), {error} is missing"
+        ) from error
+    return LabeledSet(images=images, class_names=tuple(str(category["name"]) for category in categories))
+
+
+def write_coco(path: Path, dataset: LabeledSet) -> None:
+    """Write a COCO instance file (compressed RLE); `file_name` is the image's absolute path. `read_coco` reads it."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, image in enumerate(dataset.images, start=1):
+        height, width = image.image_hw
+        images.append(
+            {"id": number, "key": image.image_id, "file_name": str(image.path), "height": height, "width": width,
+             "pseudo": image.pseudo}
+        )  # fmt: skip
+        for label, rle in zip(image.labels.tolist(), image.rles, strict=True):
+            area, bbox = float(coco_mask.area(dict(rle))), coco_mask.toBbox(dict(rle)).tolist()
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": number, "category_id": label, "segmentation": rle,
+                 "area": area, "bbox": bbox, "iscrowd": 0}
+            )  # fmt: skip
+    categories = [{"id": label, "name": name} for label, name in enumerate(dataset.class_names, start=1)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+def load_image(path: Path) -> NDArray[np.uint8]:
+    """The image as (H, W, 3) uint8 RGB; grey becomes three equal channels, EXIF orientation is applied."""
+    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise DatasetError(
+            f"{path}: expected an image that OpenCV can read; the file is missing, damaged or of a new kind"
+        )
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+
+def input_hw(image_hw: tuple[int, int], config: NetworkConfig) -> tuple[int, int]:
+    """The size at which the network sees an image: the shorter side `min_size`, the longer one at most `max_size`."""
+    scale = min(config.min_size / min(image_hw), config.max_size / max(image_hw))
+    return max(1, round(image_hw[0] * scale)), max(1, round(image_hw[1] * scale))
+
+
+def image_tensor(pixels: NDArray[np.uint8], hw: tuple[int, int]) -> Tensor:
+    """(H, W, 3) uint8 -> (3, *hw) float32 in [0, 1]; shrinks by area, so that thin structures do not alias."""
+    if pixels.shape[:2] != hw:
+        shrinks = hw[0] < pixels.shape[0]
+        pixels = cv2.resize(
+            pixels, (hw[1], hw[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        ).astype(np.uint8, copy=False)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+
+
+class TrainingSteps(Dataset[Batch]):
+    """Item i is the whole batch of training step i: pure in (images, configs, i), so that runs can resume."""
+
+    def __init__(self, images: Sequence[LabeledImage], *, network: NetworkConfig, training: TrainingConfig) -> None:
+        self.annotated = [image for image in images if not image.pseudo]
+        self.pseudo = [image for image in images if image.pseudo]
+        if not self.annotated:
+            raise DatasetError("training needs at least one annotated image, got none")
+        self.network, self.training = network, training
+        self.steps_per_epoch = -(-len(self.annotated) // training.batch_size)
+
+    def __len__(self) -> int:
+        return self.training.epochs * self.steps_per_epoch
+
+    def __getitem__(self, step: int) -> Batch:
+        chosen = self._chosen(self.annotated, step, self.training.batch_size, stream=0)
+        if self.pseudo:
+            chosen += self._chosen(self.pseudo, step, self.training.pseudo_batch_size, stream=1)
+        flips = np.random.default_rng((self.training.seed, 2, step)).random(len(chosen)) < self.training.horizontal_flip
+        samples = [training_sample(image, self.network, flip=bool(f)) for image, f in zip(chosen, flips, strict=True)]
+        return [image for image, _ in samples], [target for _, target in samples]
+
+    def _chosen(self, images: list[LabeledImage], step: int, count: int, *, stream: int) -> list[LabeledImage]:
+        """The step's images: epochs of ceil(n / count) steps, each epoch a new order; the last batch wraps around."""
+        epoch, position = divmod(step, -(-len(images) // count))
+        order = np.random.default_rng((self.training.seed, stream, epoch)).permutation(len(images))
+        return [images[order[(position * count + i) % len(images)]] for i in range(min(count, len(images)))]
+
+
+def training_sample(image: LabeledImage, config: NetworkConfig, *, flip: bool) -> tuple[Tensor, dict[str, Any]]:
+    """One image and its target (see MaskRCNNWithScores) at the network's input size.
+
+    Instances that vanish at that size are left out. Raises DatasetError when the file is not of the stated size.
+    """
+    pixels = load_image(image.path)
+    if pixels.shape[:2] != image.image_hw:
+        raise DatasetError(
+            f"{image.path}: its annotations are for size {image.image_hw}, the file has {pixels.shape[:2]}"
+        )
+    hw = input_hw(image.image_hw, config)
+    masks = _resized_masks(image.rles, hw)
+    tensor = image_tensor(pixels, hw)
+    if flip:
+        masks, tensor = np.ascontiguousarray(masks[:, :, ::-1]), tensor.flip(2)
+    visible = masks.any(axis=(1, 2))
+    masks = masks[visible]
+    return tensor, {
+        "boxes": torch.from_numpy(_boxes_xyxy(masks)),
+        "labels": torch.from_numpy(image.labels[visible].astype(np.int64)),
+        "masks": torch.from_numpy(masks),
+        "pseudo": image.pseudo,
+    }
+
+
+def _resized_masks(rles: Sequence[Rle], hw: tuple[int, int]) -> NDArray[np.uint8]:
+    """Masks at another size, (N, *hw) uint8 0/1; a cell belongs to the mask when at least half of it is covered."""
+    masks = np.zeros((len(rles), *hw), dtype=np.uint8)
+    for target, rle in zip(masks, rles, strict=True):
+        mask = rle_to_mask(rle)
+        if mask.shape == hw:
+            target[:] = mask
+        else:
+            shrinks = hw[0] < mask.shape[0]
+            covered = cv2.resize(
+                mask.astype(np.float32), (hw[1], hw[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+            )
+            target[:] = covered >= 0.5
+    return masks
+
+
+def _boxes_xyxy(masks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The tight boxes of non-empty masks (N, H, W), (N, 4) pixels with x1, y1 just outside."""
+    boxes = np.zeros((len(masks), 4), dtype=np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
+        x, y, width, height = cv2.boundingRect(mask)
+        box[:] = (x, y, x + width, y + height)
+    return boxes
+
+
+def _coco_image(
+    image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], folder: Path, labels: Mapping[Any, int]
+) -> LabeledImage:
+    hw = (int(image["height"]), int(image["width"]))
+    return LabeledImage(
+        image_id=str(image.get("key", image["id"])),
+        path=folder / image["file_name"],
+        image_hw=hw,
+        labels=np.array([labels[annotation["category_id"]] for annotation in annotations], dtype=np.int64),
+        rles=tuple(_coco_rle(annotation["segmentation"], hw) for annotation in annotations),
+        pseudo=bool(image.get("pseudo", False)),
+    )
+
+
+def _coco_rle(segmentation: Any, hw: tuple[int, int]) -> Rle:
+    """A COCO `segmentation` of any of its three forms as compressed RLE."""
+    if isinstance(segmentation, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *hw))
+    elif isinstance(segmentation["counts"], list):
+        rle = coco_mask.frPyObjects(segmentation, *hw)
+    else:
+        rle = segmentation
+    counts = rle["counts"]
+    return Rle(size=list(rle["size"]), counts=counts.decode() if isinstance(counts, bytes) else counts)

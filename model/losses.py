@@ -1,0 +1,119 @@
+"""Eq. 1, 4 and 5: the losses of Mask R-CNN with two IoU branches, on annotated and on pseudo-labelled images.
+
+`positives_only` is eq. 4: the factor p* in front of the classification loss, so that an object nobody labelled is
+never pushed to the background. The IoU branches learn from annotated images alone.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_iou, roi_align
+
+SEMI = "semi_"  # prefix of the losses that come from pseudo-labelled images
+_IOU_LOSSES = ("loss_box_iou", "loss_mask_iou")
+
+
+def total_loss(losses: Mapping[str, Tensor], *, beta: float, iou_weight: float) -> Tensor:
+    """Eq. 5, `L = L_sup + beta * L_semi`; inside L_sup the two IoU losses carry lambda (`iou_weight`, eq. 1)."""
+    terms = []
+    for name, loss in losses.items():
+        weight = beta if name.startswith(SEMI) else iou_weight if name in _IOU_LOSSES else 1.0
+        terms.append(weight * loss)
+    return torch.stack(terms).sum()
+
+
+def rpn_losses(
+    objectness: Tensor,
+    deltas: Tensor,
+    *,
+    labels: Tensor,
+    delta_targets: Tensor,
+    sampled: Tensor,
+    positives_only: bool,
+) -> dict[str, Tensor]:
+    """Objectness and box losses over the A anchors of a batch.
+
+    objectness (A,) logits; deltas, delta_targets (A, 4); labels (A,) 1 object, 0 background; sampled (n,) indices.
+    """
+    logits, labels_sampled = objectness[sampled], labels[sampled]
+    entropy = F.binary_cross_entropy_with_logits(logits, labels_sampled, reduction="none")
+    positive = sampled[labels_sampled == 1]
+    return {
+        "loss_objectness": _classification_mean(entropy, labels_sampled > 0, positives_only),
+        "loss_rpn_box_reg": F.smooth_l1_loss(deltas[positive], delta_targets[positive], beta=1 / 9, reduction="sum")
+        / max(sampled.numel(), 1),
+    }
+
+
+def box_head_losses(
+    class_logits: Tensor, box_deltas: Tensor, *, labels: Tensor, delta_targets: Tensor, positives_only: bool
+) -> dict[str, Tensor]:
+    """Class and box losses over R RoIs: class_logits (R, C), box_deltas (R, 4C), labels (R,), delta_targets (R, 4)."""
+    entropy = F.cross_entropy(class_logits, labels, reduction="none")
+    positive = torch.nonzero(labels > 0).squeeze(1)
+    deltas = box_deltas.reshape(len(labels), -1, 4)[positive, labels[positive]]
+    return {
+        "loss_classifier": _classification_mean(entropy, labels > 0, positives_only),
+        "loss_box_reg": F.smooth_l1_loss(deltas, delta_targets[positive], beta=1 / 9, reduction="sum")
+        / max(labels.numel(), 1),
+    }
+
+
+def mask_loss(mask_logits: Tensor, coverage: Tensor) -> Tensor:
+    """Binary cross entropy of P positive RoIs: logits of the true class and ground-truth coverage, both (P, M, M)."""
+    if mask_logits.numel() == 0:
+        return mask_logits.sum()  # zero, with a gradient
+    return F.binary_cross_entropy_with_logits(mask_logits, coverage)
+
+
+def iou_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """The l2 loss of both IoU branches (eq. 1), the mean over P positives; zero, with a gradient, for P = 0."""
+    if predicted.numel() == 0:
+        return predicted.sum()
+    return F.mse_loss(predicted, target)
+
+
+def box_iou_targets(predicted_xyxy: Tensor, matched_xyxy: Tensor) -> Tensor:
+    """What the box IoU branch should say: IoU of each predicted box with its ground truth, (P, 4), (P, 4) -> (P,)."""
+    pairwise: Tensor = box_iou(predicted_xyxy, matched_xyxy)
+    return pairwise.diagonal()
+
+
+def mask_coverage(
+    gt_masks: Sequence[Tensor], matched: Sequence[Tensor], boxes_xyxy: Sequence[Tensor], size: int
+) -> Tensor:
+    """How much of each cell of each RoI the matched ground-truth mask covers, (P, size, size) in [0, 1].
+
+    For each image: gt_masks (G, H, W), matched (P_i,) indices into them, boxes_xyxy (P_i, 4).
+    """
+    per_image = []
+    for masks, index, boxes in zip(gt_masks, matched, boxes_xyxy, strict=True):
+        rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)
+        per_image.append(roi_align(masks[:, None].to(boxes), rois, size, aligned=True)[:, 0])
+    return torch.cat(per_image)
+
+
+def mask_iou_targets(
+    mask_logits: Tensor, coverage: Tensor, *, boxes_xyxy: Tensor, gt_areas: Tensor, mask_threshold: float
+) -> Tensor:
+    """What the mask IoU branch should say: IoU of the binarised mask with the *whole* ground-truth mask, (P,).
+
+    mask_logits, coverage (P, M, M) of the RoIs; boxes_xyxy (P, 4); gt_areas (P,) in pixels of the whole masks, so that
+    ground truth outside the RoI counts in the union.
+    """
+    cells = mask_logits.shape[1] * mask_logits.shape[2]
+    cell_areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(dim=1) / cells
+    predicted = mask_logits.sigmoid() > mask_threshold
+    predicted_areas = predicted.sum(dim=(1, 2)) * cell_areas
+    intersections = (predicted * coverage).sum(dim=(1, 2)) * cell_areas
+    unions = predicted_areas + gt_areas - intersections
+    return (intersections / unions.clamp(min=1e-6)).clamp(0, 1)
+
+
+def _classification_mean(losses: Tensor, is_positive: Tensor, positives_only: bool) -> Tensor:
+    """`1/N_cls sum_i L_i` (eq. 1), or `1/N_cls sum_i p*_i L_i` (eq. 4); the same N_cls, all that were sampled."""
+    if positives_only:
+        losses = losses * is_positive
+    return losses.sum() / max(losses.numel(), 1)

@@ -1,0 +1,355 @@
+"""Mask R-CNN with a box IoU branch and a mask IoU branch (Fig. 1 and section 3.1 of the paper)."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from model import losses
+from model.config import NetworkConfig
+from model.errors import InvalidInputError
+from model.pretrained import load_pretrained
+
+Target = dict[str, Any]
+
+
+def build_model(profile: str, num_classes: int, *, weights: str = "none", **options: Any) -> "MaskRCNNWithScores":
+    """A network of a profile (`model.config.PROFILES`) for `num_classes` classes, the background included.
+
+    weights: "none", "imagenet", "coco" or a .safetensors file (`model.pretrained`); options: fields of NetworkConfig.
+    """
+    if weights != "none":
+        options = {"frozen_batch_norm": True, **options}
+    network = MaskRCNNWithScores(NetworkConfig.for_profile(profile, num_classes, **options))
+    if weights != "none":
+        load_pretrained(network, profile=profile, weights=weights)
+        network.freeze_stages()
+    return network
+
+
+class MaskRCNNWithScores(nn.Module):
+    """Takes what torchvision's detectors take: a list of images (3, H, W) in [0, 1] and, in training, targets.
+
+    Targets: `boxes` (N, 4) xyxy pixels, `labels` (N,) int64 from 1, `masks` (N, H, W) uint8, and optionally
+    `pseudo` (bool): the image was labelled by the model, so that eq. 4 applies to it.
+
+    Training returns the losses of eq. 1 by name, those of eq. 4 with the prefix "semi_". Evaluation returns for each
+    image `boxes` (N, 4), `labels` (N,), `scores` (N,) = c, `box_scores` (N,) = b, `mask_scores` (N,) = m, and
+    `roi_masks` (N, 28, 28), the mask's probabilities inside its box: nothing is pasted into full images here.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        mean, std = _normalisation(config.profile)
+        self.transform = GeneralizedRCNNTransform(config.min_size, config.max_size, mean, std)
+        self.backbone = _Backbone(config)
+        self.rpn = _rpn(config)
+        self.roi_heads = _roi_heads(config)
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """The losses when training, the detections when evaluating; see the class."""
+        _check_images(images)
+        if self.training:
+            return self._losses(images, _checked_targets(images, targets))
+        original_hw = [tuple(image.shape[-2:]) for image in images]
+        batch, _ = self.transform(list(images))
+        features = self.backbone(batch.tensors)
+        detections = self.roi_heads.detect(features, self.rpn(batch, features)[0], batch.image_sizes)
+        return self.transform.postprocess(detections, batch.image_sizes, original_hw)  # type: ignore[no-any-return]
+
+    def freeze_stages(self) -> None:
+        """Keep all stages of a pretrained body but the top `trainable_stages` as they are."""
+        for prefix in self.backbone.stages[self.config.trainable_stages :]:
+            for name, parameter in self.backbone.body.named_parameters():
+                if name.startswith(prefix):
+                    parameter.requires_grad_(False)
+
+    def _losses(self, images: Sequence[Tensor], targets: list[Target]) -> dict[str, Tensor]:
+        """One pass through the body for all images; then the annotated and the pseudo-labelled ones part ways."""
+        batch, targets = self.transform(list(images), targets)
+        features = self.backbone(batch.tensors)
+        result: dict[str, Tensor] = {}
+        for pseudo, prefix in ((False, ""), (True, losses.SEMI)):
+            chosen = [i for i, target in enumerate(targets) if bool(target.get("pseudo", False)) is pseudo]
+            if not chosen:
+                continue
+            part = ImageList(batch.tensors[chosen], [batch.image_sizes[i] for i in chosen])
+            part_features = OrderedDict((level, feature[chosen]) for level, feature in features.items())
+            part_targets = [targets[i] for i in chosen]
+            proposals, rpn = self.rpn(part, part_features, part_targets, positives_only=pseudo)
+            heads = self.roi_heads.losses(
+                part_features, proposals, part.image_sizes, part_targets, positives_only=pseudo
+            )
+            result.update({prefix + name: loss for name, loss in {**rpn, **heads}.items()})
+        return result
+
+
+class IoUBranch(nn.Sequential):
+    """Two convolutions (k=3, s=2, p=1), global average pooling, one FC, sigmoid: RoI features -> predicted IoU (R,)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, 1),
+            nn.Sigmoid(),
+            nn.Flatten(0),
+        )
+
+
+class _ScoringRPN(RegionProposalNetwork):
+    """torchvision's region proposal network with the losses of eq. 1 and 4."""
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        targets: list[Target] | None = None,
+        *,
+        positives_only: bool = False,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        objectness_by_level, deltas_by_level = self.head(list(features.values()))
+        anchors = self.anchor_generator(images, list(features.values()))
+        anchors_by_level = [level[0].numel() for level in objectness_by_level]
+        objectness, deltas = concat_box_prediction_layers(objectness_by_level, deltas_by_level)
+        boxes = self.box_coder.decode(deltas.detach(), anchors).view(len(anchors), -1, 4)
+        proposals, _ = self.filter_proposals(boxes, objectness.detach(), images.image_sizes, anchors_by_level)
+        if targets is None:
+            return proposals, {}
+        labels, matched_boxes = self.assign_targets_to_anchors(anchors, targets)
+        positive, negative = self.fg_bg_sampler(labels)
+        sampled = torch.cat([torch.nonzero(torch.cat(chosen)).squeeze(1) for chosen in (positive, negative)])
+        return proposals, losses.rpn_losses(
+            objectness.flatten(),
+            deltas,
+            labels=torch.cat(labels),
+            delta_targets=torch.cat(self.box_coder.encode(matched_boxes, anchors)),
+            sampled=sampled,
+            positives_only=positives_only,
+        )
+
+
+class _ScoringRoIHeads(RoIHeads):
+    """torchvision's box and mask heads, each with a branch beside it that predicts how good its result is."""
+
+    def __init__(self, *, box_iou_branch: IoUBranch, mask_iou_branch: IoUBranch, mask_threshold: float, **heads: Any):
+        super().__init__(**heads)
+        self.box_iou_branch = box_iou_branch
+        self.mask_iou_branch = mask_iou_branch
+        self.mask_threshold = mask_threshold
+
+    def losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        targets: list[Target],
+        *,
+        positives_only: bool,
+    ) -> dict[str, Tensor]:
+        proposals, matched, labels, delta_targets = self.select_training_samples(proposals, targets)
+        box_features = self.box_roi_pool(features, proposals, image_sizes)
+        class_logits, deltas = self.box_predictor(self.box_head(box_features))
+        result = losses.box_head_losses(
+            class_logits,
+            deltas,
+            labels=torch.cat(labels),
+            delta_targets=torch.cat(delta_targets),
+            positives_only=positives_only,
+        )
+        positive = [label > 0 for label in labels]
+        boxes = [box[keep] for box, keep in zip(proposals, positive, strict=True)]
+        matched = [index[keep] for index, keep in zip(matched, positive, strict=True)]
+        classes = torch.cat(labels)[torch.cat(positive)]
+
+        mask_features = self.mask_roi_pool(features, boxes, image_sizes)
+        mask_logits = self._mask_logits(mask_features, classes)
+        coverage = losses.mask_coverage([t["masks"] for t in targets], matched, boxes, mask_logits.shape[-1])
+        result["loss_mask"] = losses.mask_loss(mask_logits, coverage)
+        if positives_only:
+            return result
+
+        with torch.no_grad():
+            gt_boxes = torch.cat([t["boxes"][index] for t, index in zip(targets, matched, strict=True)])
+            gt_areas = torch.cat(
+                [t["masks"].flatten(1).sum(1)[index] for t, index in zip(targets, matched, strict=True)]
+            )
+            predicted_boxes = self.box_coder.decode(deltas[torch.cat(positive)], boxes)[
+                torch.arange(len(classes), device=classes.device), classes
+            ]
+            box_targets = losses.box_iou_targets(predicted_boxes, gt_boxes)
+            mask_targets = losses.mask_iou_targets(
+                mask_logits,
+                coverage,
+                boxes_xyxy=torch.cat(boxes),
+                gt_areas=gt_areas,
+                mask_threshold=self.mask_threshold,
+            )
+        result["loss_box_iou"] = losses.iou_loss(self.box_iou_branch(box_features[torch.cat(positive)]), box_targets)
+        result["loss_mask_iou"] = losses.iou_loss(self.mask_iou_branch(mask_features), mask_targets)
+        return result
+
+    def detect(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """NMS first; then both branches see the features of the final boxes only (section 3.1, inference)."""
+        class_logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_sizes)))
+        boxes, scores, labels = self.postprocess_detections(class_logits, deltas, proposals, image_sizes)
+        mask_features = self.mask_roi_pool(features, boxes, image_sizes)
+        columns = {
+            "box_scores": self.box_iou_branch(self.box_roi_pool(features, boxes, image_sizes)),
+            "mask_scores": self.mask_iou_branch(mask_features),
+            "roi_masks": self._mask_logits(mask_features, torch.cat(labels)).sigmoid(),
+        }
+        counts = [len(box) for box in boxes]
+        result = [{"boxes": b, "labels": n, "scores": c} for b, n, c in zip(boxes, labels, scores, strict=True)]
+        for name, column in columns.items():
+            for image, values in zip(result, column.split(counts), strict=True):
+                image[name] = values
+        return result
+
+    def _mask_logits(self, mask_features: Tensor, classes: Tensor) -> Tensor:
+        """The mask logits of each RoI's own class, (R, 28, 28)."""
+        logits: Tensor = self.mask_predictor(self.mask_head(mask_features))
+        return logits[torch.arange(len(classes), device=classes.device), classes]
+
+
+class _Backbone(nn.Module):
+    """A convolutional body and a feature pyramid with five levels."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.frozen_batch_norm = config.frozen_batch_norm
+        if config.profile == "efficientnet_lite0_fpn":
+            body: Any = timm.create_model("efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4))
+            channels = body.feature_info.channels()
+            self.stages = [f"blocks.{i}." for i in (6, 5, 4, 3, 2, 1, 0)] + ["conv_stem.", "bn1."]
+        else:
+            body, channels = _resnet_body(config)
+            self.stages = ["layer4.", "layer3.", "layer2.", "layer1.", "conv1."]
+        self.body: nn.Module = body
+        self.fpn = FeaturePyramidNetwork(channels, config.fpn_channels, LastLevelMaxPool())
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.body(images)
+        return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> "_Backbone":
+        super().train(mode)
+        if self.frozen_batch_norm:
+            self.body.eval()  # batch norm keeps its statistics; nothing else in a body depends on the mode
+        return self
+
+
+class _ResNetBody(nn.Module):
+    """The four stages of a ResNet, strides 4 to 32."""
+
+    def __init__(self, net: resnet.ResNet) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            features.append(x)
+        return features
+
+
+def _resnet_body(config: NetworkConfig) -> tuple[nn.Module, list[int]]:
+    norm_layer = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+    if config.profile == "resnet50_fpn":
+        return _ResNetBody(resnet.resnet50(weights=None, norm_layer=norm_layer)), [256, 512, 1024, 2048]
+    return _ResNetBody(resnet.resnet18(weights=None, norm_layer=norm_layer)), [64, 128, 256, 512]
+
+
+def _rpn(config: NetworkConfig) -> _ScoringRPN:
+    ratios = (0.5, 1.0, 2.0)
+    return _ScoringRPN(
+        AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (ratios,) * len(config.anchor_sizes)),
+        RPNHead(config.fpn_channels, len(ratios)),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": config.proposals_training, "testing": config.proposals_inference},
+        post_nms_top_n={"training": config.proposals_training, "testing": config.proposals_inference},
+        nms_thresh=0.7,
+    )
+
+
+def _roi_heads(config: NetworkConfig) -> _ScoringRoIHeads:
+    levels, channels = ["0", "1", "2", "3"], config.fpn_channels
+    mask_channels = config.mask_head_widths[-1]
+    return _ScoringRoIHeads(
+        box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
+        box_head=TwoMLPHead(channels * 7 * 7, config.box_head_width),
+        box_predictor=FastRCNNPredictor(config.box_head_width, config.num_classes),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=config.rois_per_image,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=config.score_threshold,
+        nms_thresh=config.nms_threshold,
+        detections_per_img=config.detections_per_image,
+        mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
+        mask_head=MaskRCNNHeads(channels, config.mask_head_widths, 1),
+        mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, config.num_classes),
+        box_iou_branch=IoUBranch(channels),
+        mask_iou_branch=IoUBranch(channels),
+        mask_threshold=config.mask_threshold,
+    )
+
+
+def _normalisation(profile: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the body's ImageNet training, for images in [0, 1]."""
+    if profile == "efficientnet_lite0_fpn":
+        return [127 / 255] * 3, [128 / 255] * 3
+    return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def _check_images(images: Sequence[Tensor]) -> None:
+    for i, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise InvalidInputError(
+                f"image {i}: expected a float tensor (3, H, W) in [0, 1], got {image.dtype} {tuple(image.shape)}"
+            )
+
+
+def _checked_targets(images: Sequence[Tensor], targets: Sequence[Target] | None) -> list[Target]:
+    if targets is None or len(targets) != len(images):
+        got = "none" if targets is None else len(targets)
+        raise InvalidInputError(f"training needs one target for each of the {len(images)} images, got {got}")
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        if missing := {"boxes", "labels", "masks"} - set(target):
+            raise InvalidInputError(f"target {i} lacks {sorted(missing)}; it has {sorted(target)}")
+        count = len(target["labels"])
+        for key, shape in (("boxes", (count, 4)), ("masks", (count, *image.shape[-2:]))):
+            if tuple(target[key].shape) != shape:
+                raise InvalidInputError(f"target {i}, {key}: expected shape {shape}, got {tuple(target[key].shape)}")
+        if count and bool((target["boxes"][:, 2:] <= target["boxes"][:, :2]).any()):
+            raise InvalidInputError(f"target {i}: every box needs x0 < x1 and y0 < y1")
+    return list(targets)

@@ -1,0 +1,55 @@
+"""Inference: images in, `Detections` out; the polygons and scores that people see are made from these."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.dataset import image_tensor, input_hw
+from model.errors import InvalidInputError
+from model.network import MaskRCNNWithScores
+from model.types import Detections
+
+
+def detect(
+    network: MaskRCNNWithScores, images: Iterable[NDArray[np.uint8]], *, batch_size: int = 1
+) -> Iterator[Detections]:
+    """The detections in each image (H, W, 3) uint8 RGB, in pixels of that image, in order.
+
+    Lazy: no more than `batch_size` images are held at a time. The network runs where its weights are.
+    """
+    device = next(network.parameters()).device
+    network.eval()
+    source = iter(images)
+    while batch := list(islice(source, batch_size)):
+        for pixels in batch:
+            _check_pixels(pixels)
+        sizes = [(pixels.shape[0], pixels.shape[1]) for pixels in batch]
+        inputs = [image_tensor(p, input_hw(hw, network.config)).to(device) for p, hw in zip(batch, sizes, strict=True)]
+        with torch.inference_mode():
+            outputs = network(inputs)
+        for tensor, output, hw in zip(inputs, outputs, sizes, strict=True):
+            yield _detections({key: value.cpu().numpy() for key, value in output.items()}, tensor.shape[-2:], hw)
+
+
+def _detections(output: dict[str, NDArray[Any]], input_size: tuple[int, ...], hw: tuple[int, int]) -> Detections:
+    """The network's output, scaled from its input size to the image's own."""
+    scale_xyxy = np.array([hw[1] / input_size[1], hw[0] / input_size[0]] * 2, dtype=np.float32)
+    order = np.argsort(-output["scores"], kind="stable")
+    return Detections(
+        image_hw=hw,
+        boxes_xyxy=(output["boxes"] * scale_xyxy)[order],
+        labels=output["labels"][order],
+        class_scores=output["scores"][order],
+        box_scores=output["box_scores"][order],
+        mask_scores=output["mask_scores"][order],
+        roi_masks=output["roi_masks"][order],
+    )
+
+
+def _check_pixels(pixels: NDArray[np.uint8]) -> None:
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
+        raise InvalidInputError(f"expected an RGB image (H, W, 3) uint8, got {pixels.dtype} {pixels.shape}")

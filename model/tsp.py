@@ -1,0 +1,81 @@
+"""Triplet Scoring Predictions: how uncertain the model is about an instance (eq. 2), an image (eq. 3) and a pool.
+
+The lower a score, the more uncertain the model, and the sooner a person should annotate the image.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.errors import EmptyImageError, InvalidInputError
+
+Array = TypeVar("Array", NDArray[np.floating], torch.Tensor)
+
+
+class EmptyImagePolicy(StrEnum):
+    """Where an image without any detection stands in the queue; the paper is silent on it."""
+
+    FIRST = "first"  # S = 0: perhaps everything in it was missed
+    LAST = "last"  # S = 1: there is probably nothing in it
+    MEDIAN = "median"  # the median S of the images that have detections (0 when none has): neither first nor last
+
+
+def instance_scores(class_scores: Array, box_scores: Array, mask_scores: Array) -> Array:
+    """Eq. 2, `s = exp(-std(c, b, m)) * mean(c, b, m)` with the population standard deviation.
+
+    Takes three arrays or tensors (N,) in [0, 1]; returns (N,) of the same kind, in [0, 1].
+    """
+    triplets = torch.stack(
+        [
+            _scores(name, scores)
+            for name, scores in (
+                ("class_scores", class_scores),
+                ("box_scores", box_scores),
+                ("mask_scores", mask_scores),
+            )
+        ]
+    )
+    scores = torch.exp(-triplets.std(dim=0, correction=0)) * triplets.mean(dim=0)
+    return scores if isinstance(class_scores, torch.Tensor) else scores.numpy()
+
+
+def image_score(instance_scores: Array, *, when_empty: float | None = None) -> float:
+    """Eq. 3, `S = exp(-std(s)) * mean(s)` over the instance scores (N,) of one image.
+
+    N = 0 gives `when_empty`; without it, EmptyImageError. Never NaN.
+    """
+    scores = _scores("instance_scores", instance_scores)
+    if len(scores) == 0:
+        if when_empty is None:
+            raise EmptyImageError(
+                "eq. 3 needs at least one detection, got none: pass `when_empty` or use `pool_scores`"
+            )
+        return when_empty
+    return float(torch.exp(-scores.std(correction=0)) * scores.mean())
+
+
+def pool_scores(instance_scores_by_image: Sequence[Array], policy: EmptyImagePolicy) -> NDArray[np.float64]:
+    """Eq. 3 for every image of a pool (P,); images without detections are placed by `policy`."""
+    scores = np.array([image_score(s, when_empty=np.nan) for s in instance_scores_by_image], dtype=np.float64)
+    empty = np.isnan(scores)
+    if policy is EmptyImagePolicy.FIRST:
+        scores[empty] = 0.0
+    elif policy is EmptyImagePolicy.LAST:
+        scores[empty] = 1.0
+    else:
+        scores[empty] = 0.0 if empty.all() else np.median(scores[~empty])
+    return scores
+
+
+def _scores(name: str, values: object) -> torch.Tensor:
+    scores = torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values)
+    if scores.ndim != 1:
+        raise InvalidInputError(f"{name}: expected shape (N,), got {tuple(scores.shape)}")
+    scores = scores if scores.is_floating_point() else scores.double()
+    if scores.numel() and not bool(((scores >= 0) & (scores <= 1)).all()):
+        raise InvalidInputError(f"{name}: expected values in [0, 1], got {scores.min():.3g} to {scores.max():.3g}")
+    return scores
