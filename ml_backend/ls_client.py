@@ -419,16 +419,15 @@ class LabelStudioClient:
     def own_path(self, path_or_url: str) -> str | None:
         """The part below Label Studio's address when this lives on Label Studio, None when it lives elsewhere."""
         if path_or_url.startswith("/") and not path_or_url.startswith("//"):
-            return path_or_url
+            return _below(self._http.base_url, path_or_url) or path_or_url
         try:
             url = httpx.URL(path_or_url)
         except httpx.InvalidURL:
             return None
         for base in (self._http.base_url, self._public_url):
-            prefix = base.raw_path.decode().rstrip("/")
-            path = url.raw_path.decode()
-            if _same_origin(url, base) and path.startswith(f"{prefix}/"):
-                return path.removeprefix(prefix)
+            path = _below(base, url.raw_path.decode()) if _same_origin(url, base) else None
+            if path is not None:
+                return path
         return None
 
     @contextmanager
@@ -619,7 +618,7 @@ class _Http(httpx.Client):
         status = response.status_code
         if response.is_success and (is_file or _is_json(response)):
             return
-        if response.is_redirect and is_file:
+        if response.has_redirect_location and is_file:
             return
         response.read()
         response.close()
@@ -699,6 +698,12 @@ def _broken_off(request: httpx.Request, error: httpx.TransportError) -> LabelStu
 
 def _described(request: httpx.Request) -> str:
     return f"{request.method} {_without_query(str(request.url))}"
+
+
+def _below(base: httpx.URL, path: str) -> str | None:
+    """What comes after the base's own path ("/label-studio" behind some proxies), None when `path` is not below it."""
+    prefix = base.raw_path.decode().rstrip("/")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else None
 
 
 def _without_query(url: str) -> str:

@@ -1,0 +1,335 @@
+"""The only place that fetches images: from Label Studio, its cloud storages or the web, into a cache by content."""
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+from urllib.parse import unquote_to_bytes
+
+import httpx
+from PIL import BmpImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from ml_backend.errors import ImageError, LabelStudioAuthError, LabelStudioError, LabelStudioUnavailableError
+from ml_backend.ls_client import LabelStudioClient
+
+_CLOUD_SCHEMES = ("s3", "gs", "azure-blob")  # what Label Studio resolves for us, with its own credentials
+_MAX_REDIRECTS = 5
+_CHUNK_BYTES = 1 << 16
+_EXIF_ORIENTATION = 0x0112
+_QUARTER_TURNS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
+
+# Pillow's readers by file extension. `Image.open` is avoided: its guard against decompression bombs is a global of the
+# process, and it would try every format that anybody registered.
+_READERS: tuple[tuple[str, type[ImageFile.ImageFile]], ...] = (
+    ("png", PngImagePlugin.PngImageFile),
+    ("jpg", JpegImagePlugin.JpegImageFile),
+    ("webp", WebPImagePlugin.WebPImageFile),
+    ("tif", TiffImagePlugin.TiffImageFile),
+    ("bmp", BmpImagePlugin.BmpImageFile),
+)
+# What Pillow raises on broken files; SyntaxError is its "not this format".
+_BROKEN = (SyntaxError, OSError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, OverflowError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchedImage:
+    """An image on this disk. `sha256` of its bytes is its identity: the same image uploaded twice has it once.
+
+    `image_hw` is (height, width) in pixels as browsers and OpenCV show it, EXIF orientation applied.
+    """
+
+    path: Path
+    sha256: str
+    image_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimits:
+    """What one image may cost; beyond it the image is refused."""
+
+    max_bytes: int = 100_000_000
+    max_pixels: int = 100_000_000
+    max_data_uri_bytes: int = 10_000_000
+    max_seconds: float = 300.0
+    timeout_seconds: float = 30.0
+
+
+class ImageStore:
+    """Fetches the images of tasks and keeps them under `cache_dir`: `images/ab/<sha256>.<ext>`, and one small file for
+    each address that says which image it was. What is cached is never asked for again.
+
+    Several processes may share a cache, and a killed one leaves nothing half-written. Safe to share between threads.
+    """
+
+    def __init__(self, *, cache_dir: Path, client: LabelStudioClient, limits: ImageLimits | None = None) -> None:
+        self._limits = limits or ImageLimits()
+        self._client = client
+        self._images = cache_dir / "images"
+        self._index = cache_dir / "index"
+        self._unfinished = cache_dir / "unfinished"
+        for folder in (self._images, self._index, self._unfinished):
+            folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(self._unfinished)
+        # Carries no token, so nothing that it reaches can learn one; redirects are followed here, address by address.
+        self._web = httpx.Client(follow_redirects=False, timeout=self._limits.timeout_seconds)
+
+    def close(self) -> None:
+        self._web.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def fetch(self, *, task_id: int, uri: str) -> FetchedImage:
+        """The image at `uri`, as it stands in the task's data.
+
+        Raises ImageError when this image cannot be had or read (the others may be fine), and the client's errors when
+        Label Studio itself is away or refuses the token.
+        """
+        source = _Source(task_id=task_id, uri=uri)
+        if not _is_text(uri):
+            raise source.error("expected an address, got text that is not valid Unicode")
+        entry = self._index_path(uri)
+        known = self._look_up(entry)
+        if known is not None:
+            return known
+        with _unfinished_file(self._unfinished) as (file, unfinished):
+            sha256 = self._write(source, file)
+            extension, image_hw = self._inspect(source, unfinished)
+            path = self._images / sha256[:2] / f"{sha256}.{extension}"
+            _publish(file, unfinished, path)
+        self._remember(entry, path, image_hw)
+        return FetchedImage(path=path, sha256=sha256, image_hw=image_hw)
+
+    # The cache
+
+    def _index_path(self, uri: str) -> Path:
+        """Where the answer for an address is kept: by a hash, since addresses are long and may contain signatures."""
+        own_path = self._client.own_path(uri)
+        is_on_label_studio = own_path is not None or _scheme(uri) in _CLOUD_SCHEMES
+        address = f"{self._client.url} {own_path or uri}" if is_on_label_studio else uri
+        key = hashlib.sha256(address.encode()).hexdigest()
+        return self._index / key[:2] / f"{key}.json"
+
+    def _look_up(self, entry: Path) -> FetchedImage | None:
+        try:
+            known = json.loads(entry.read_bytes())
+        except (FileNotFoundError, ValueError):  # never seen, or the disk damaged the entry
+            return None
+        path = self._images / known["sha256"][:2] / f"{known['sha256']}.{known['extension']}"
+        if not path.exists():  # somebody tidied the cache up: fetch it again
+            return None
+        return FetchedImage(path=path, sha256=known["sha256"], image_hw=(known["height"], known["width"]))
+
+    def _remember(self, entry: Path, path: Path, image_hw: tuple[int, int]) -> None:
+        known = {"sha256": path.stem, "extension": path.suffix[1:], "height": image_hw[0], "width": image_hw[1]}
+        with _unfinished_file(self._unfinished) as (file, unfinished):
+            file.write(json.dumps(known).encode())
+            _publish(file, unfinished, entry)
+
+    # Fetching
+
+    def _write(self, source: "_Source", file: IO[bytes]) -> str:
+        """Write the bytes to `file`; returns their SHA-256."""
+        if _scheme(source.uri) == "data":
+            chunks: Iterable[bytes] = [_decode_data_uri(source, self._limits.max_data_uri_bytes)]
+            return self._copy(source, chunks, file)
+        try:
+            with self._follow(source) as response:
+                self._check_announced(source, response)
+                return self._copy(source, response.iter_bytes(_CHUNK_BYTES), file)
+        except (LabelStudioUnavailableError, LabelStudioAuthError):
+            raise  # no fault of the image
+        except LabelStudioError as error:
+            raise source.error(f"expected an image, got an error: {error}") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reason = str(error) or type(error).__name__
+            raise source.error(f"expected an image, the download failed: {reason}") from error
+
+    @contextmanager
+    def _follow(self, source: "_Source") -> Iterator[httpx.Response]:
+        """The open response at the end of all redirects; each address on the way is judged anew."""
+        address = self._first_address(source)
+        for _ in range(_MAX_REDIRECTS + 1):
+            with self._open(source, address) as response:
+                if not response.has_redirect_location:
+                    yield response
+                    return
+                address = str(response.url.join(response.headers["location"]))
+        raise source.error(f"expected an image, got more than {_MAX_REDIRECTS} redirects")
+
+    def _first_address(self, source: "_Source") -> str:
+        if _scheme(source.uri) in _CLOUD_SCHEMES:
+            encoded = base64.urlsafe_b64encode(source.uri.encode()).decode()
+            return f"/tasks/{source.task_id}/resolve/?fileuri={encoded}"
+        return source.uri
+
+    @contextmanager
+    def _open(self, source: "_Source", address: str) -> Iterator[httpx.Response]:
+        """Label Studio's own addresses through its client, which holds the token; all others without it."""
+        if self._client.own_path(address) is not None:
+            with self._client.download(address) as response:
+                yield response
+            return
+        _check_foreign_address(source, address)
+        with self._web.stream("GET", address) as response:
+            if not (response.is_success or response.has_redirect_location):
+                raise source.error(f"expected an image, the server answered {response.status_code}")
+            yield response
+
+    def _check_announced(self, source: "_Source", response: httpx.Response) -> None:
+        announced = response.headers.get("content-length", "")
+        if announced.isdigit() and int(announced) > self._limits.max_bytes:
+            raise source.error(f"expected at most {self._limits.max_bytes} bytes, the server announces {announced}")
+
+    def _copy(self, source: "_Source", chunks: Iterable[bytes], file: IO[bytes]) -> str:
+        digest = hashlib.sha256()
+        size = 0
+        deadline = time.monotonic() + self._limits.max_seconds
+        for chunk in chunks:
+            size += len(chunk)
+            if size > self._limits.max_bytes:
+                raise source.error(f"expected at most {self._limits.max_bytes} bytes, got more")
+            if time.monotonic() > deadline:
+                raise source.error(f"expected the image within {self._limits.max_seconds:.0f} s, got {size} bytes")
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        return digest.hexdigest()
+
+    # Judging
+
+    def _inspect(self, source: "_Source", path: Path) -> tuple[str, tuple[int, int]]:
+        """(extension, (height, width)). The size comes from the header, before any pixel is decoded; then all are, so
+        that a damaged image is found here and not in the middle of a training."""
+        with path.open("rb") as file:
+            extension, image = _read_header(source, file)
+            with image:
+                width, height = image.size
+                if width * height > self._limits.max_pixels:
+                    raise source.error(
+                        f"expected at most {self._limits.max_pixels} pixels, got {width} x {height} = {width * height}"
+                    )
+                try:
+                    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+                    image.load()
+                except _BROKEN as error:
+                    raise source.error(f"expected a whole image, got a damaged {extension} file: {error}") from error
+        if extension == "webp" and orientation in range(2, 9):
+            raise source.error("a WebP image with an EXIF orientation looks different in each program: save it upright")
+        if extension in ("png", "jpg") and orientation in _QUARTER_TURNS:
+            width, height = height, width
+        return extension, (height, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Where an image comes from, to be named in errors."""
+
+    task_id: int
+    uri: str
+
+    def error(self, problem: str) -> ImageError:
+        shown = self.uri.partition("?")[0] if "://" in self.uri else self.uri  # signatures are in the query
+        return ImageError(f"image of task {self.task_id} ({shown[:200]}): {problem}")
+
+
+def _check_foreign_address(source: _Source, address: str) -> None:
+    """Whether an address outside Label Studio may be asked at all; also called for each redirect."""
+    if _scheme(address) not in ("http", "https") or not httpx.URL(address).host:
+        clouds = ", ".join(f"{scheme}://" for scheme in _CLOUD_SCHEMES)
+        raise source.error(
+            f"expected http(s)://, {clouds}, data: or a path on Label Studio such as /data/upload/..., "
+            f"got {address.partition('?')[0][:200]!r}"
+        )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # lone surrogates, which JSON can smuggle in
+        return False
+    return True
+
+
+def _scheme(address: str) -> str:
+    return address.partition(":")[0].lower()
+
+
+def _decode_data_uri(source: _Source, max_bytes: int) -> bytes:
+    """The bytes of `data:[<type>][;base64],<data>`."""
+    header, comma, payload = source.uri.partition(",")
+    if not comma:
+        raise source.error("expected data:image/...;base64,..., got no comma")
+    if len(payload) > max_bytes * 3:  # %-encoding, the longest, takes three characters a byte
+        raise source.error(f"expected at most {max_bytes} bytes in a data: address, got {len(payload)} characters")
+    try:
+        is_base64 = header.lower().endswith(";base64")
+        content = base64.b64decode(payload, validate=True) if is_base64 else unquote_to_bytes(payload)
+    except (binascii.Error, ValueError) as error:
+        raise source.error(f"expected base64 in a data: address: {error}") from error
+    if len(content) > max_bytes:
+        raise source.error(f"expected at most {max_bytes} bytes in a data: address, got {len(content)}")
+    return content
+
+
+def _read_header(source: _Source, file: IO[bytes]) -> tuple[str, ImageFile.ImageFile]:
+    for extension, reader in _READERS:
+        file.seek(0)
+        try:
+            return extension, reader(file)
+        except _BROKEN:
+            continue  # another format, or damaged beyond recognition
+    file.seek(0)
+    start = file.read(16)
+    raise source.error(f"expected a PNG, JPEG, WebP, TIFF or BMP image, got a file that starts with {start!r}")
+
+
+@contextmanager
+def _unfinished_file(folder: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A new file under a name of its own, gone at the end unless it was published."""
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file, Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _publish(file: IO[bytes], unfinished: Path, path: Path) -> None:
+    """Give a finished file its name, in one step that survives a crash."""
+    file.flush()
+    os.fsync(file.fileno())
+    path.parent.mkdir(exist_ok=True)
+    unfinished.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # a rename is on the disk only when its folder is
+    finally:
+        os.close(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What killed processes left unfinished; a day's age says that nobody is writing it any more."""
+    long_ago = time.time() - 24 * 3600
+    for path in folder.iterdir():
+        try:
+            if path.stat().st_mtime < long_ago:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # another process was quicker
