@@ -1,0 +1,184 @@
+"""The web process: answers Label Studio at once and shows people what goes on. It never trains.
+
+`uvicorn --factory ml_backend.app:create_app`, or `python -m ml_backend.app` for the settings' host and port.
+"""
+
+import base64
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from jinja2 import Environment, FileSystemLoader
+from pydantic import BaseModel, Field
+
+from ml_backend import inbox
+from ml_backend.backend import TSPBackend
+from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
+from ml_backend.inbox import ProjectName
+from ml_backend.label_config import parse_label_config
+from ml_backend.ls_format import Json
+from ml_backend.overview import overview
+from ml_backend.predictor import Predictor
+from ml_backend.service import Service
+from ml_backend.settings import Settings
+from model.errors import InvalidInputError, TSPError
+
+logger = logging.getLogger(__name__)
+
+
+class SetupRequest(BaseModel):
+    """What Label Studio sends when a backend is connected, and often afterwards. Its access token is not read."""
+
+    project: str
+    # Named so that it does not hide a method of pydantic's.
+    label_config: str = Field("", alias="schema")
+
+
+class PredictRequest(BaseModel):
+    """Tasks to predict; `project` is "<id>.<unix time of its creation>"."""
+
+    tasks: list[dict[str, Any]]
+    project: str
+    label_config: str = ""
+    params: dict[str, Any] | None = None
+
+
+class WebhookRequest(BaseModel):
+    """An event of Label Studio. Only who and what is read: what is true, Label Studio is asked."""
+
+    action: str = Field(max_length=100)
+    project: dict[str, Any]
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The ASGI application, with the settings of the environment unless some are given."""
+    settings = settings or Settings.from_environment()
+    torch.set_num_threads(max(1, settings.threads))
+    service = Service.connect(settings)
+    predictor = Predictor(service)
+    app = FastAPI(title="TSP active learning", description=__doc__, version="0.1.0")
+    app.middleware("http")(_authentication(settings))
+    for kind, code in _STATUS_OF.items():
+        app.add_exception_handler(kind, _answer_with(code))
+
+    def backend(project: str, label_config: str = "") -> TSPBackend:
+        return TSPBackend(project, label_config or None, service=service, predictor=predictor)
+
+    @app.get("/")
+    def root() -> RedirectResponse:
+        return RedirectResponse("/ui")
+
+    @app.get("/health")
+    def health() -> Json:
+        """Alive and the database answers. Label Studio waits one second."""
+        service.database.ping()
+        return {"status": "UP", "model_class": TSPBackend.__name__}
+
+    @app.post("/setup")
+    def setup(request: SetupRequest) -> Json:
+        """Remember the project; refuse a labelling configuration that nothing can be drawn with."""
+        name = _project_name(request.project)
+        parse_label_config(request.label_config, from_name=settings.from_name)
+        inbox.remember_project(service.database, name)
+        return backend(request.project).setup()
+
+    @app.post("/predict")
+    def predict(request: PredictRequest) -> Json:
+        """One prediction for each task; empty ones, quickly, before the first cycle."""
+        _project_name(request.project)
+        return {"results": backend(request.project, request.label_config).predict(request.tasks)}
+
+    @app.post("/webhook")
+    def webhook(request: WebhookRequest) -> Json:
+        """Record and return: Label Studio waits one second and never asks again."""
+        name = ProjectName.from_webhook(request.project) or inbox.known_project(service.database, request.project)
+        if name is None:
+            raise InvalidInputError(
+                "webhook: expected a project with id and created_at as Label Studio sends it, "
+                f"got the keys {sorted(request.project)[:20]}"
+            )
+        inbox.remember_project(service.database, name)
+        inbox.record(service.database, name.key, request.action)
+        return {}
+
+    @app.get("/versions")
+    def versions(project: str | None = None) -> Json:
+        """The model versions of a project, the oldest first."""
+        name = _project_name(project) if project else None
+        return {"versions": service.registry.versions(name.key) if name else []}
+
+    @app.get("/status")
+    def status() -> Json:
+        """What the dashboard shows, as JSON."""
+        return {"projects": overview(service)}
+
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True).get_template("ui.html")
+
+    @app.get("/ui", response_class=HTMLResponse)
+    def ui() -> str:
+        """The dashboard."""
+        return page.render(projects=overview(service), settings=settings)
+
+    return app
+
+
+_STATUS_OF: dict[type[Exception], int] = {
+    LabelConfigError: 422,
+    InvalidInputError: 422,
+    LabelStudioUnavailableError: 503,
+    LabelStudioAuthError: 502,
+    TSPError: 500,
+}
+
+
+def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(request: Request, error: Exception) -> Response:
+        logger.warning("%s %s: %s", request.method, request.url.path, error)
+        return JSONResponse({"detail": str(error)}, status_code=status)
+
+    return answer
+
+
+def _authentication(settings: Settings) -> Callable[..., Awaitable[Response]]:
+    """Basic authentication on every route but /health, when a user name and a password are set."""
+    expected: bytes | None = None
+    if settings.basic_auth_user is not None and settings.basic_auth_pass is not None:
+        credentials = f"{settings.basic_auth_user}:{settings.basic_auth_pass.get_secret_value()}"
+        expected = b"Basic " + base64.b64encode(credentials.encode())
+
+    async def check(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("authorization", "").encode()
+        if expected is None or request.url.path == "/health" or secrets.compare_digest(given, expected):
+            return await go_on(request)
+        return JSONResponse(
+            {"detail": "user name and password are needed: set them in Label Studio where the backend is connected"},
+            status_code=401,
+            headers={"WWW-Authenticate": "Basic"},
+        )
+
+    return check
+
+
+def _project_name(uid: str) -> ProjectName:
+    name = ProjectName.from_uid(uid)
+    if name is None:
+        raise InvalidInputError(f"project: expected '<id>.<unix time of its creation>', got {uid!r}")
+    return name
+
+
+def main() -> None:
+    """Serve with the settings of the environment."""
+    settings = Settings.from_environment()
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, log_level=settings.log_level.lower())
+
+
+if __name__ == "__main__":
+    main()

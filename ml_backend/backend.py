@@ -1,0 +1,63 @@
+"""`TSPBackend`: this service as a class of label-studio-ml, for tools that expect one.
+
+It runs under label-studio-ml 1.0.9, the newest release on PyPI, and under the signature of the 2.x line. Our own web
+process (app.py) uses it too; label-studio-ml's Flask server is not used (docs/decisions/002).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from label_studio_ml.model import LabelStudioMLBase
+
+from ml_backend import inbox
+from ml_backend.inbox import ProjectName
+from ml_backend.ls_format import Json
+from ml_backend.predictor import Predictor
+from ml_backend.service import Service
+from ml_backend.settings import Settings
+from model.errors import InvalidInputError
+
+
+class TSPBackend(LabelStudioMLBase):
+    """Predicts with the active version of a project; training happens in the worker, `fit` only asks for it.
+
+    `project_id` is the name that Label Studio gives a project: "<id>.<unix time of its creation>".
+    """
+
+    def __init__(
+        self,
+        project_id: str | None = None,
+        label_config: str | None = None,
+        *,
+        service: Service | None = None,
+        predictor: Predictor | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__(label_config=label_config, **others)
+        self.project_id = project_id
+        self._service = service or Service.connect(Settings.from_environment())
+        self._predictor = predictor or Predictor(self._service)
+
+    def predict(
+        self, tasks: Sequence[Mapping[str, Any]], context: Mapping[str, Any] | None = None, **others: Any
+    ) -> list[Json]:
+        """One prediction (result, score, model_version) for each task; empty ones before the first cycle."""
+        return self._predictor.predict(self._project().key, tasks, self.label_config or "")
+
+    def fit(self, event: Any, data: Mapping[str, Any] | None = None, **others: Any) -> dict[str, Any]:
+        """Record the event and return: Label Studio waits one second. The worker decides whether to train."""
+        action = event if isinstance(event, str) else str(others.get("event", "ANNOTATION_UPDATED"))
+        inbox.record(self._service.database, self._project().key, action)
+        return {}
+
+    def setup(self) -> Json:
+        """The version that `predict` uses."""
+        return {"model_version": self._predictor.version(self._project().key)}
+
+    def _project(self) -> ProjectName:
+        name = ProjectName.from_uid(self.project_id)
+        if name is None:
+            raise InvalidInputError(
+                f"project_id: expected '<id>.<unix time of creation>' as Label Studio sends it, got {self.project_id!r}"
+            )
+        return name

@@ -1,0 +1,51 @@
+"""What a cycle is doing, written into its row for the dashboard."""
+
+import time
+from typing import Any
+
+from ml_backend.db import CycleRow, Database, utc_now
+
+
+class CycleLog:
+    """Writes what a cycle is doing into its row, for the dashboard; at most one write a second for mere progress."""
+
+    def __init__(self, database: Database, project_key: str, number: int) -> None:
+        self._database = database
+        self._identity = (project_key, number)
+        self._last_write = 0.0
+
+    def begin(self) -> None:
+        """The cycle has started (or started again)."""
+        self._update(status="running", stage="starting")
+
+    def name_version(self, version: str) -> None:
+        """The snapshot is taken, so the version that the cycle makes has its name."""
+        self._update(version=version)
+
+    def stage(self, stage: str, *, done: int = 0, total: int = 0) -> None:
+        """A new stage has begun."""
+        self._last_write = time.monotonic()
+        self._update(stage=stage, done=done, total=total)
+
+    def progress(self, done: int, total: int) -> None:
+        """So much of the stage is done."""
+        if done == total or time.monotonic() - self._last_write >= 1:
+            self._last_write = time.monotonic()
+            self._update(done=done, total=total)
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        """Add what a stage found out."""
+        with self._database.session() as session:
+            row = session.get_one(CycleRow, self._identity)
+            row.facts = {**row.facts, **facts}
+
+    def finish(self, status: str, *, error: str = "") -> None:
+        """The cycle is over: "done" or "failed"."""
+        stage = "finished" if status == "done" else "failed"
+        self._update(status=status, stage=stage, error=error, finished_at=utc_now())
+
+    def _update(self, **columns: Any) -> None:
+        with self._database.session() as session:
+            row = session.get_one(CycleRow, self._identity)
+            for name, value in columns.items():
+                setattr(row, name, value)

@@ -1,0 +1,119 @@
+"""What the service remembers between requests, in SQLite or PostgreSQL: projects, events, cycles. Never a token."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import JSON, ForeignKey, Index, create_engine, event, make_url, text
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+UNFINISHED = ("planned", "running")  # the statuses of a cycle that is not over
+
+
+class Base(DeclarativeBase):
+    """The tables."""
+
+    type_annotation_map = {dict[str, Any]: JSON}  # noqa: RUF012 - SQLAlchemy reads this class attribute
+
+
+def utc_now() -> str:
+    """ISO 8601 with microseconds: text that sorts by time in every database."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+class ProjectRow(Base):
+    """A Label Studio project that uses this backend; `key` is "<id>-<unix time of creation>", unique among hosts."""
+
+    __tablename__ = "projects"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    label_studio_id: Mapped[int]
+    title: Mapped[str] = mapped_column(default="")
+    problem: Mapped[str] = mapped_column(default="")  # why the project cannot be worked with at the moment
+    annotated: Mapped[int] = mapped_column(default=0)  # tasks, at the last look
+    new_annotated: Mapped[int] = mapped_column(default=0)  # of these, not in the last cycle's snapshot
+    checked_at: Mapped[str] = mapped_column(default="")
+
+
+class EventRow(Base):
+    """A hint that something happened in a project: a webhook's action. Label Studio itself is asked what is true."""
+
+    __tablename__ = "events"
+    __table_args__ = (Index("unhandled_events", "project_key", "handled_at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_key: Mapped[str]
+    action: Mapped[str]
+    received_at: Mapped[str] = mapped_column(default=utc_now)
+    handled_at: Mapped[str | None]
+
+
+class CycleRow(Base):
+    """One turn of Algorithm 1. status: planned, running, done, failed; stage: what it is doing now, in words."""
+
+    __tablename__ = "cycles"
+
+    project_key: Mapped[str] = mapped_column(ForeignKey("projects.key"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    status: Mapped[str] = mapped_column(default="planned")
+    reason: Mapped[str] = mapped_column(default="")
+    stage: Mapped[str] = mapped_column(default="waiting for the worker")
+    done: Mapped[int] = mapped_column(default=0)  # of `total` steps, images or predictions in this stage
+    total: Mapped[int] = mapped_column(default=0)
+    version: Mapped[str | None]
+    facts: Mapped[dict[str, Any]] = mapped_column(default=dict)  # counts and metrics, as the stages find them
+    error: Mapped[str] = mapped_column(default="")
+    planned_at: Mapped[str] = mapped_column(default=utc_now)
+    finished_at: Mapped[str | None]
+
+
+class UsedTaskRow(Base):
+    """An annotated task and the first cycle whose snapshot had it: what counts towards the next batch is the rest."""
+
+    __tablename__ = "used_tasks"
+
+    project_key: Mapped[str] = mapped_column(ForeignKey("projects.key"), primary_key=True)
+    task_id: Mapped[int] = mapped_column(primary_key=True)
+    first_cycle: Mapped[int]
+
+
+class Database:
+    """The engine and its sessions; the tables are made when they are missing."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = _engine(url)
+        Base.metadata.create_all(self.engine)
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A transaction: committed at the end of the block, rolled back on an error."""
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def ping(self) -> None:
+        """Raise if the database does not answer."""
+        with self.engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _engine(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True)
+    path = make_url(url).database
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": 30})
+
+    @event.listens_for(engine, "connect")
+    def _two_processes_share_the_file(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")  # the web process reads while the worker writes
+        connection.execute("PRAGMA synchronous=FULL")  # a commit survives the loss of power
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    return engine

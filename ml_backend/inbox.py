@@ -1,0 +1,100 @@
+"""What Label Studio tells us: recorded at once and looked at later, for it waits one second and never asks again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select, update
+
+from ml_backend.db import UNFINISHED, CycleRow, Database, EventRow, ProjectRow, utc_now
+
+START_TRAINING = "START_TRAINING"
+
+
+@dataclass(frozen=True)
+class ProjectName:
+    """A project as Label Studio names it: its id, and the key that stays unique across hosts and reinstallations."""
+
+    key: str
+    label_studio_id: int
+
+    @classmethod
+    def from_uid(cls, uid: object) -> "ProjectName | None":
+        """From "<id>.<unix time of creation>", as /setup and /predict name projects; None when it is no such name."""
+        number, dot, created = str(uid).partition(".")
+        if not (dot and number.isdecimal() and created.isdecimal()):
+            return None
+        return cls(f"{number}-{created}", int(number))
+
+    @classmethod
+    def from_webhook(cls, project: object) -> "ProjectName | None":
+        """From the project of a webhook's payload; None when id or time of creation is missing."""
+        if not isinstance(project, Mapping) or not isinstance(project.get("id"), int):
+            return None
+        try:
+            created = datetime.fromisoformat(str(project.get("created_at")))
+        except ValueError:
+            return None
+        return cls(f"{project['id']}-{int(created.timestamp())}", project["id"])
+
+
+def label_studio_id(project_key: str) -> int:
+    """The id by which Label Studio's API knows the project."""
+    return int(project_key.partition("-")[0])
+
+
+def remember_project(database: Database, name: ProjectName) -> None:
+    """From now on the worker looks after this project."""
+    with database.session() as session:
+        if session.get(ProjectRow, name.key) is None:
+            session.merge(ProjectRow(key=name.key, label_studio_id=name.label_studio_id))
+
+
+def known_project(database: Database, project: object) -> ProjectName | None:
+    """The project of a payload that lacks the time of creation, if just one known project has its id."""
+    number = project.get("id") if isinstance(project, Mapping) else project
+    with database.session() as session:
+        rows = session.scalars(select(ProjectRow).where(ProjectRow.label_studio_id == number)).all()
+    return ProjectName(rows[0].key, rows[0].label_studio_id) if len(rows) == 1 else None
+
+
+def record(database: Database, project_key: str, action: str) -> None:
+    """Keep a hint that something happened; returns when it is on the disk."""
+    with database.session() as session:
+        session.add(EventRow(project_key=project_key, action=action))
+
+
+def unhandled(database: Database, project_key: str) -> list[tuple[int, str]]:
+    """The events nobody has looked at, (id, action), the oldest first."""
+    with database.session() as session:
+        query = select(EventRow.id, EventRow.action).where(
+            EventRow.project_key == project_key, EventRow.handled_at.is_(None)
+        )
+        return [(number, action) for number, action in session.execute(query.order_by(EventRow.id))]
+
+
+def has_new(database: Database, project_key: str) -> bool:
+    """Whether an event waits to be looked at. A wish to train during a cycle waits for its end, so it is not new."""
+    with database.session() as session:
+        busy = select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status.in_(UNFINISHED))
+        query = select(EventRow.id).where(EventRow.project_key == project_key, EventRow.handled_at.is_(None))
+        if session.scalar(busy.limit(1)) is not None:
+            query = query.where(EventRow.action != START_TRAINING)
+        return session.scalar(query.limit(1)) is not None
+
+
+def mark_handled(database: Database, event_ids: Sequence[int]) -> None:
+    """These events have been looked at; exactly these, for others may have come meanwhile."""
+    with database.session() as session:
+        session.execute(update(EventRow).where(EventRow.id.in_(event_ids)).values(handled_at=utc_now()))
+
+
+def event_counts(database: Database, project_key: str) -> dict[str, Any]:
+    """How many events came and how many wait, for the dashboard."""
+    with database.session() as session:
+        of_project = select(func.count()).select_from(EventRow).where(EventRow.project_key == project_key)
+        return {
+            "received": session.scalar(of_project) or 0,
+            "waiting": session.scalar(of_project.where(EventRow.handled_at.is_(None))) or 0,
+        }

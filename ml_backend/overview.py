@@ -1,0 +1,49 @@
+"""What people want to know of every project, gathered for the dashboard and for `/status`."""
+
+from typing import Any
+
+from sqlalchemy import select
+
+from ml_backend import inbox
+from ml_backend.db import CycleRow, ProjectRow
+from ml_backend.service import Service
+
+
+def overview(service: Service) -> list[dict[str, Any]]:
+    """For each project: its progress towards the next cycle, its active version, and its cycles, the newest first."""
+    with service.database.session() as session:
+        projects = session.scalars(select(ProjectRow).order_by(ProjectRow.key)).all()
+        cycles = session.scalars(select(CycleRow).order_by(CycleRow.number.desc())).all()
+    return [
+        {
+            "key": project.key,
+            "id": project.label_studio_id,
+            "title": project.title,
+            "url": f"{service.settings.label_studio_url}/projects/{project.label_studio_id}/data",
+            "problem": project.problem,
+            "annotated": project.annotated,
+            "new_annotated": project.new_annotated,
+            "batch_size": service.settings.batch_size,
+            "checked_at": project.checked_at,
+            "active_version": service.registry.active(project.key),
+            "events": inbox.event_counts(service.database, project.key),
+            "cycles": [_cycle(cycle) for cycle in cycles if cycle.project_key == project.key],
+        }
+        for project in projects
+    ]
+
+
+def _cycle(cycle: CycleRow) -> dict[str, Any]:
+    return {
+        "number": cycle.number,
+        "status": cycle.status,
+        "reason": cycle.reason,
+        "stage": cycle.stage,
+        "done": cycle.done,
+        "total": cycle.total,
+        "version": cycle.version,
+        "facts": cycle.facts,
+        "error": cycle.error,
+        "planned_at": cycle.planned_at,
+        "finished_at": cycle.finished_at,
+    }

@@ -1,0 +1,134 @@
+"""The unlabelled images D_u: what a version sees in each, how uncertain it is, and what it would teach itself."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ml_backend.cycle_log import CycleLog
+from ml_backend.errors import ImageError
+from ml_backend.images import FetchedImage
+from ml_backend.inbox import label_studio_id
+from ml_backend.label_config import LabelConfig, parse_label_config
+from ml_backend.ls_format import Json, image_uri, prediction
+from ml_backend.service import Service
+from model.dataset import load_image
+from model.errors import DatasetError
+from model.network import MaskRCNNWithScores
+from model.predict import detect
+from model.pseudo_labels import pseudo_labeled_image
+from model.registry import ModelCard
+from model.tsp import image_score, instance_scores
+from model.types import Detections
+
+
+def score_pool(service: Service, project_key: str, version: str, log: CycleLog | None = None) -> int:
+    """Look at every task without annotation that this version has not seen; returns how many it looked at now.
+
+    What is found goes line by line into the version's scores file: S, the prediction, the trusted pseudo labels.
+    """
+    project = service.label_studio.project(label_studio_id(project_key))
+    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+    network, card = service.registry.load(project_key, version)
+    network.to(service.settings.torch_device())
+    path = service.scores_file(project_key, version)
+    _cut_unfinished_line(path)
+    seen = {line["task"] for line in read_scores(path)}
+    waiting = [t for t in service.label_studio.tasks(project.id) if not t.is_annotated and t.id not in seen]
+    if log:
+        log.stage("scoring the unlabelled images", total=len(waiting))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    problems: list[str] = []
+    with path.open("a") as lines:
+        for done, task in enumerate(waiting, start=1):
+            try:
+                fetched = service.images.fetch(
+                    task_id=task.id, uri=image_uri({"id": task.id, "data": task.data}, config)
+                )
+                line = _seen(service, network, card, config, task.id, fetched)
+            except (ImageError, DatasetError) as error:
+                problems.append(str(error))
+                line = {"task": task.id, "problem": str(error)}
+            lines.write(json.dumps(line, allow_nan=False) + "\n")
+            lines.flush()
+            if log:
+                log.progress(done, len(waiting))
+    if log:
+        log.facts({"pool": len(waiting), "pool_problems": problems[:20], "pool_problem_count": len(problems)})
+    return len(waiting)
+
+
+def read_scores(path: Path) -> Iterator[Json]:
+    """The whole lines of a scores file; none when there is no file."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+
+
+def detections_for_people(
+    detections: Detections, *, card: ModelCard, config: LabelConfig, shown_threshold: float
+) -> Detections:
+    """The detections that annotators see: confident enough and of a class that the project still has.
+
+    Labels are renumbered from the model's classes to those of the configuration.
+    """
+    class_of = {old: config.class_of(name) for old, name in enumerate(card.class_names, start=1)}
+    labels = [class_of.get(label) for label in detections.labels.tolist()]
+    keep = np.array([label is not None for label in labels], dtype=bool) & (detections.class_scores >= shown_threshold)
+    renumbered = np.array([label or 0 for label in labels], dtype=np.int64)
+    return replace(detections, labels=renumbered).select(keep)
+
+
+def is_validation(image_sha256: str, fraction: float) -> bool:
+    """The frozen split: an image measures, and never trains, by a hash of its bytes, in every cycle alike."""
+    return int(hashlib.sha256(f"validation {image_sha256}".encode()).hexdigest()[:8], 16) / 2**32 < fraction
+
+
+def _seen(
+    service: Service,
+    network: MaskRCNNWithScores,
+    card: ModelCard,
+    config: LabelConfig,
+    task_id: int,
+    fetched: FetchedImage,
+) -> Json:
+    """One line of the scores file. `score` is S of eq. 3 over all detections, null when there are none."""
+    settings = service.settings
+    detections = next(detect(network, [load_image(fetched.path)]))
+    scores = instance_scores(detections.class_scores, detections.box_scores, detections.mask_scores)
+    shown = detections_for_people(detections, card=card, config=config, shown_threshold=settings.shown_threshold)
+    pseudo = pseudo_labeled_image(
+        detections,
+        settings.pseudo_labels(),
+        image_id=fetched.sha256,
+        path=fetched.path,
+        mask_threshold=network.config.mask_threshold,
+    )
+    return {
+        "task": task_id,
+        "image": fetched.sha256,
+        "path": str(fetched.path),
+        "image_hw": list(fetched.image_hw),
+        "score": image_score(scores) if len(scores) else None,
+        "instances": len(scores),
+        "result": prediction(
+            shown,
+            config,
+            model_version=card.version,
+            score=0.0,
+            mask_threshold=network.config.mask_threshold,
+            max_vertices=settings.max_vertices,
+        )["result"],
+        "pseudo": pseudo
+        and {"labels": [card.class_names[label - 1] for label in pseudo.labels.tolist()], "rles": list(pseudo.rles)},
+    }
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    """Remove a last line that a crash cut off, so that the next one starts on a line of its own."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))

@@ -1,0 +1,77 @@
+"""Predictions on demand, for `/predict`: the active version, loaded once and only when somebody asks."""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_backend.errors import ImageError
+from ml_backend.label_config import LabelConfig, parse_label_config
+from ml_backend.ls_format import Json, empty_prediction, image_uri, prediction
+from ml_backend.pool import detections_for_people
+from ml_backend.service import Service
+from model.dataset import load_image
+from model.errors import DatasetError
+from model.network import MaskRCNNWithScores
+from model.predict import detect
+from model.registry import ModelCard
+from model.tsp import empty_image_score, image_score, instance_scores
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = "untrained"  # the version that Label Studio is told before the first cycle
+
+
+class Predictor:
+    """Safe to share between threads; one image is in the network at a time."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._lock = threading.Lock()
+        self._loaded: dict[str, tuple[MaskRCNNWithScores, ModelCard]] = {}
+
+    def version(self, project_key: str) -> str:
+        """The version that `predict` would use now. The registry is asked each time: the worker may have switched."""
+        return self._service.registry.active(project_key) or UNTRAINED
+
+    def predict(self, project_key: str, tasks: Sequence[Mapping[str, Any]], label_config: str) -> list[Json]:
+        """One Label Studio prediction for each task. A task whose image cannot be had gets an empty one.
+
+        Raises LabelConfigError, and what Label Studio's being away raises.
+        """
+        config = parse_label_config(label_config, from_name=self._service.settings.from_name)
+        version = self.version(project_key)
+        if version == UNTRAINED:
+            return [empty_prediction(UNTRAINED) for _ in tasks]
+        with self._lock:
+            network, card = self._load(project_key, version)
+            return [self._predict_task(task, network, card, config) for task in tasks]
+
+    def _load(self, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard]:
+        loaded = self._loaded.get(project_key)
+        if loaded is None or loaded[1].version != version:
+            logger.info("project %s: loading version %s", project_key, version)
+            network, card = self._service.registry.load(project_key, version)
+            loaded = network.to(self._service.settings.torch_device()), card
+            self._loaded[project_key] = loaded
+        return loaded
+
+    def _predict_task(
+        self, task: Mapping[str, Any], network: MaskRCNNWithScores, card: ModelCard, config: LabelConfig
+    ) -> Json:
+        settings = self._service.settings
+        try:
+            fetched = self._service.images.fetch(task_id=task["id"], uri=image_uri(task, config))
+            found = next(detect(network, [load_image(fetched.path)]))
+        except (ImageError, DatasetError) as error:
+            logger.warning("%s", error)
+            return empty_prediction(card.version, score=1.0)
+        scores = instance_scores(found.class_scores, found.box_scores, found.mask_scores)
+        return prediction(
+            detections_for_people(found, card=card, config=config, shown_threshold=settings.shown_threshold),
+            config,
+            model_version=card.version,
+            score=image_score(scores, when_empty=empty_image_score([], settings.empty_policy)),
+            mask_threshold=network.config.mask_threshold,
+            max_vertices=settings.max_vertices,
+        )

@@ -1,0 +1,52 @@
+"""What both processes work with: settings, database, model registry, Label Studio and its images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ml_backend.db import Database
+from ml_backend.images import ImageLimits, ImageStore
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.settings import Settings
+from model.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Built once in each process and handed down."""
+
+    settings: Settings
+    database: Database
+    registry: Registry
+    label_studio: LabelStudioClient
+    images: ImageStore
+
+    @classmethod
+    def connect(cls, settings: Settings) -> Self:
+        """Opens the database and folders; Label Studio itself is not called yet. SettingsError without a token."""
+        client = LabelStudioClient(settings.label_studio_url, settings.require_api_key())
+        settings.model_dir.mkdir(parents=True, exist_ok=True)
+        return cls(
+            settings=settings,
+            database=Database(settings.database),
+            registry=Registry(settings.model_dir / "versions"),
+            label_studio=client,
+            images=ImageStore(
+                cache_dir=settings.model_dir / "cache",
+                client=client,
+                limits=ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+            ),
+        )
+
+    def close(self) -> None:
+        self.images.close()
+        self.label_studio.close()
+        self.database.close()
+
+    def cycle_folder(self, project_key: str, number: int) -> Path:
+        """Where a cycle keeps its snapshot and its training checkpoint."""
+        return self.settings.model_dir / "cycles" / project_key / str(number)
+
+    def scores_file(self, project_key: str, version: str) -> Path:
+        """What a version saw in each unlabelled image, one JSON line for each task."""
+        return self.settings.model_dir / "scores" / project_key / f"{version}.jsonl"

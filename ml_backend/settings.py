@@ -1,0 +1,198 @@
+"""The only reader of the environment. Names without a prefix are those that users of label-studio-ml know."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+import torch
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ml_backend.errors import SettingsError
+from model.config import NetworkConfig, Profile, PseudoLabelConfig, TrainingConfig
+from model.tsp import EmptyImagePolicy
+
+
+def _env(name: str, default: Any, description: str, **limits: Any) -> Any:
+    """One setting, read from the environment variable `name`."""
+    return Field(default, validation_alias=name, description=description, validate_default=True, **limits)
+
+
+class Settings(BaseSettings):
+    """Every setting, with its default; the table in the README is made from these descriptions."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    label_studio_url: str = _env(
+        "LABEL_STUDIO_URL", "http://localhost:8080", "Label Studio's address, as this service reaches it"
+    )
+    label_studio_api_key: SecretStr | None = _env(
+        "LABEL_STUDIO_API_KEY", None, "a personal access token or a legacy token of a user who may edit the projects"
+    )
+    basic_auth_user: str | None = _env("BASIC_AUTH_USER", None, "user name that Label Studio must send; none: no check")
+    basic_auth_pass: SecretStr | None = _env("BASIC_AUTH_PASS", None, "password that Label Studio must send")
+    host: str = _env("HOST", "127.0.0.1", "address on which the web process listens")
+    port: int = _env("PORT", 9090, "port on which the web process listens", ge=0, le=65535)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _env("LOG_LEVEL", "INFO", "how much is logged")
+    model_dir: Path = _env("MODEL_DIR", Path("data"), "folder of the model versions, checkpoints and cached images")
+    database_url: str = _env(
+        "DATABASE_URL",
+        "",
+        "SQLAlchemy address of the state; empty: SQLite in MODEL_DIR; PostgreSQL: `postgresql://...`",
+    )
+
+    batch_size: int = _env("TSP_BATCH_SIZE", 500, "b: newly annotated images that start a cycle", ge=1)
+    validation_fraction: float = _env(
+        "TSP_VALIDATION_FRACTION", 0.2, "share of the images, by a hash of their bytes, that only measure", ge=0, lt=1
+    )
+    semi_supervised: bool = _env("TSP_SEMI_SUPERVISED", True, "also learn from images that nobody has labelled yet")
+    beta: float = _env("TSP_BETA", 0.01, "weight of the pseudo-label loss (eq. 5)", ge=0)
+    class_threshold: float = _env("TSP_CLASS_THRESHOLD", 0.9, "sigma_c: class score a pseudo label needs", ge=0, le=1)
+    box_threshold: float = _env("TSP_BOX_THRESHOLD", 0.9, "sigma_b: box score a pseudo label needs", ge=0, le=1)
+    mask_score_threshold: float = _env(
+        "TSP_MASK_THRESHOLD", 0.8, "sigma_m: mask score a pseudo label needs", ge=0, le=1
+    )
+    pseudo_rule: Literal["and", "or"] = _env(
+        "TSP_PSEUDO_RULE", "and", "`and`: all three thresholds (section 3.2); `or`: any of them (Algorithm 1, line 10)"
+    )
+    empty_policy: EmptyImagePolicy = _env(
+        "TSP_EMPTY_POLICY",
+        EmptyImagePolicy.MEDIAN,
+        "place in the queue of images without detections: first, last, median",
+    )
+    from_name: str | None = _env("TSP_FROM_NAME", None, "the PolygonLabels tag to use when a project has several")
+    max_vertices: int = _env("TSP_MAX_VERTICES", 40, "most vertices of a pre-annotated polygon", ge=4)
+    score_threshold: float = _env(
+        "TSP_SCORE_THRESHOLD", 0.05, "class score below which a detection counts for nothing", ge=0, le=1
+    )
+    shown_threshold: float = _env(
+        "TSP_SHOWN_THRESHOLD", 0.3, "class score from which annotators see a detection's polygon", ge=0, le=1
+    )
+
+    profile: Profile = _env(
+        "TSP_PROFILE", "efficientnet_lite0_fpn", "network: the paper's is `resnet50_fpn` (wants a GPU)"
+    )
+    weights: str = _env("TSP_WEIGHTS", "imagenet", "where training starts: imagenet, coco, none or a .safetensors file")
+    image_size: int | None = _env(
+        "TSP_IMAGE_SIZE", None, "shorter side the network sees, in pixels; none: the profile's", ge=32
+    )
+    anchor_sizes: tuple[int, ...] | None = _env(
+        "TSP_ANCHOR_SIZES", None, "five anchor sizes in pixels of the network's input, as JSON; none: the profile's"
+    )
+    detections_per_image: int = _env("TSP_DETECTIONS", 100, "most instances in an image", ge=1)
+    epochs: int = _env("TSP_EPOCHS", 50, "passes over the annotated images in a cycle", ge=1)
+    schedule: Literal["step", "one_cycle"] = _env(
+        "TSP_SCHEDULE", "one_cycle", "learning rate over time: `step` is the paper's, `one_cycle` needs fewer epochs"
+    )
+    learning_rate: float = _env("TSP_LEARNING_RATE", 0.02, "peak learning rate (the paper: 0.001 with `step`)", gt=0)
+    gradient_clip: float = _env("TSP_GRADIENT_CLIP", 5.0, "largest gradient norm; 0: gradients are not clipped", ge=0)
+    images_per_step: int = _env("TSP_IMAGES_PER_STEP", 2, "annotated images in a training step", ge=1)
+    checkpoint_steps: int = _env("TSP_CHECKPOINT_STEPS", 50, "training steps between checkpoints", ge=1)
+    seed: int = _env("TSP_SEED", 0, "seed of everything random in training", ge=0)
+    device: str = _env("TSP_DEVICE", "auto", "cpu, cuda, cuda:1 ...; auto: cuda where there is one")
+    threads: int = _env("TSP_THREADS", 0, "CPU threads of the worker's network; 0: all but one", ge=0)
+    niceness: int = _env(
+        "TSP_NICENESS", 10, "how far the worker stands back behind other processes, 0 to 19", ge=0, le=19
+    )
+    reconcile_seconds: float = _env(
+        "TSP_RECONCILE_SECONDS", 60.0, "how often Label Studio is asked what it has, webhooks or not", gt=0
+    )
+    max_image_bytes: int = _env("TSP_MAX_IMAGE_BYTES", 100_000_000, "largest image file", ge=1)
+    max_image_pixels: int = _env("TSP_MAX_IMAGE_PIXELS", 100_000_000, "largest image, in pixels", ge=1)
+
+    @field_validator("model_dir")
+    @classmethod
+    def _absolute(cls, folder: Path) -> Path:
+        return folder.resolve()
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read and check; SettingsError names the variable, what was expected and what came (but never a secret)."""
+        try:
+            settings = cls()
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+                for problem in error.errors(include_input=False)
+            )
+            raise SettingsError(f"settings: {problems}. The README lists every setting.") from error
+        parts = urlsplit(settings.label_studio_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SettingsError(
+                f"LABEL_STUDIO_URL: expected an address like http://localhost:8080, got {settings.label_studio_url!r}"
+            )
+        if (settings.basic_auth_user is None) != (settings.basic_auth_pass is None):
+            raise SettingsError("BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither")
+        return settings
+
+    @cached_property
+    def database(self) -> str:
+        """The SQLAlchemy address of the project state."""
+        if not self.database_url:
+            return f"sqlite:///{self.model_dir / 'state.sqlite3'}"
+        for plain in ("postgres://", "postgresql://"):
+            if self.database_url.startswith(plain):
+                return self.database_url.replace(plain, "postgresql+psycopg://", 1)
+        return self.database_url
+
+    @cached_property
+    def workflow_database(self) -> str:
+        """Where the durable workflows keep their steps: beside an SQLite file, in a schema of its own in PostgreSQL."""
+        if self.database.startswith("sqlite"):
+            return self.database.removesuffix(".sqlite3") + "-workflows.sqlite3"
+        return self.database
+
+    def torch_device(self) -> str:
+        """Where networks run."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def require_api_key(self) -> str:
+        """The token for Label Studio; SettingsError when there is none."""
+        if self.label_studio_api_key is None or not self.label_studio_api_key.get_secret_value():
+            raise SettingsError(
+                "LABEL_STUDIO_API_KEY is not set: create a personal access token in Label Studio "
+                "(Account & Settings > Personal Access Token) and set it for the web and the worker process"
+            )
+        return self.label_studio_api_key.get_secret_value()
+
+    def network_options(self) -> dict[str, object]:
+        """What these settings change of the profile's defaults (fields of NetworkConfig)."""
+        options: dict[str, object] = {
+            "score_threshold": self.score_threshold,
+            "detections_per_image": self.detections_per_image,
+        }
+        if self.image_size is not None:
+            options |= {"min_size": self.image_size, "max_size": 2 * self.image_size}
+        if self.anchor_sizes is not None:
+            options["anchor_sizes"] = self.anchor_sizes
+        return options
+
+    def check_network(self) -> None:
+        """Fail early, before a cycle has done its work, when the network cannot be built from these settings."""
+        NetworkConfig.for_profile(self.profile, 2, **self.network_options())
+
+    def training(self) -> TrainingConfig:
+        """How a cycle trains."""
+        return TrainingConfig(
+            epochs=self.epochs,
+            batch_size=self.images_per_step,
+            schedule=self.schedule,
+            learning_rate=self.learning_rate,
+            milestones=(round(self.epochs * 0.9), round(self.epochs * 0.98)),  # the paper's 45 and 49 of 50
+            gradient_clip=self.gradient_clip or None,
+            beta=self.beta,
+            seed=self.seed,
+            checkpoint_every_steps=self.checkpoint_steps,
+        )
+
+    def pseudo_labels(self) -> PseudoLabelConfig:
+        """Which predictions become pseudo labels."""
+        return PseudoLabelConfig(
+            class_threshold=self.class_threshold,
+            box_threshold=self.box_threshold,
+            mask_threshold=self.mask_score_threshold,
+            rule=self.pseudo_rule,
+        )

@@ -1,0 +1,190 @@
+"""The worker process: watches the projects and runs their cycles as durable workflows. `python -m ml_backend.worker`
+
+Every step of a cycle is recorded when it ends; a worker that was killed goes on at the step it was in. That is why
+stopping needs no care: Ctrl-C and SIGTERM end the process at once.
+"""
+
+import logging
+import os
+import signal
+import time
+from types import FrameType
+
+import torch
+from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, DBOSPortableJSONSerializer, SetWorkflowID
+from sqlalchemy import select
+
+from ml_backend import cycle, inbox
+from ml_backend.cycle_log import CycleLog
+from ml_backend.db import CycleRow, ProjectRow
+from ml_backend.errors import LabelStudioUnavailableError
+from ml_backend.pool import score_pool
+from ml_backend.publish import import_missing, publish
+from ml_backend.reconcile import reconcile, unfinished_cycle
+from ml_backend.service import Service
+from ml_backend.settings import Settings
+from model.errors import TSPError
+
+logger = logging.getLogger(__name__)
+
+QUEUE = "cycles"
+_LOOK_EVERY_SECONDS = 1.0
+_WAIT_FOR_LABEL_STUDIO_SECONDS = 15.0
+
+
+def _is_worth_waiting(error: BaseException) -> bool:
+    return isinstance(error, LabelStudioUnavailableError)
+
+
+# However long Label Studio is away: a cycle waits and goes on.
+_durable_step = DBOS.step(
+    retries_allowed=True,
+    interval_seconds=_WAIT_FOR_LABEL_STUDIO_SECONDS,
+    backoff_rate=1.0,
+    max_attempts=1_000_000,
+    should_retry=_is_worth_waiting,
+)
+
+
+@DBOS.dbos_class()
+class DurableCycles(DBOSConfiguredInstance):
+    """The stages of a cycle as recorded steps. The stages themselves know nothing of this."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        super().__init__(config_name="cycles")
+
+    @DBOS.workflow()
+    def run(self, project_key: str, number: int) -> None:
+        """One cycle from snapshot to queue; a failure is recorded with its reason and leaves the old model in place."""
+        try:
+            version = self.snapshot(project_key, number)
+            self.train(project_key, number)
+            self.evaluate(project_key, number, version)
+            self.score(project_key, number, version)
+            self.publish(project_key, number, version)
+        except Exception as error:  # whatever it was, people must see it
+            logger.exception("project %s: cycle %d failed", project_key, number)
+            reason = str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"
+            self._log(project_key, number).finish("failed", error=reason)
+        else:
+            self._log(project_key, number).finish("done")
+
+    @_durable_step
+    def snapshot(self, project_key: str, number: int) -> str:
+        log = self._log(project_key, number)
+        log.begin()
+        version = cycle.snapshot(self._service, project_key, number, log)
+        log.name_version(version)
+        return version
+
+    @_durable_step
+    def train(self, project_key: str, number: int) -> None:
+        cycle.train_version(self._service, project_key, number, self._log(project_key, number))
+
+    @_durable_step
+    def evaluate(self, project_key: str, number: int, version: str) -> None:
+        cycle.evaluate_version(self._service, project_key, number, version, self._log(project_key, number))
+
+    @_durable_step
+    def score(self, project_key: str, number: int, version: str) -> None:
+        score_pool(self._service, project_key, version, self._log(project_key, number))
+
+    @_durable_step
+    def publish(self, project_key: str, number: int, version: str) -> None:
+        publish(self._service, project_key, version, self._log(project_key, number))
+
+    def _log(self, project_key: str, number: int) -> CycleLog:
+        return CycleLog(self._service.database, project_key, number)
+
+
+class Worker:
+    """Looks after every known project until the process ends."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._cycles = DurableCycles(service)
+        self._next_look: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Never returns."""
+        DBOS.launch()
+        DBOS.register_queue(QUEUE, worker_concurrency=1)
+        logger.info("the worker is ready; it looks after %s", self._service.settings.label_studio_url)
+        while True:
+            for project_key in self._projects():
+                self._look_after(project_key)
+            time.sleep(_LOOK_EVERY_SECONDS)
+
+    def _look_after(self, project_key: str) -> None:
+        """One project's turn; trouble with it is shown on the dashboard and does not reach the others."""
+        self._resume_cycles(project_key)
+        due = time.monotonic() >= self._next_look.get(project_key, 0.0)
+        if not due and not inbox.has_new(self._service.database, project_key):
+            return
+        self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
+        try:
+            decision = reconcile(self._service, project_key)
+            logger.debug("project %s: %s", project_key, decision.reason)
+            self._resume_cycles(project_key)
+            if unfinished_cycle(self._service.database, project_key) is None:
+                self._predict_new_tasks(project_key)
+        except TSPError as error:
+            logger.warning("project %s: %s", project_key, error)
+            with self._service.database.session() as session:
+                session.get_one(ProjectRow, project_key).problem = str(error)
+
+    def _resume_cycles(self, project_key: str) -> None:
+        """Hand planned cycles to the workflow engine; the id makes sure that each runs once, however often this is."""
+        with self._service.database.session() as session:
+            numbers = session.scalars(
+                select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status == "planned")
+            ).all()
+        for number in numbers:
+            with SetWorkflowID(f"cycle-{project_key}-{number}"):
+                DBOS.enqueue_workflow(QUEUE, self._cycles.run, project_key, number)
+
+    def _predict_new_tasks(self, project_key: str) -> None:
+        """Tasks that were imported, or lost their annotation, since the last cycle join the queue of its version."""
+        version = self._service.registry.active(project_key)
+        if version is not None and score_pool(self._service, project_key, version):
+            import_missing(self._service, project_key, version)
+
+    def _projects(self) -> list[str]:
+        with self._service.database.session() as session:
+            return list(session.scalars(select(ProjectRow.key).order_by(ProjectRow.key)))
+
+
+def main() -> None:
+    """Run the worker with the settings of the environment."""
+    settings = Settings.from_environment()
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    settings.check_network()
+    os.nice(settings.niceness)  # annotators wait for the web process, nobody waits for this one
+    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    service = Service.connect(settings)
+    DBOS(config=_workflow_engine(settings))
+    Worker(service).run()
+
+
+def _workflow_engine(settings: Settings) -> DBOSConfig:
+    return {
+        "name": "tsp-worker",
+        "system_database_url": settings.workflow_database,
+        "application_version": "1",  # a cycle that an older release began is finished by the newer one
+        "serializer": DBOSPortableJSONSerializer(),  # the default would pickle
+        "log_level": "WARNING",
+    }
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    logger.info("stopping; an unfinished cycle goes on when the worker starts again")
+    logging.shutdown()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
