@@ -198,7 +198,10 @@ def _new_network(service: Service, training: LabeledSet) -> MaskRCNNWithScores:
     settings = service.settings
     torch.manual_seed(settings.seed)
     return build_model(
-        settings.profile, len(training.class_names) + 1, weights=settings.weights, **settings.network_options()
+        settings.profile,
+        len(training.class_names) + 1,
+        weights=settings.weights,
+        **settings.network_options(training.images),
     )
 
 

@@ -7,8 +7,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -164,8 +164,11 @@ class LabelStudioClient:
         return _project(self._sdk.projects.get(project_id))
 
     def projects(self) -> list[Project]:
-        pages: Iterable[Any] = self._sdk.projects.list()
-        return [_project(answer) for answer in pages]
+        answers: Iterator[Any] = iter(self._sdk.projects.list())
+        found = []
+        with suppress(_NotFoundError):  # the SDK reads on until the page past the end
+            found.extend(map(_project, answers))
+        return found
 
     def create_project(self, *, title: str, label_config: str) -> Project:
         created = self._sdk.projects.create(title=title, label_config=label_config)
@@ -402,11 +405,17 @@ class LabelStudioClient:
         return ids
 
     def import_files(self, project_id: int, paths: Sequence[Path]) -> list[int]:
-        """Upload images, one task for each; returns the ids of the new tasks."""
+        """Upload images, one task for each; returns the ids of the new tasks, in the order of the paths."""
         ids: list[int] = []
         for chunk in _upload_chunks(paths):
-            files = [("file", (path.name, path.read_bytes())) for path in chunk]
-            ids += self._import(project_id, files=files)
+            # Of files under one field name Label Studio keeps only the last, without a word.
+            files = {f"file{number}": (path.name, path.read_bytes()) for number, path in enumerate(chunk)}
+            made = self._import(project_id, files=files)
+            if len(made) != len(chunk):
+                raise LabelStudioError(
+                    f"project {project_id}: {len(chunk)} images were sent, Label Studio made {len(made)} tasks of them"
+                )
+            ids += made
         return ids
 
     def _import(self, project_id: int, **body: Any) -> list[int]:

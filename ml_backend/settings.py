@@ -1,5 +1,6 @@
 """The only reader of the environment. Names without a prefix are those that users of label-studio-ml know."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,7 +12,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ml_backend.errors import SettingsError
 from model.config import NetworkConfig, Profile, PseudoLabelConfig, TrainingConfig
+from model.dataset import fitting_anchors
+from model.errors import InvalidInputError
 from model.tsp import EmptyImagePolicy
+from model.types import LabeledImage
 
 
 def _env(name: str, default: Any, description: str, **limits: Any) -> Any:
@@ -78,9 +82,13 @@ class Settings(BaseSettings):
         "TSP_IMAGE_SIZE", None, "shorter side the network sees, in pixels; none: the profile's", ge=32
     )
     anchor_sizes: tuple[int, ...] | None = _env(
-        "TSP_ANCHOR_SIZES", None, "five anchor sizes in pixels of the network's input, as JSON; none: the profile's"
+        "TSP_ANCHOR_SIZES",
+        None,
+        "five anchor sizes in pixels of the network's input, as JSON; none: chosen from the annotated instances",
     )
-    detections_per_image: int = _env("TSP_DETECTIONS", 100, "most instances in an image", ge=1)
+    detections_per_image: int | None = _env(
+        "TSP_DETECTIONS", None, "most instances found in an image; none: 100, or twice what people found in one", ge=1
+    )
     epochs: int = _env("TSP_EPOCHS", 50, "passes over the annotated images in a cycle", ge=1)
     schedule: Literal["step", "one_cycle"] = _env(
         "TSP_SCHEDULE", "one_cycle", "learning rate over time: `step` is the paper's, `one_cycle` needs fewer epochs"
@@ -122,6 +130,11 @@ class Settings(BaseSettings):
             raise SettingsError(
                 f"LABEL_STUDIO_URL: expected an address like http://localhost:8080, got {settings.label_studio_url!r}"
             )
+        try:
+            NetworkConfig.for_profile(settings.profile, 2, **settings.network_options())
+            settings.training()
+        except InvalidInputError as error:
+            raise SettingsError(f"settings: {error}. The README lists every setting.") from error
         if (settings.basic_auth_user is None) != (settings.basic_auth_pass is None):
             raise SettingsError("BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither")
         return settings
@@ -158,21 +171,22 @@ class Settings(BaseSettings):
             )
         return self.label_studio_api_key.get_secret_value()
 
-    def network_options(self) -> dict[str, object]:
-        """What these settings change of the profile's defaults (fields of NetworkConfig)."""
-        options: dict[str, object] = {
+    def network_options(self, training_images: Sequence[LabeledImage] = ()) -> dict[str, Any]:
+        """What these settings and the annotated images change of the profile's defaults (fields of NetworkConfig)."""
+        most = max((len(image.labels) for image in training_images), default=0)
+        options: dict[str, Any] = {
             "score_threshold": self.score_threshold,
-            "detections_per_image": self.detections_per_image,
+            "detections_per_image": self.detections_per_image or max(100, 2 * most),
         }
         if self.image_size is not None:
             options |= {"min_size": self.image_size, "max_size": 2 * self.image_size}
         if self.anchor_sizes is not None:
             options["anchor_sizes"] = self.anchor_sizes
+        elif most:
+            options["anchor_sizes"] = fitting_anchors(
+                training_images, NetworkConfig.for_profile(self.profile, 2, **options)
+            )
         return options
-
-    def check_network(self) -> None:
-        """Fail early, before a cycle has done its work, when the network cannot be built from these settings."""
-        NetworkConfig.for_profile(self.profile, 2, **self.network_options())
 
     def training(self) -> TrainingConfig:
         """How a cycle trains."""

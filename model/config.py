@@ -108,7 +108,7 @@ class TrainingConfig:
     loader_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every_steps"):
+        for name in ("epochs", "batch_size", "pseudo_batch_size", "checkpoint_every_steps"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.schedule not in ("step", "one_cycle"):

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model.config import NetworkConfig, TrainingConfig
-from model.errors import DatasetError
-from model.geometry import rle_to_mask
+from model.errors import DatasetError, InvalidInputError
+from model.geometry import polygons_to_rle, rle_area, rle_to_mask
 from model.types import LabeledImage, Rle
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -51,11 +51,15 @@ def read_coco(annotations: Path, images_folder: Path | None = None, *, split: st
             for image in coco["images"]
             if split is None or image.get("split") == split
         )
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DatasetError(f"{annotations}: expected a readable COCO JSON file: {error}") from error
     except KeyError as error:
         raise DatasetError(
             f"{annotations}: expected COCO instances (images, annotations, categories with ids), {error} is missing"
+        ) from error
+    except TypeError as error:
+        raise DatasetError(
+            f"{annotations}: expected COCO instances (lists of images, annotations and categories): {error}"
         ) from error
     return LabeledSet(images=images, class_names=tuple(str(category["name"]) for category in categories))
 
@@ -67,8 +71,8 @@ def write_coco(path: Path, dataset: LabeledSet) -> None:
     for number, image in enumerate(dataset.images, start=1):
         height, width = image.image_hw
         images.append(
-            {"id": number, "key": image.image_id, "file_name": str(image.path), "height": height, "width": width,
-             "pseudo": image.pseudo}
+            {"id": number, "key": image.image_id, "file_name": str(image.path.absolute()),
+             "height": height, "width": width, "pseudo": image.pseudo}
         )  # fmt: skip
         for label, rle in zip(image.labels.tolist(), image.rles, strict=True):
             area, bbox = float(coco_mask.area(dict(rle))), coco_mask.toBbox(dict(rle)).tolist()
@@ -104,6 +108,22 @@ def image_tensor(pixels: NDArray[np.uint8], hw: tuple[int, int]) -> Tensor:
             pixels, (hw[1], hw[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         ).astype(np.uint8, copy=False)
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+
+
+def fitting_anchors(images: Sequence[LabeledImage], config: NetworkConfig) -> tuple[int, ...]:
+    """Five anchor sizes, doubling, for the instances in these images at the network's input size.
+
+    The smallest is the power of two from 4 to 32 below all but the smallest tenth of the instances.
+    """
+    sizes = [
+        np.sqrt(rle_area(rle)) * input_hw(image.image_hw, config)[0] / image.image_hw[0]
+        for image in images
+        for rle in image.rles
+    ]
+    if not sizes:
+        return config.anchor_sizes
+    smallest = 2 ** int(np.clip(np.floor(np.log2(np.quantile(sizes, 0.1))), 2, 5))
+    return tuple(smallest * 2**level for level in range(5))
 
 
 class TrainingSteps(Dataset[Batch]):
@@ -194,18 +214,22 @@ def _coco_image(
         path=folder / image["file_name"],
         image_hw=hw,
         labels=np.array([labels[annotation["category_id"]] for annotation in annotations], dtype=np.int64),
-        rles=tuple(_coco_rle(annotation["segmentation"], hw) for annotation in annotations),
+        rles=tuple(_coco_rle(annotation, hw) for annotation in annotations),
         pseudo=bool(image.get("pseudo", False)),
     )
 
 
-def _coco_rle(segmentation: Any, hw: tuple[int, int]) -> Rle:
-    """A COCO `segmentation` of any of its three forms as compressed RLE."""
-    if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *hw))
-    elif isinstance(segmentation["counts"], list):
-        rle = coco_mask.frPyObjects(segmentation, *hw)
-    else:
-        rle = segmentation
+def _coco_rle(annotation: Mapping[str, Any], hw: tuple[int, int]) -> Rle:
+    """The `segmentation` of an annotation, in any of its three forms, as compressed RLE."""
+    segmentation = annotation["segmentation"]
+    try:
+        if not segmentation:
+            raise InvalidInputError(f"expected an outline, got {segmentation!r}")
+        if isinstance(segmentation, list):
+            return polygons_to_rle([np.array(ring, dtype=np.float64).reshape(-1, 2) for ring in segmentation], hw)
+        compressed = not isinstance(segmentation["counts"], list)
+        rle = segmentation if compressed else coco_mask.frPyObjects(segmentation, *hw)
+    except ValueError as error:
+        raise InvalidInputError(f"annotation {annotation.get('id')}: segmentation: {error}") from error
     counts = rle["counts"]
     return Rle(size=list(rle["size"]), counts=counts.decode() if isinstance(counts, bytes) else counts)

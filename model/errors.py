@@ -26,7 +26,7 @@ class CheckpointError(TSPError):
 
 
 class NonFiniteLossError(TSPError):
-    """The training loss became NaN or infinite; the weights of that step were not kept."""
+    """The training loss or the weights became NaN or infinite; the weights of that step were not kept."""
 
 
 class RegistryError(TSPError):

@@ -66,7 +66,7 @@ class MaskRCNNWithScores(nn.Module):
         """The losses when training, the detections when evaluating; see the class."""
         _check_images(images)
         if self.training:
-            return self._losses(images, _checked_targets(images, targets))
+            return self._losses(images, _checked_targets(images, targets, self.config.num_classes))
         original_hw = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(list(images))
         features = self.backbone(batch.tensors)
@@ -194,9 +194,8 @@ class _ScoringRoIHeads(RoIHeads):
             gt_areas = torch.cat(
                 [t["masks"].flatten(1).sum(1)[index] for t, index in zip(targets, matched, strict=True)]
             )
-            predicted_boxes = self.box_coder.decode(deltas[torch.cat(positive)], boxes)[
-                torch.arange(len(classes), device=classes.device), classes
-            ]
+            class_deltas = deltas.reshape(len(deltas), -1, 4)[torch.cat(positive), classes]
+            predicted_boxes = self.box_coder.decode(class_deltas, boxes).reshape(-1, 4)
             box_targets = losses.box_iou_targets(predicted_boxes, gt_boxes)
             mask_targets = losses.mask_iou_targets(
                 mask_logits,
@@ -249,6 +248,7 @@ class _Backbone(nn.Module):
             self.stages = ["layer4.", "layer3.", "layer2.", "layer1.", "conv1."]
         self.body: nn.Module = body
         self.fpn = FeaturePyramidNetwork(channels, config.fpn_channels, LastLevelMaxPool())
+        self.train()  # modules are made in training mode, a frozen body must not be
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.body(images)
@@ -332,6 +332,8 @@ def _normalisation(profile: str) -> tuple[list[float], list[float]]:
 
 
 def _check_images(images: Sequence[Tensor]) -> None:
+    if not images:
+        raise InvalidInputError("expected at least one image, got none")
     for i, image in enumerate(images):
         if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
             raise InvalidInputError(
@@ -339,7 +341,7 @@ def _check_images(images: Sequence[Tensor]) -> None:
             )
 
 
-def _checked_targets(images: Sequence[Tensor], targets: Sequence[Target] | None) -> list[Target]:
+def _checked_targets(images: Sequence[Tensor], targets: Sequence[Target] | None, num_classes: int) -> list[Target]:
     if targets is None or len(targets) != len(images):
         got = "none" if targets is None else len(targets)
         raise InvalidInputError(f"training needs one target for each of the {len(images)} images, got {got}")
@@ -350,6 +352,8 @@ def _checked_targets(images: Sequence[Tensor], targets: Sequence[Target] | None)
         for key, shape in (("boxes", (count, 4)), ("masks", (count, *image.shape[-2:]))):
             if tuple(target[key].shape) != shape:
                 raise InvalidInputError(f"target {i}, {key}: expected shape {shape}, got {tuple(target[key].shape)}")
-        if count and bool((target["boxes"][:, 2:] <= target["boxes"][:, :2]).any()):
+        if not bool((target["boxes"][:, 2:] > target["boxes"][:, :2]).all()):
             raise InvalidInputError(f"target {i}: every box needs x0 < x1 and y0 < y1")
+        if outside := [label for label in target["labels"].tolist() if not 1 <= label < num_classes]:
+            raise InvalidInputError(f"target {i}: expected labels in 1..{num_classes - 1}, got {outside[0]}")
     return list(targets)

@@ -4,12 +4,12 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights, maskrcnn_resnet50_fpn
 
 from model.errors import WeightsError
+from model.files import read_tensors
 
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -26,9 +26,7 @@ def load_pretrained(network: nn.Module, *, profile: str, weights: str) -> None:
     elif weights == "coco":
         _load_where_shapes_agree(network, _coco_detector(profile))
     elif weights.endswith(".safetensors"):
-        if not Path(weights).is_file():
-            raise WeightsError(f"weights: no such file: {weights}")
-        _load_where_shapes_agree(network, load_file(weights))
+        _load_where_shapes_agree(network, _file_state(Path(weights)))
     else:
         raise WeightsError(
             f"weights: expected 'none', 'imagenet', 'coco' or the path of a .safetensors file, got {weights!r}"
@@ -46,7 +44,18 @@ def _imagenet_body(profile: str) -> dict[str, Tensor]:
 def _coco_detector(profile: str) -> dict[str, Tensor]:
     if profile != "resnet50_fpn":
         raise WeightsError(f"weights 'coco' exist for resnet50_fpn only, not for {profile}: use 'imagenet'")
-    return _download(MaskRCNN_ResNet50_FPN_Weights.COCO_V1)
+    detector = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    detector.load_state_dict(_download(MaskRCNN_ResNet50_FPN_Weights.COCO_V1))  # it knows the file's old names
+    return detector.state_dict()  # type: ignore[no-any-return]
+
+
+def _file_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"weights: no such file: {path}")
+    try:
+        return read_tensors(path)[0]
+    except ValueError as error:
+        raise WeightsError(f"weights: {error}") from error
 
 
 def _download(source: object) -> dict[str, Tensor]:

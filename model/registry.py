@@ -5,12 +5,12 @@
 """
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from model.config import NetworkConfig
 from model.errors import RegistryError
@@ -45,8 +45,7 @@ class Registry:
         folder = self._folder(project, card.version)
         if folder.exists():
             return
-        unfinished = folder.with_name(f".{card.version}.{os.getpid()}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished = folder.with_name(f".{card.version}.{uuid4().hex}.unfinished")
         unfinished.mkdir(parents=True)
         write_tensors(unfinished / "weights.safetensors", network.state_dict(), {"version": card.version})
         write_json(unfinished / "card.json", asdict(card))
@@ -60,11 +59,11 @@ class Registry:
     def load(self, project: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard]:
         """The network of a version, in evaluation mode on the CPU, and its card."""
         card = self.card(project, version)
-        network = MaskRCNNWithScores(NetworkConfig.from_json(card.network))
         try:
+            network = MaskRCNNWithScores(NetworkConfig.from_json(card.network))
             tensors, _ = read_tensors(self._folder(project, version) / "weights.safetensors")
             network.load_state_dict(tensors)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, TypeError, ValueError, RuntimeError) as error:
             raise RegistryError(f"version {version} of {project} is damaged: {error}") from error
         return network.eval(), card
 
@@ -73,8 +72,11 @@ class Registry:
         path = self._folder(project, version) / "card.json"
         if not path.exists():
             raise RegistryError(f"{project} has no version {version!r}; it has {self.versions(project) or 'none'}")
-        card = json.loads(path.read_text())
-        return ModelCard(**{**card, "class_names": tuple(card["class_names"])})
+        try:
+            card = json.loads(path.read_text())
+            return ModelCard(**{**card, "class_names": tuple(card["class_names"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise RegistryError(f"version {version} of {project} is damaged: {path}: {error}") from error
 
     def versions(self, project: str) -> list[str]:
         """All versions, the oldest first."""

@@ -73,15 +73,17 @@ def train(
         if not math.isfinite(progress.loss):
             raise NonFiniteLossError(
                 f"step {step + 1} of {len(steps)}: the loss is {progress.loss} ({progress.losses}). "
-                "Lower the learning rate or set gradient_clip; the weights before this step are in the checkpoint."
+                "Lower the learning rate or set gradient_clip; the last checkpoint is as it was."
             )
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if config.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.gradient_clip)
         optimizer.step()
-        if checkpoint and ((step + 1) % config.checkpoint_every_steps == 0 or step + 1 == len(steps)):
-            _save(checkpoint, run, step + 1, network, optimizer)
+        if (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == len(steps):
+            _check_weights(network, step + 1)
+            if checkpoint:
+                _save(checkpoint, run, step + 1, network, optimizer)
         if on_step:
             on_step(progress)
     network.eval()
@@ -108,6 +110,16 @@ def _fingerprint(network: MaskRCNNWithScores, images: Sequence[LabeledImage], co
     labels = [(image.image_id, image.pseudo, image.labels.tolist(), image.rles) for image in images]
     description = json.dumps([network.config.to_json(), asdict(config), labels])
     return hashlib.sha256(description.encode()).hexdigest()
+
+
+def _check_weights(network: MaskRCNNWithScores, step: int) -> None:
+    """A step with a finite loss can still ruin the weights; such a network is neither kept nor handed out."""
+    for name, tensor in network.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteLossError(
+                f"after step {step}, {name} is not finite. Lower the learning rate or set gradient_clip; "
+                "the last checkpoint is as it was."
+            )
 
 
 def _save(path: Path, run: str, step: int, network: MaskRCNNWithScores, optimizer: torch.optim.Optimizer) -> None:

@@ -29,17 +29,12 @@ def instance_scores(class_scores: Array, box_scores: Array, mask_scores: Array) 
 
     Takes three arrays or tensors (N,) in [0, 1]; returns (N,) of the same kind, in [0, 1].
     """
-    triplets = torch.stack(
-        [
-            _scores(name, scores)
-            for name, scores in (
-                ("class_scores", class_scores),
-                ("box_scores", box_scores),
-                ("mask_scores", mask_scores),
-            )
-        ]
-    )
-    scores = torch.exp(-triplets.std(dim=0, correction=0)) * triplets.mean(dim=0)
+    named = {"class_scores": class_scores, "box_scores": box_scores, "mask_scores": mask_scores}
+    triplets = [_scores(name, scores) for name, scores in named.items()]
+    if len({len(scores) for scores in triplets}) > 1:
+        lengths = ", ".join(f"{len(scores)} {name}" for name, scores in zip(named, triplets, strict=True))
+        raise InvalidInputError(f"expected as many scores of each kind, got {lengths}")
+    scores = _consistent_mean(torch.stack(triplets))
     return scores if isinstance(class_scores, torch.Tensor) else scores.numpy()
 
 
@@ -55,20 +50,32 @@ def image_score(instance_scores: Array, *, when_empty: float | None = None) -> f
                 "eq. 3 needs at least one detection, got none: pass `when_empty` or use `pool_scores`"
             )
         return when_empty
-    return float(torch.exp(-scores.std(correction=0)) * scores.mean())
+    return float(_consistent_mean(scores))
 
 
 def pool_scores(instance_scores_by_image: Sequence[Array], policy: EmptyImagePolicy) -> NDArray[np.float64]:
     """Eq. 3 for every image of a pool (P,); images without detections are placed by `policy`."""
     scores = np.array([image_score(s, when_empty=np.nan) for s in instance_scores_by_image], dtype=np.float64)
     empty = np.isnan(scores)
-    if policy is EmptyImagePolicy.FIRST:
-        scores[empty] = 0.0
-    elif policy is EmptyImagePolicy.LAST:
-        scores[empty] = 1.0
-    else:
-        scores[empty] = 0.0 if empty.all() else np.median(scores[~empty])
+    scores[empty] = empty_image_score(scores[~empty], policy)
     return scores
+
+
+def empty_image_score(scores: Sequence[float] | NDArray[np.float64], policy: EmptyImagePolicy) -> float:
+    """The score that `policy` gives an image without detections; `scores` are those of the pool's other images."""
+    policy = EmptyImagePolicy(policy)  # accepts its text too, and no other
+    if policy is EmptyImagePolicy.FIRST:
+        return 0.0
+    if policy is EmptyImagePolicy.LAST:
+        return 1.0
+    return float(np.median(scores)) if len(scores) else 0.0
+
+
+def _consistent_mean(scores: torch.Tensor) -> torch.Tensor:
+    """`exp(-std) * mean` over the first axis. The std is spelled out: torch's warns when there is no instance."""
+    mean = scores.mean(dim=0)
+    std = (scores - mean).square().mean(dim=0).sqrt()
+    return torch.exp(-std) * mean
 
 
 def _scores(name: str, values: object) -> torch.Tensor:

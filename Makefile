@@ -1,0 +1,47 @@
+# make install | demo | test | check; the README says what each does.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Another index for torch, such as one with CPU-only wheels: make install TORCH_INDEX=<address>
+TORCH_INDEX ?=
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+LABEL_STUDIO ?= label-studio==1.23.2
+
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+
+# make demo DATA=<folder> ORACLE=1 CYCLES=2 EXIT=1 BATCH=20 IMAGE_SIZE=192 EPOCHS=40 LABELS=a,b PORT=8080 BACKEND_PORT=9090
+DEMO_OPTIONS := $(if $(DATA),--data "$(DATA)") $(if $(LABELS),--labels "$(LABELS)") $(if $(ORACLE),--oracle) \
+	$(if $(CYCLES),--cycles $(CYCLES)) $(if $(EXIT),--exit-when-done) $(if $(BATCH),--batch-size $(BATCH)) \
+	$(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) $(if $(EPOCHS),--epochs $(EPOCHS)) \
+	$(if $(PORT),--port $(PORT)) $(if $(BACKEND_PORT),--backend-port $(BACKEND_PORT))
+
+.PHONY: install demo test check
+.NOTPARALLEL:
+
+install: $(VENV)/installed .venv-label-studio/installed
+
+demo: install
+	@$(VENV)/bin/python -m scripts.demo $(DEMO_OPTIONS)
+
+test: install
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+check: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+# Ours. label-studio-ml comes without its dependencies: it pins releases of 2021 (docs/decisions/002).
+$(VENV)/installed: pyproject.toml Makefile constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	$(PIP) install --no-deps label-studio-ml==1.0.9
+	touch $@
+
+# Label Studio's own: its pins and ours cannot share an environment.
+.venv-label-studio/installed: Makefile
+	$(PYTHON) -m venv .venv-label-studio
+	.venv-label-studio/bin/pip --disable-pip-version-check install $(LABEL_STUDIO)
+	touch $@

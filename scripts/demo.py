@@ -1,0 +1,276 @@
+"""The whole loop on this machine: a real Label Studio, our backend, images, and on request a simulated annotator.
+
+`make demo`, `make demo DATA=<folder>`, `make demo ORACLE=1`; everything is kept in `.demo/` and goes on at the next
+start. A DATA folder holds images, or `images/` and a COCO `annotations.json`.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import httpx
+
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
+from ml_backend.predictor import UNTRAINED
+from model.dataset import LabeledSet, read_coco
+from model.errors import TSPError
+from scripts.backend_processes import BackendProcessError, BackendProcesses
+from scripts.label_studio_server import LabelStudioServer, LabelStudioServerError
+from scripts.make_phantoms import make_phantoms
+from scripts.oracle import Oracle
+
+EMAIL, PASSWORD = "annotator@example.com", "label-with-me"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+PHANTOMS, PHANTOM_SIZE = 150, 192
+
+
+@dataclass(frozen=True)
+class DemoImages:
+    """What is to be labelled; `truth` is what the simulated annotator knows."""
+
+    name: str
+    paths: tuple[Path, ...]
+    labels: tuple[str, ...]
+    truth: LabeledSet | None
+
+
+def main() -> None:
+    """Start everything, say where it is, and stay until Ctrl-C."""
+    options = _options()
+    signal.signal(signal.SIGTERM, _stop_in_order)
+    try:
+        _run(options)
+    except KeyboardInterrupt:
+        print("\nStopped. `make demo` goes on where this left off.")
+    except (TSPError, LabelStudioServerError, BackendProcessError) as error:
+        sys.exit(f"The demo cannot go on: {error}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    folder = Path(options.folder).resolve()
+    images = _images(options, folder)
+    if options.oracle and images.truth is None:
+        raise TSPError(f"{options.data}: the simulated annotator needs a COCO annotations.json beside images/")
+    with ExitStack() as running:
+        server = running.enter_context(
+            LabelStudioServer(
+                data_dir=folder / "label-studio", username=EMAIL, password=PASSWORD, port=options.port, report=_say
+            )
+        )
+        client = running.enter_context(LabelStudioClient(server.url, server.token))
+        _say("Our web process and worker start ...")
+        backend = running.enter_context(
+            BackendProcesses(settings=_settings(options, folder, server), log_dir=folder / "logs")
+        )
+        project_id = _project(client, images, folder / "projects.json")
+        client.connect_backend(project_id, url=backend.url, title="TSP Mask R-CNN")
+        client.create_webhook(project_id, url=f"{backend.url}/webhook")
+        _explain(server, backend, project_id, options)
+        if options.oracle:
+            _annotate(client, backend, project_id, images, options)
+            if options.exit_when_done:
+                return
+            print("The simulated annotator is done; go on by hand, or stop with Ctrl-C.")
+        while True:
+            time.sleep(1)
+            backend.check()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--data", default="", help="folder of images, or with images/ and annotations.json (COCO)")
+    parser.add_argument("--labels", default="object", help="class names for a folder without annotations, by commas")
+    parser.add_argument("--oracle", action="store_true", help="a simulated annotator submits the ground truth")
+    parser.add_argument("--cycles", type=int, default=2, help="cycles that the simulated annotator stays for")
+    parser.add_argument("--exit-when-done", action="store_true", help="stop when the simulated annotator is done")
+    parser.add_argument("--batch-size", type=int, default=20, help="annotated images that start a cycle")
+    parser.add_argument("--image-size", type=int, default=192, help="shorter side the network sees, in pixels")
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the annotated images in a cycle")
+    parser.add_argument("--folder", default=".demo", help="where everything is kept")
+    parser.add_argument("--port", type=int, default=8080, help="Label Studio's port")
+    parser.add_argument("--backend-port", type=int, default=9090, help="our port")
+    return parser.parse_args()
+
+
+def _settings(options: argparse.Namespace, folder: Path, server: LabelStudioServer) -> dict[str, str]:
+    return {
+        "LABEL_STUDIO_URL": server.url,
+        "LABEL_STUDIO_API_KEY": server.token,
+        "MODEL_DIR": str(folder / "backend"),
+        "PORT": str(options.backend_port),
+        "TSP_BATCH_SIZE": str(options.batch_size),
+        "TSP_VALIDATION_FRACTION": "0.25",
+        "TSP_IMAGE_SIZE": str(options.image_size),
+        "TSP_EPOCHS": str(options.epochs),
+        "TSP_RECONCILE_SECONDS": "15",
+    }
+
+
+def _images(options: argparse.Namespace, folder: Path) -> DemoImages:
+    """The folder that was asked for, or CT phantoms: a fresh machine may download nothing."""
+    if not options.data:
+        phantoms = folder / "phantoms"
+        _say(f"{PHANTOMS} CT phantoms are drawn ...")
+        make_phantoms(phantoms, images=PHANTOMS, size=PHANTOM_SIZE, seed=0)
+        return _coco_images("CT phantoms", phantoms)
+    data = Path(options.data).resolve()
+    if not data.is_dir():
+        raise TSPError(f"DATA: expected a folder, got {data}")
+    if (data / "annotations.json").exists():
+        return _coco_images(data.name, data)
+    paths = tuple(sorted(path for path in data.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES))
+    if not paths:
+        raise TSPError(
+            f"{data}: expected images ({', '.join(IMAGE_SUFFIXES)}) or a COCO annotations.json, found neither"
+        )
+    return DemoImages(data.name, paths, tuple(options.labels.split(",")), None)
+
+
+def _coco_images(name: str, folder: Path) -> DemoImages:
+    truth = read_coco(folder / "annotations.json")
+    return DemoImages(name, tuple(image.path for image in truth.images), truth.class_names, truth)
+
+
+def _project(client: LabelStudioClient, images: DemoImages, remembered: Path) -> int:
+    """The project of these images: the one of an earlier start, or a new one with all images imported."""
+    known: dict[str, Any] = json.loads(remembered.read_text()) if remembered.exists() else {}
+    key = f"{images.name} ({len(images.paths)} images)"
+    if key not in known:
+        project = client.create_project(title=images.name, label_config=_label_config(images.labels))
+        client.update_project(project.id, sampling=UNCERTAINTY_SAMPLING, maximum_annotations=1)
+        known[key] = project.id
+        remembered.write_text(json.dumps(known))
+    project_id = int(known[key])
+    done = client.count_tasks(project_id)  # an import that was interrupted goes on
+    for start in range(done, len(images.paths), 25):
+        client.import_files(project_id, images.paths[start : start + 25])
+        _say(f"images are imported: {min(start + 25, len(images.paths))} of {len(images.paths)}")
+    return project_id
+
+
+def _label_config(labels: tuple[str, ...]) -> str:
+    lines = "".join(f"<Label value={quoteattr(label)}/>" for label in labels)
+    return (
+        '<View><Image name="image" value="$image" zoom="true"/>'
+        f'<PolygonLabels name="label" toName="image">{lines}</PolygonLabels></View>'
+    )
+
+
+def _explain(
+    server: LabelStudioServer, backend: BackendProcesses, project_id: int, options: argparse.Namespace
+) -> None:
+    print(
+        f"""
+  Label Studio   {server.url}/projects/{project_id}/data
+  log in as      {EMAIL}   password: {PASSWORD}
+  dashboard      {backend.url}/ui
+
+  Press "Label All Tasks" and label. After {options.batch_size} images the model trains by itself (watch the dashboard);
+  then new tasks open with its polygons, the most uncertain image first. Ctrl-C stops everything and keeps it.
+""",
+        flush=True,
+    )
+
+
+def _annotate(
+    client: LabelStudioClient,
+    backend: BackendProcesses,
+    project_id: int,
+    images: DemoImages,
+    options: argparse.Namespace,
+) -> None:
+    """Label batch after batch, waiting for each cycle, and print what every cycle reached."""
+    if images.truth is None:
+        return
+    oracle = Oracle(client, project_id, images.truth)
+    status = _Status(backend, project_id)
+    while status.finished_cycles() < options.cycles:
+        status.wait_while_busy()
+        wanted = options.batch_size - client.count_annotated_tasks(project_id) % options.batch_size
+        for number in range(1, wanted + 1):
+            served = oracle.annotate_next()
+            if served is None:
+                _say("no task is left to annotate")
+                return
+            trained = served.score is not None and served.model_version != UNTRAINED
+            by = f"S {served.score:.3f}" if trained else "drawn at random"
+            _say(f"annotated task {served.task_id} ({served.instances} instances, {by}), {number} of {wanted}")
+        status.wait_for_cycle()
+    status.print_table()
+
+
+class _Status:
+    """What our backend says of one project."""
+
+    def __init__(self, backend: BackendProcesses, project_id: int) -> None:
+        self._backend = backend
+        self._project_id = project_id
+
+    def cycles(self) -> list[dict[str, Any]]:
+        """The newest first."""
+        self._backend.check()
+        projects = httpx.get(f"{self._backend.url}/status", timeout=30).json()["projects"]
+        return next((p["cycles"] for p in projects if p["id"] == self._project_id), [])
+
+    def finished_cycles(self) -> int:
+        return sum(cycle["status"] in ("done", "failed") for cycle in self.cycles())
+
+    def wait_for_cycle(self) -> None:
+        """Until one more cycle than now is finished."""
+        finished = self.finished_cycles()
+        self._wait(lambda: self.finished_cycles() > finished)
+        newest = self.cycles()[0]
+        if newest["status"] == "failed":
+            raise TSPError(f"cycle {newest['number']} failed: {newest['error']}")
+
+    def wait_while_busy(self) -> None:
+        self._wait(lambda: all(cycle["status"] in ("done", "failed") for cycle in self.cycles()))
+
+    def _wait(self, is_over: Callable[[], bool]) -> None:
+        told = ""
+        while not is_over():
+            newest = next(iter(self.cycles()), None)
+            if newest and (now := self._described(newest)) != told:
+                _say(now)
+                told = now
+            time.sleep(2)
+
+    def print_table(self) -> None:
+        print(f"\n  {'cycle':>5} {'annotated':>10} {'pseudo-labelled':>16} {'mask mAP@0.5':>13} {'mAP@[.5:.95]':>13}")
+        for cycle in reversed(self.cycles()):
+            facts = cycle["facts"]
+            metrics = facts.get("metrics", {})
+            print(
+                f"  {cycle['number']:>5} {facts.get('annotated', ''):>10} {facts.get('pseudo_labeled', ''):>16} "
+                f"{_figure(metrics.get('map_50')):>13} {_figure(metrics.get('map_50_95')):>13}"
+            )
+        print(flush=True)
+
+    def _described(self, cycle: dict[str, Any]) -> str:
+        share = f", {10 * (10 * cycle['done'] // cycle['total'])} %" if cycle["total"] else ""
+        return f"cycle {cycle['number']}: {cycle['stage']}{share}"
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _say(text: str) -> None:
+    print(f"  {time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def _stop_in_order(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()
