@@ -165,7 +165,7 @@ class LabelStudioClient:
 
     def projects(self) -> list[Project]:
         answers: Iterator[Any] = iter(self._sdk.projects.list())
-        found = []
+        found: list[Project] = []
         with suppress(_NotFoundError):  # the SDK reads on until the page past the end
             found.extend(map(_project, answers))
         return found
