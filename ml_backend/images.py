@@ -27,7 +27,8 @@ _CLOUD_SCHEMES = ("s3", "gs", "azure-blob")  # what Label Studio resolves for us
 _MAX_REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
 _EXIF_ORIENTATION = 0x0112
-_QUARTER_TURNS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
+_TURNED = range(2, 9)  # the EXIF orientations that are not upright
+_QUARTER_TURNS = range(5, 9)  # those of them that swap height and width
 
 # Pillow's readers by file extension. `Image.open` is avoided: its guard against decompression bombs is a global of the
 # process, and it would try every format that anybody registered.
@@ -230,9 +231,10 @@ class ImageStore:
                     image.load()
                 except _BROKEN as error:
                     raise source.error(f"expected a whole image, got a damaged {extension} file: {error}") from error
-        if extension == "webp" and orientation in range(2, 9):
-            raise source.error("a WebP image with an EXIF orientation looks different in each program: save it upright")
-        if extension in ("png", "jpg") and orientation in _QUARTER_TURNS:
+        if orientation in _TURNED and extension not in ("png", "jpg"):
+            # OpenCV ignores it in WebP and cannot read such a TIFF; browsers show both turned.
+            raise source.error(f"a {extension} file that is turned by EXIF orientation {orientation}: save it upright")
+        if orientation in _QUARTER_TURNS:
             width, height = height, width
         return extension, (height, width)
 
@@ -268,7 +270,8 @@ def _is_text(value: str) -> bool:
 
 
 def _scheme(address: str) -> str:
-    return address.partition(":")[0].lower()
+    scheme, colon, _ = address.partition(":")
+    return scheme.lower() if colon else ""
 
 
 def _decode_data_uri(source: _Source, max_bytes: int) -> bytes:
