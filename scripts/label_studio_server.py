@@ -54,7 +54,7 @@ class LabelStudioServer:
     ) -> None:
         self.data_dir = data_dir.resolve()
         self.username = username
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.url = f"http://{HOST}:{self.port}"
         self.log_path = self.data_dir / "label-studio.log"
         self._password = password
@@ -250,7 +250,8 @@ def _submit(browser: httpx.Client, path: str, form: dict[str, str]) -> bool:
     return answer.is_redirect
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

@@ -10,6 +10,10 @@ from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import POLYGON_CONFIG, prepared_server
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--e2e-data", help="COCO folder whose crops the end-to-end test uses instead of CT phantoms")
+
+
 @pytest.fixture(scope="session")
 def label_studio(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[LabelStudioServer]:
     """A real Label Studio with a data folder of its own, stopped at the end whatever happens."""
