@@ -5,8 +5,10 @@
 
 import base64
 import logging
+import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,11 @@ from ml_backend.settings import Settings
 from model.errors import InvalidInputError, TSPError
 
 logger = logging.getLogger(__name__)
+
+_MAX_BODY_BYTES = 100_000_000  # Label Studio sends all selected tasks in one request, or 5000 imported ones
+_LONGEST_REASON = 400  # characters of an address
+
+Next = Callable[[Request], Awaitable[Response]]
 
 
 class SetupRequest(BaseModel):
@@ -62,8 +69,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     torch.set_num_threads(max(1, settings.threads))
     service = Service.connect(settings)
     predictor = Predictor(service)
-    app = FastAPI(title="TSP active learning", description=__doc__, version="0.1.0")
-    app.middleware("http")(_authentication(settings))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(title="TSP active learning", description=__doc__, version="0.1.0", lifespan=lifespan)
+    app.middleware("http")(_refuse_huge_bodies)
+    app.middleware("http")(_authentication(settings))  # the last one added is the first one asked
     for kind, code in _STATUS_OF.items():
         app.add_exception_handler(kind, _answer_with(code))
 
@@ -87,6 +101,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         parse_label_config(request.label_config, from_name=settings.from_name)
         inbox.remember_project(service.database, name)
         return backend(request.project).setup()
+
+    @app.get("/refused/{reason}")
+    def refused(reason: str) -> Json:
+        """Where Label Studio is sent when /setup refuses: of an error it shows people nothing but the address."""
+        raise LabelConfigError(reason)
 
     @app.post("/predict")
     def predict(request: PredictRequest) -> Json:
@@ -123,7 +142,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @app.get("/ui", response_class=HTMLResponse)
     def ui() -> str:
         """The dashboard."""
-        return page.render(projects=overview(service), settings=settings)
+        return page.render(projects=overview(service))
 
     return app
 
@@ -140,21 +159,42 @@ _STATUS_OF: dict[type[Exception], int] = {
 def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def answer(request: Request, error: Exception) -> Response:
         logger.warning("%s %s: %s", request.method, request.url.path, error)
+        if request.scope["path"] == "/setup" and request.headers.get("user-agent", "").startswith("heartex/"):
+            return RedirectResponse(f"refused/{_as_address(str(error))}", status_code=303)  # Label Studio follows
         return JSONResponse({"detail": str(error)}, status_code=status)
 
     return answer
 
 
-def _authentication(settings: Settings) -> Callable[..., Awaitable[Response]]:
+def _as_address(message: str) -> str:
+    """The first line of a message, readable as a part of an address."""
+    return re.sub(r"[^\w.,:;=$()'-]+", "-", message.partition("\n")[0], flags=re.ASCII)[:_LONGEST_REASON].strip("-")
+
+
+async def _refuse_huge_bodies(request: Request, go_on: Next) -> Response:
+    """A body is read into memory as a whole, so its length must be known and bearable before."""
+    length = request.headers.get("content-length", "0" if request.method in ("GET", "HEAD") else "")
+    if not length.isdecimal():
+        return JSONResponse({"detail": "expected a Content-Length header"}, status_code=411)
+    if int(length) > _MAX_BODY_BYTES:
+        detail = f"expected a body of at most {_MAX_BODY_BYTES} bytes, {length} are announced: send fewer tasks at once"
+        return JSONResponse({"detail": detail}, status_code=413)
+    return await go_on(request)
+
+
+def _authentication(settings: Settings) -> Callable[[Request, Next], Awaitable[Response]]:
     """Basic authentication on every route but /health, when a user name and a password are set."""
-    expected: bytes | None = None
+    expected: list[bytes] = []
     if settings.basic_auth_user is not None and settings.basic_auth_pass is not None:
         credentials = f"{settings.basic_auth_user}:{settings.basic_auth_pass.get_secret_value()}"
-        expected = b"Basic " + base64.b64encode(credentials.encode())
+        # Label Studio sends an "ä" in Latin-1, browsers in UTF-8.
+        encoded = (credentials.encode(), credentials.encode("latin-1", errors="backslashreplace"))
+        expected = [b"Basic " + base64.b64encode(one) for one in encoded]
 
-    async def check(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def check(request: Request, go_on: Next) -> Response:
         given = request.headers.get("authorization", "").encode()
-        if expected is None or request.url.path == "/health" or secrets.compare_digest(given, expected):
+        is_known = any(secrets.compare_digest(given, right) for right in expected)
+        if not expected or request.scope["path"] == "/health" or is_known:
             return await go_on(request)
         return JSONResponse(
             {"detail": "user name and password are needed: set them in Label Studio where the backend is connected"},

@@ -21,7 +21,8 @@ from model.errors import InvalidInputError
 class TSPBackend(LabelStudioMLBase):
     """Predicts with the active version of a project; training happens in the worker, `fit` only asks for it.
 
-    `project_id` is the name that Label Studio gives a project: "<id>.<unix time of its creation>".
+    `project_id` is the name that Label Studio gives a project: "<id>.<unix time of its creation>". 1.0.9 does not say
+    which project it is about, except in the events that `fit` is given.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class TSPBackend(LabelStudioMLBase):
         predictor: Predictor | None = None,
         **others: Any,
     ) -> None:
-        super().__init__(label_config=label_config, **others)
+        super().__init__(**others)
+        self.label_config = label_config  # past label-studio-ml, which would parse it too and raise errors of its own
         self.project_id = project_id
         self._service = service or Service.connect(Settings.from_environment())
         self._predictor = predictor or Predictor(self._service)
@@ -44,10 +46,18 @@ class TSPBackend(LabelStudioMLBase):
         """One prediction (result, score, model_version) for each task; empty ones before the first cycle."""
         return self._predictor.predict(self._project().key, tasks, self.label_config or "")
 
-    def fit(self, event: Any, data: Mapping[str, Any] | None = None, **others: Any) -> dict[str, Any]:
-        """Record the event and return: Label Studio waits one second. The worker decides whether to train."""
-        action = event if isinstance(event, str) else str(others.get("event", "ANNOTATION_UPDATED"))
-        inbox.record(self._service.database, self._project().key, action)
+    def fit(
+        self, *arguments: Any, event: str | None = None, data: Mapping[str, Any] | None = None, **others: Any
+    ) -> dict[str, Any]:
+        """Record the event and return: Label Studio waits one second. The worker decides whether to train.
+
+        2.x calls `fit(event, data)`; 1.0.9 calls `fit((), event=..., data=...)`, () being the tasks.
+        """
+        action = event or next((argument for argument in arguments if isinstance(argument, str)), "ANNOTATION_UPDATED")
+        payload = data or next((argument for argument in arguments if isinstance(argument, Mapping)), {})
+        name = ProjectName.from_webhook(payload.get("project")) or self._project()
+        inbox.remember_project(self._service.database, name)
+        inbox.record(self._service.database, name.key, action)
         return {}
 
     def setup(self) -> Json:

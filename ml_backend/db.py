@@ -1,5 +1,6 @@
 """What the service remembers between requests, in SQLite or PostgreSQL: projects, events, cycles. Never a token."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -8,9 +9,11 @@ from typing import Any
 
 from sqlalchemy import JSON, ForeignKey, Index, create_engine, event, make_url, text
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 UNFINISHED = ("planned", "running")  # the statuses of a cycle that is not over
+_PAUSES_SECONDS = (0.1, 0.3, 1.0)
 
 
 class Base(DeclarativeBase):
@@ -85,7 +88,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
-        Base.metadata.create_all(self.engine)
+        self._create_tables()
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -100,6 +103,15 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def _create_tables(self) -> None:
+        """Make what is missing. The web process and the worker start together: the slower one looks again."""
+        for pause in _PAUSES_SECONDS:
+            try:
+                return Base.metadata.create_all(self.engine)
+            except DBAPIError:
+                time.sleep(pause)
+        return Base.metadata.create_all(self.engine)
 
 
 def _engine(url: str) -> Engine:

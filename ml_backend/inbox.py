@@ -1,15 +1,19 @@
 """What Label Studio tells us: recorded at once and looked at later, for it waits one second and never asks again."""
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import IntegrityError
 
 from ml_backend.db import UNFINISHED, CycleRow, Database, EventRow, ProjectRow, utc_now
 
 START_TRAINING = "START_TRAINING"
+_UID = re.compile(r"([0-9]{1,9})\.([0-9]{1,12})")  # ids fit into 32 bits, as the databases and Label Studio have them
 
 
 @dataclass(frozen=True)
@@ -22,21 +26,19 @@ class ProjectName:
     @classmethod
     def from_uid(cls, uid: object) -> "ProjectName | None":
         """From "<id>.<unix time of creation>", as /setup and /predict name projects; None when it is no such name."""
-        number, dot, created = str(uid).partition(".")
-        if not (dot and number.isdecimal() and created.isdecimal()):
-            return None
-        return cls(f"{number}-{created}", int(number))
+        match = _UID.fullmatch(str(uid))
+        return cls(f"{int(match[1])}-{int(match[2])}", int(match[1])) if match else None
 
     @classmethod
     def from_webhook(cls, project: object) -> "ProjectName | None":
         """From the project of a webhook's payload; None when id or time of creation is missing."""
-        if not isinstance(project, Mapping) or not isinstance(project.get("id"), int):
+        if not isinstance(project, Mapping):
             return None
         try:
-            created = datetime.fromisoformat(str(project.get("created_at")))
-        except ValueError:
+            created = datetime.fromisoformat(str(project.get("created_at"))).timestamp()
+        except (ValueError, OverflowError):  # no time, or one before time began
             return None
-        return cls(f"{project['id']}-{int(created.timestamp())}", project["id"])
+        return cls.from_uid(f"{project.get('id')}.{int(created)}")
 
 
 def label_studio_id(project_key: str) -> int:
@@ -46,14 +48,16 @@ def label_studio_id(project_key: str) -> int:
 
 def remember_project(database: Database, name: ProjectName) -> None:
     """From now on the worker looks after this project."""
-    with database.session() as session:
+    with suppress(IntegrityError), database.session() as session:  # somebody else may remember it at this moment
         if session.get(ProjectRow, name.key) is None:
-            session.merge(ProjectRow(key=name.key, label_studio_id=name.label_studio_id))
+            session.add(ProjectRow(key=name.key, label_studio_id=name.label_studio_id))
 
 
 def known_project(database: Database, project: object) -> ProjectName | None:
     """The project of a payload that lacks the time of creation, if just one known project has its id."""
     number = project.get("id") if isinstance(project, Mapping) else project
+    if not isinstance(number, int) or number.bit_length() > 31:  # no database has such an id
+        return None
     with database.session() as session:
         rows = session.scalars(select(ProjectRow).where(ProjectRow.label_studio_id == number)).all()
     return ProjectName(rows[0].key, rows[0].label_studio_id) if len(rows) == 1 else None

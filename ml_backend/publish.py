@@ -102,7 +102,10 @@ def _settled_task_ids(service: Service, project_id: int, version: str) -> frozen
 def _replace_refused(service: Service, project_id: int, version: str, imported: set[int]) -> None:
     """Label Studio drops what it finds invalid without a word; such a task gets an empty prediction, served last."""
     client = service.label_studio
-    refused = sorted(imported - client.predicted_task_ids(project_id, version))
+    unpredicted = imported - client.predicted_task_ids(project_id, version)
+    if not unpredicted:
+        return
+    refused = sorted(unpredicted & {task.id for task in client.tasks(project_id)})  # the others were deleted meanwhile
     if not refused:
         return
     logger.error("project %s: Label Studio refused the predictions of tasks %s", project_id, _some(refused))

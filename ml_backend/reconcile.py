@@ -5,7 +5,8 @@ Webhooks only make this happen sooner: lost, doubled or reordered, they change n
 
 import logging
 
-from sqlalchemy import func, select
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
 from ml_backend import inbox
 from ml_backend.db import UNFINISHED, CycleRow, Database, ProjectRow, UsedTaskRow, utc_now
@@ -26,7 +27,7 @@ def reconcile(service: Service, project_key: str) -> Decision:
         new = len(annotated - set(used))
         row.title, row.annotated, row.new_annotated = project.title, len(annotated), new
         row.checked_at, row.problem = utc_now(), ""
-    running = unfinished_cycle(service.database, project_key) is not None
+    last, running = _cycles(service.database, project_key)
     decision = plan(
         Situation(
             annotated=len(annotated),
@@ -37,7 +38,7 @@ def reconcile(service: Service, project_key: str) -> Decision:
         )
     )
     if decision.start:
-        _plan_cycle(service.database, project_key, decision.reason)
+        _plan_cycle(service.database, project_key, last + 1, decision.reason)
     # A wish to train that comes during a cycle is kept for afterwards.
     handled = [number for number, action in events if not (running and action == inbox.START_TRAINING)]
     inbox.mark_handled(service.database, handled)
@@ -52,8 +53,20 @@ def unfinished_cycle(database: Database, project_key: str) -> int | None:
         )
 
 
-def _plan_cycle(database: Database, project_key: str, reason: str) -> None:
+def _cycles(database: Database, project_key: str) -> tuple[int, bool]:
+    """The number of the newest cycle (0: none yet), and whether one is planned or running."""
     with database.session() as session:
-        last = session.scalar(select(func.max(CycleRow.number)).where(CycleRow.project_key == project_key)) or 0
-        session.add(CycleRow(project_key=project_key, number=last + 1, reason=reason))
-    logger.info("project %s: cycle %d starts: %s", project_key, last + 1, reason)
+        query = select(CycleRow.number, CycleRow.status).where(CycleRow.project_key == project_key)
+        cycles = session.execute(query.order_by(CycleRow.number)).all()
+    return (cycles[-1].number if cycles else 0), any(cycle.status in UNFINISHED for cycle in cycles)
+
+
+def _plan_cycle(database: Database, project_key: str, number: int, reason: str) -> None:
+    """`number` follows the newest cycle that the decision knew of, so that two deciders cannot both plan one."""
+    try:
+        with database.session() as session:
+            session.add(CycleRow(project_key=project_key, number=number, reason=reason))
+    except IntegrityError:
+        logger.info("project %s: cycle %d is planned already", project_key, number)
+    else:
+        logger.info("project %s: cycle %d starts: %s", project_key, number, reason)

@@ -1,5 +1,6 @@
 """The only reader of the environment. Names without a prefix are those that users of label-studio-ml know."""
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import torch
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ml_backend.errors import SettingsError
@@ -26,7 +27,15 @@ def _env(name: str, default: Any, description: str, **limits: Any) -> Any:
 class Settings(BaseSettings):
     """Every setting, with its default; the table in the README is made from these descriptions."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    # Nothing but these names is read: SEED or DEVICE may stand in the environment for another program.
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="ignore",
+        case_sensitive=True,
+        env_ignore_empty=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # an address may hold a password
+    )
 
     label_studio_url: str = _env(
         "LABEL_STUDIO_URL", "http://localhost:8080", "Label Studio's address, as this service reaches it"
@@ -81,10 +90,12 @@ class Settings(BaseSettings):
     image_size: int | None = _env(
         "TSP_IMAGE_SIZE", None, "shorter side the network sees, in pixels; none: the profile's", ge=32
     )
-    anchor_sizes: tuple[int, ...] | None = _env(
+    anchor_sizes: tuple[PositiveInt, ...] | None = _env(
         "TSP_ANCHOR_SIZES",
         None,
         "five anchor sizes in pixels of the network's input, as JSON; none: chosen from the annotated instances",
+        min_length=5,
+        max_length=5,
     )
     detections_per_image: int | None = _env(
         "TSP_DETECTIONS", None, "most instances found in an image; none: 100, or twice what people found in one", ge=1
@@ -114,6 +125,41 @@ class Settings(BaseSettings):
     def _absolute(cls, folder: Path) -> Path:
         return folder.resolve()
 
+    @field_validator("label_studio_url")
+    @classmethod
+    def _web_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected an address like http://localhost:8080")
+        return url.rstrip("/")
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, url: str) -> str:
+        if url and not url.startswith(("sqlite:///", "postgres://", "postgresql://", "postgresql+psycopg://")):
+            raise ValueError("expected postgresql://user:password@host/database or sqlite:////absolute/path")
+        return url
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if device != "auto":
+            try:
+                torch.device(device)
+            except RuntimeError as error:
+                raise ValueError("expected auto, cpu, cuda or cuda:<number>") from error
+        return device
+
+    @field_validator("anchor_sizes", mode="before")
+    @classmethod
+    def _from_json(cls, sizes: object) -> object:
+        if not isinstance(sizes, str):
+            return sizes
+        try:
+            return json.loads(sizes)
+        except ValueError as error:
+            raise ValueError("expected JSON like [16, 32, 64, 128, 256]") from error
+
     @classmethod
     def from_environment(cls) -> Self:
         """Read and check; SettingsError names the variable, what was expected and what came (but never a secret)."""
@@ -121,15 +167,10 @@ class Settings(BaseSettings):
             settings = cls()
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+                f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
                 for problem in error.errors(include_input=False)
             )
             raise SettingsError(f"settings: {problems}. The README lists every setting.") from error
-        parts = urlsplit(settings.label_studio_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SettingsError(
-                f"LABEL_STUDIO_URL: expected an address like http://localhost:8080, got {settings.label_studio_url!r}"
-            )
         try:
             NetworkConfig.for_profile(settings.profile, 2, **settings.network_options())
             settings.training()

@@ -65,8 +65,7 @@ class DurableCycles(DBOSConfiguredInstance):
             self.publish(project_key, number, version)
         except Exception as error:  # whatever it was, people must see it
             logger.exception("project %s: cycle %d failed", project_key, number)
-            reason = str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"
-            self._log(project_key, number).finish("failed", error=reason)
+            self._log(project_key, number).finish("failed", error=_in_words(error))
         else:
             self._log(project_key, number).finish("done")
 
@@ -105,6 +104,7 @@ class Worker:
         self._service = service
         self._cycles = DurableCycles(service)
         self._next_look: dict[str, float] = {}
+        self._published: set[str] = set()  # projects in which every task that was scored has its prediction
 
     def run(self) -> None:
         """Never returns."""
@@ -129,10 +129,10 @@ class Worker:
             self._resume_cycles(project_key)
             if unfinished_cycle(self._service.database, project_key) is None:
                 self._predict_new_tasks(project_key)
-        except TSPError as error:
-            logger.warning("project %s: %s", project_key, error)
+        except Exception as error:  # whatever it was, people must see it, and the other projects have their turn
+            logger.warning("project %s: %s", project_key, error, exc_info=not isinstance(error, TSPError))
             with self._service.database.session() as session:
-                session.get_one(ProjectRow, project_key).problem = str(error)
+                session.get_one(ProjectRow, project_key).problem = _in_words(error)
 
     def _resume_cycles(self, project_key: str) -> None:
         """Hand planned cycles to the workflow engine; the id makes sure that each runs once, however often this is."""
@@ -147,12 +147,21 @@ class Worker:
     def _predict_new_tasks(self, project_key: str) -> None:
         """Tasks that were imported, or lost their annotation, since the last cycle join the queue of its version."""
         version = self._service.registry.active(project_key)
-        if version is not None and score_pool(self._service, project_key, version):
+        if version is None:
+            return
+        if score_pool(self._service, project_key, version):
+            self._published.discard(project_key)
+        if project_key not in self._published:  # scored just now, or before an import that broke off
             import_missing(self._service, project_key, version)
+            self._published.add(project_key)
 
     def _projects(self) -> list[str]:
         with self._service.database.session() as session:
             return list(session.scalars(select(ProjectRow.key).order_by(ProjectRow.key)))
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
