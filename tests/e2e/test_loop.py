@@ -5,7 +5,6 @@ On CT phantoms; `--e2e-data <COCO folder>` runs the same on crops of another set
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,23 +179,29 @@ def _check_published(loop: Loop, version: str) -> None:
 
 
 def _label_second_batch_with_two_annotators(loop: Loop) -> list[Served]:
-    """Both take a task at the same moment, then both submit, until the batch is complete."""
+    """Both have a task open at the same time, then both submit, until the batch is complete.
+
+    They ask one after the other: what happens when they ask in the same instant depends on Label Studio's database
+    (test_two_annotators.py).
+    """
     served: list[Served] = []
-    with ThreadPoolExecutor(2) as together:
-        for _ in range(BATCH // 2):
-            tasks = list(together.map(lambda client: client.next_task(loop.project_id), loop.clients))
-            assert tasks[0]["id"] != tasks[1]["id"], "the same task went to both annotators"
-            pair = [annotator.annotate(task) for annotator, task in zip(loop.annotators, tasks, strict=True)]
-            served += sorted(pair, key=lambda s: s.score)
+    for _ in range(BATCH // 2):
+        tasks = [client.next_task(loop.project_id) for client in loop.clients]
+        served += [annotator.annotate(task) for annotator, task in zip(loop.annotators, tasks, strict=True)]
     return served
 
 
 def _check_order(loop: Loop, served: list[Served], version: str) -> None:
-    """Strictly by S: each pair had the two lowest scores that were left, and what is left scores higher still."""
+    """Strictly by S, no task twice, and what was not served scores no lower."""
+    annotated = loop.owner.annotated_task_ids(loop.project_id)
     assert {s.model_version for s in served} == {version}
     assert len({s.task_id for s in served}) == len(served)
     scores = [s.score for s in served]
     assert scores == sorted(scores)
+    left = [
+        rows[0]["score"] for task_id, rows in loop.predictions(version).items() if rows and task_id not in annotated
+    ]
+    assert min(left) >= scores[-1]
 
 
 def _kill_worker_while_it_trains(loop: Loop) -> None:
