@@ -53,7 +53,7 @@ class NetworkConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; `from_json` gives an equal config."""
-        return asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, card: dict[str, Any]) -> Self:

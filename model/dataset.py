@@ -122,7 +122,7 @@ def fitting_anchors(images: Sequence[LabeledImage], config: NetworkConfig) -> tu
     ]
     if not sizes:
         return config.anchor_sizes
-    smallest = 2 ** int(np.clip(np.floor(np.log2(np.quantile(sizes, 0.1))), 2, 5))
+    smallest = 2 ** int(np.clip(np.floor(np.log2(max(np.quantile(sizes, 0.1), 1))), 2, 5))
     return tuple(smallest * 2**level for level in range(5))
 
 

@@ -47,14 +47,15 @@ class Registry:
             return
         unfinished = folder.with_name(f".{card.version}.{uuid4().hex}.unfinished")
         unfinished.mkdir(parents=True)
-        write_tensors(unfinished / "weights.safetensors", network.state_dict(), {"version": card.version})
-        write_json(unfinished / "card.json", asdict(card))
         try:
+            write_tensors(unfinished / "weights.safetensors", network.state_dict(), {"version": card.version})
+            write_json(unfinished / "card.json", asdict(card))
             unfinished.replace(folder)
         except OSError:
-            shutil.rmtree(unfinished)
-            if not folder.exists():
+            if not folder.exists():  # else another process was quicker
                 raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def load(self, project: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard]:
         """The network of a version, in evaluation mode on the CPU, and its card."""

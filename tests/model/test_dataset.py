@@ -1,0 +1,425 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from model.config import NetworkConfig, TrainingConfig
+from model.dataset import (
+    LabeledSet,
+    TrainingSteps,
+    fitting_anchors,
+    image_tensor,
+    input_hw,
+    load_image,
+    read_coco,
+    training_sample,
+    write_coco,
+)
+from model.errors import DatasetError, InvalidInputError
+from model.geometry import mask_to_rle, rle_to_box_xyxy, rle_to_mask
+from model.types import LabeledImage
+from tests.model.examples import TINY, ellipse, labeled_image, rectangle
+
+CONFIG = NetworkConfig.for_profile("efficientnet_lite0_fpn", 3, **TINY)
+HW = (20, 30)
+MASK = rectangle(4, 5, 14, 12, hw=HW)
+REAL_SETS = Path(__file__).parents[2].parent / "shared" / "data"
+
+POLYGON = [[4, 5, 14, 5, 14, 12, 4, 12]]
+COMPRESSED = mask_to_rle(MASK)
+UNCOMPRESSED = {"size": list(HW), "counts": [4 * 20 + 5, *[7, 13] * 9, 7, 20 * 30 - 13 * 20 - 12]}
+
+
+def coco(**changes):
+    return {
+        "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],
+        "annotations": [{"id": 5, "image_id": 1, "category_id": 3, "segmentation": POLYGON, "iscrowd": 0}],
+        "categories": [{"id": 3, "name": "cell"}],
+        **changes,
+    }
+
+
+def annotation(**changes):
+    return {**coco()["annotations"][0], **changes}
+
+
+def written(folder, content):
+    path = folder / "annotations.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+# --- reading and writing COCO
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        pytest.param(POLYGON, id="polygons"),
+        pytest.param([[4, 5, 9, 5, 9, 12, 4, 12], [9, 5, 14, 5, 14, 12, 9, 12]], id="an instance of two polygons"),
+        pytest.param(COMPRESSED, id="compressed RLE"),
+        pytest.param(UNCOMPRESSED, id="uncompressed RLE"),
+    ],
+)
+def test_every_form_of_a_segmentation_gives_the_same_mask(segmentation, tmp_path):
+    dataset = read_coco(written(tmp_path, coco(annotations=[annotation(segmentation=segmentation)])))
+    (image,) = dataset.images
+    assert np.array_equal(rle_to_mask(image.rles[0]), MASK)
+    assert (image.image_id, image.path, image.image_hw) == ("1", tmp_path / "images" / "a.png", HW)
+    assert not image.pseudo
+
+
+def test_labels_follow_the_order_of_the_category_ids(tmp_path):
+    content = coco(
+        categories=[{"id": 7, "name": "late"}, {"id": 3, "name": "early"}],
+        annotations=[annotation(), annotation(category_id=7)],
+    )
+    dataset = read_coco(written(tmp_path, content))
+    assert dataset.class_names == ("early", "late")
+    assert dataset.images[0].labels.tolist() == [1, 2]
+
+
+def test_crowd_regions_are_left_out_and_images_without_annotations_stay(tmp_path):
+    content = coco(
+        images=[*coco()["images"], {"id": 2, "file_name": "b.png", "height": 8, "width": 9}],
+        annotations=[annotation(iscrowd=1), annotation(), {k: v for k, v in annotation().items() if k != "iscrowd"}],
+    )
+    first, second = read_coco(written(tmp_path, content)).images
+    assert len(first.rles) == 2
+    assert (len(second.rles), second.labels.tolist(), second.labels.dtype) == (0, [], np.int64)
+
+
+def test_only_the_images_of_a_split_are_read_if_one_is_named(tmp_path):
+    images = [{**coco()["images"][0], "id": i, "split": split} for i, split in enumerate(["train", "test", "train"])]
+    path = written(tmp_path, coco(images=images, annotations=[]))
+    assert [image.image_id for image in read_coco(path, split="train").images] == ["0", "2"]
+    assert [image.image_id for image in read_coco(path, split="test").images] == ["1"]
+    assert read_coco(path, split="val").images == ()
+    assert len(read_coco(path).images) == 3
+
+
+def test_images_may_lie_in_another_folder(tmp_path):
+    assert read_coco(written(tmp_path, coco()), Path("/pictures")).images[0].path == Path("/pictures/a.png")
+
+
+def test_what_is_written_is_read_back_the_same(tmp_path, monkeypatch):
+    images = (
+        labeled_image(tmp_path, "first", (1, rectangle(1, 2, 30, 40)), (2, ellipse(10, 10, 50, 40))),
+        labeled_image(tmp_path, "nothing in it"),
+        labeled_image(tmp_path, "seen by the model", (2, MASK), pseudo=True),
+    )
+    monkeypatch.chdir(tmp_path)
+    no_labels = np.zeros(0, dtype=np.int64)
+    relative = LabeledImage(image_id="relative", path=Path("first.png"), image_hw=(64, 64), labels=no_labels, rles=())
+    before = LabeledSet(images=(*images, relative), class_names=("cell", "dot"))
+    write_coco(tmp_path / "out.json", before)
+    after = read_coco(tmp_path / "out.json")
+    assert after.class_names == before.class_names
+    for a, b in zip(after.images, before.images, strict=True):
+        assert (a.image_id, a.path, a.image_hw, a.pseudo) == (b.image_id, tmp_path / b.path, b.image_hw, b.pseudo)
+        assert a.labels.tolist() == b.labels.tolist()
+        assert a.rles == b.rles
+
+
+def test_others_can_read_what_is_written(tmp_path):
+    image = labeled_image(tmp_path, "a", (1, MASK))
+    write_coco(tmp_path / "out.json", LabeledSet(images=(image,), class_names=("cell",)))
+    (entry,) = json.loads((tmp_path / "out.json").read_text())["annotations"]
+    assert (entry["area"], entry["bbox"], entry["category_id"]) == (70.0, [4.0, 5.0, 10.0, 7.0], 1)
+    assert coco_mask.iou([entry["segmentation"]], [mask_to_rle(MASK)], [0]).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param("{", "readable COCO JSON", id="bad JSON"),
+        pytest.param("[]", "lists of images", id="a list"),
+        pytest.param("null", "lists of images", id="null"),
+        pytest.param({}, "'categories' is missing", id="nothing in it"),
+        pytest.param({"categories": []}, "'annotations' is missing", id="no annotations"),
+        pytest.param(coco(images=None), "lists of images", id="images are null"),
+        pytest.param(coco(images=[{"id": 1}]), "'height' is missing", id="no size"),
+        pytest.param(coco(images=[{"id": 1, "height": 20, "width": 30}]), "'file_name' is missing", id="no file"),
+        pytest.param(coco(annotations=[annotation(category_id=9)]), "9 is missing", id="unknown category"),
+        pytest.param(coco(annotations=[{"image_id": 1, "category_id": 3}]), "'segmentation' is missing", id="no mask"),
+        pytest.param(coco(annotations=[annotation(segmentation=[])]), "annotation 5: .*outline", id="empty polygons"),
+        pytest.param(coco(annotations=[annotation(segmentation=None)]), "annotation 5: .*outline", id="null mask"),
+        pytest.param(
+            coco(annotations=[annotation(segmentation=[[1, 1, 5, 5]])]), "annotation 5: .*3 finite points", id="a line"
+        ),
+        pytest.param(
+            coco(annotations=[annotation(segmentation=[[1, 1, None, 5, 7, 7]])]), "annotation 5: .*finite", id="a gap"
+        ),
+        pytest.param(coco(annotations=[annotation(segmentation=[[1, 1, 5, 5, 7]])]), "annotation 5", id="half a point"),
+        pytest.param(
+            coco(annotations=[annotation(segmentation={"size": [9, 9], "counts": [81]})]),
+            r"image 1: its size is \(20, 30\) .* a mask has \[9, 9\]",
+            id="mask of another size",
+        ),
+    ],
+)
+def test_a_file_that_is_not_coco_is_refused_by_name(content, message, tmp_path):
+    path = written(tmp_path, content)
+    with pytest.raises(DatasetError, match=message) as caught:
+        read_coco(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(DatasetError, match=r"nowhere\.json: expected a readable"):
+        read_coco(tmp_path / "nowhere.json")
+
+
+# --- images
+
+
+def test_a_grey_image_has_three_equal_channels(tmp_path):
+    grey = np.arange(200, dtype=np.uint8).reshape(10, 20)
+    cv2.imwrite(str(tmp_path / "grey.png"), grey)
+    assert np.array_equal(load_image(tmp_path / "grey.png"), np.stack([grey] * 3, axis=2))
+
+
+def test_the_channels_are_red_green_blue_and_transparency_is_dropped(tmp_path):
+    Image.new("RGBA", (3, 2), (250, 120, 10, 0)).save(tmp_path / "rgba.png")
+    pixels = load_image(tmp_path / "rgba.png")
+    assert (pixels.shape, pixels.dtype, pixels.flags.c_contiguous) == ((2, 3, 3), np.uint8, True)
+    assert pixels[0, 0].tolist() == [250, 120, 10]
+
+
+def test_sixteen_bits_become_the_upper_eight(tmp_path):
+    deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    pixels = load_image(tmp_path / "deep.png")
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels[:, :, 0].astype(int) - deep // 256).max() <= 1
+
+
+@pytest.mark.parametrize(("orientation", "hw"), [(1, (20, 30)), (3, (20, 30)), (6, (30, 20)), (8, (30, 20))])
+def test_orientation_is_applied_before_the_size_is_read(orientation, hw, tmp_path):
+    stored = Image.fromarray(np.where(MASK, 255, 0).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.jpg", exif=exif, quality=100)
+    seen = np.rot90(MASK, {1: 0, 3: 2, 6: 3, 8: 1}[orientation])
+    assert load_image(tmp_path / "photo.jpg").shape == (*hw, 3)
+    assert np.array_equal(load_image(tmp_path / "photo.jpg")[:, :, 0] > 127, seen)
+
+    config = NetworkConfig.for_profile("efficientnet_lite0_fpn", 3, **{**TINY, "min_size": 20, "max_size": 30})
+    labels = np.array([1])
+    upright = LabeledImage(
+        image_id="p", path=tmp_path / "photo.jpg", image_hw=hw, labels=labels, rles=(mask_to_rle(seen),)
+    )
+    _, sample = training_sample(upright, config, flip=False)
+    assert np.array_equal(sample["masks"][0].numpy(), seen)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no image"], ids=["missing", "empty", "damaged"])
+def test_a_file_that_is_no_image_is_refused_by_name(content, tmp_path):
+    if content is not None:
+        (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"a\.png: expected an image"):
+        load_image(tmp_path / "a.png")
+
+
+def test_an_image_of_another_size_than_its_annotations_is_refused_by_name(tmp_path):
+    image = labeled_image(tmp_path, "a", (1, MASK))
+    cv2.imwrite(str(image.path), np.zeros((30, 20, 3), dtype=np.uint8))
+    with pytest.raises(DatasetError, match=r"a\.png: its annotations are for size \(20, 30\), the file has \(30, 20\)"):
+        training_sample(image, CONFIG, flip=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"labels": np.array([1, 2])}, r"one label for each of the 1 masks, got .*\(2,\)", id="two labels"),
+        pytest.param({"labels": np.array([0])}, "labels start at 1", id="background"),
+        pytest.param({"image_hw": (30, 20)}, r"its size is \(30, 20\)", id="another size"),
+    ],
+)
+def test_labels_and_masks_of_an_image_must_agree(changes, message):
+    fields = {"image_id": "a", "path": Path("a"), "image_hw": HW, "labels": np.array([1]), "rles": (COMPRESSED,)}
+    with pytest.raises(InvalidInputError, match=message):
+        LabeledImage(**{**fields, **changes})
+
+
+# --- what the network gets
+
+
+@pytest.mark.parametrize(
+    ("hw", "expected"),
+    [
+        pytest.param((64, 64), (64, 64), id="as it is"),
+        pytest.param((128, 160), (64, 80), id="shrunk"),
+        pytest.param((32, 40), (64, 80), id="enlarged"),
+        pytest.param((100, 400), (24, 96), id="the longer side rules"),
+        pytest.param((1, 1000), (1, 96), id="a line"),
+    ],
+)
+def test_the_input_size_keeps_the_proportions_within_both_limits(hw, expected):
+    assert input_hw(hw, CONFIG) == expected
+
+
+def test_pixels_become_numbers_from_zero_to_one():
+    pixels = np.zeros((4, 6, 3), dtype=np.uint8)
+    pixels[0, 0] = (255, 51, 0)
+    tensor = image_tensor(pixels, (4, 6))
+    assert (tensor.shape, tensor.dtype) == ((3, 4, 6), torch.float32)
+    assert tensor[:, 0, 0].tolist() == pytest.approx([1.0, 0.2, 0.0])
+    checkered = np.indices((64, 64)).sum(axis=0)[:, :, None] % 2 * np.full(3, 255)
+    shrunk = image_tensor(checkered.astype(np.uint8), (16, 16))
+    assert (shrunk - 0.5).abs().max() < 0.01  # averaged, not aliased
+
+
+@pytest.mark.parametrize("size", [64, 128, 32], ids=["same size", "shrunk", "enlarged"])
+def test_boxes_masks_and_pixels_stay_together_at_the_input_size(size, tmp_path):
+    scale = size // 32
+    shapes = [rectangle(*(scale * c for c in box), hw=(size, size)) for box in ((4, 5, 20, 17), (18, 20, 30, 28))]
+    image = labeled_image(tmp_path, "a", (1, shapes[0]), (2, shapes[1]))
+    tensor, sample = training_sample(image, CONFIG, flip=False)
+    assert tensor.shape == (3, 64, 64)
+    assert sample["boxes"].tolist() == [[8, 10, 40, 34], [36, 40, 60, 56]]
+    assert sample["labels"].tolist() == [1, 2]
+    assert (sample["masks"].dtype, sample["pseudo"]) == (torch.uint8, False)
+    bright = tensor.amax(dim=0) > 0.6
+    assert (bright == sample["masks"].any(dim=0)).float().mean() > 0.98
+
+
+def test_a_flip_mirrors_pixels_masks_and_boxes_alike(tmp_path):
+    image = labeled_image(tmp_path, "a", (1, ellipse(4, 8, 30, 60)), (2, rectangle(40, 10, 60, 50)))
+    tensor, sample = training_sample(image, CONFIG, flip=False)
+    flipped_tensor, flipped = training_sample(image, CONFIG, flip=True)
+    assert torch.equal(flipped_tensor, tensor.flip(2))
+    assert torch.equal(flipped["masks"], sample["masks"].flip(2))
+    assert flipped["boxes"].tolist() == [[34, 8, 60, 60], [4, 10, 24, 50]]
+    assert torch.equal(flipped["labels"], sample["labels"])
+    for mask, box in zip(flipped["masks"].numpy(), flipped["boxes"].tolist(), strict=True):
+        assert rle_to_box_xyxy(mask_to_rle(mask.astype(bool))).tolist() == box
+
+
+def test_instances_that_vanish_at_the_input_size_are_left_out(tmp_path):
+    speck, block = rectangle(100, 100, 101, 101, hw=(256, 256)), rectangle(0, 0, 80, 80, hw=(256, 256))
+    image = labeled_image(tmp_path, "a", (1, speck), (2, block))
+    _, sample = training_sample(image, CONFIG, flip=False)
+    assert sample["labels"].tolist() == [2]
+    assert sample["boxes"].tolist() == [[0, 0, 20, 20]]
+    _, nothing = training_sample(labeled_image(tmp_path, "b", (1, speck)), CONFIG, flip=True)
+    assert (nothing["boxes"].shape, nothing["labels"].shape, nothing["masks"].shape) == ((0, 4), (0,), (0, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"),
+    [
+        pytest.param(6, (4, 8, 16, 32, 64), id="small"),
+        pytest.param(20, (16, 32, 64, 128, 256), id="middling"),
+        pytest.param(60, (32, 64, 128, 256, 512), id="large"),
+        pytest.param(1, (4, 8, 16, 32, 64), id="specks"),
+        pytest.param(0, (4, 8, 16, 32, 64), id="empty masks"),
+    ],
+)
+def test_anchors_fit_the_instances(side, expected, tmp_path):
+    image = labeled_image(tmp_path, "a", (1, rectangle(0, 0, side, side)), (1, rectangle(0, 0, side, side)))
+    assert fitting_anchors([image], CONFIG) == expected
+
+
+def test_without_instances_the_anchors_stay(tmp_path):
+    assert fitting_anchors([labeled_image(tmp_path, "a")], CONFIG) == CONFIG.anchor_sizes
+    assert fitting_anchors([], CONFIG) == CONFIG.anchor_sizes
+
+
+# --- training steps
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Five annotated images and three that the model has labelled; their widths tell them apart."""
+    folder = tmp_path_factory.mktemp("pictures")
+    return [
+        labeled_image(folder, str(width), (1, rectangle(2, 2, 30, 30, hw=(64, width))), pseudo=width >= 74)
+        for width in (64, 66, 68, 70, 72, 74, 76, 78)
+    ]
+
+
+def widths(batch):
+    return [image.shape[2] for image in batch[0]]
+
+
+def steps(images, **training):
+    return TrainingSteps(images, network=CONFIG, training=TrainingConfig(**{"epochs": 3, **training}))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "steps_per_epoch"), [(1, 5), (2, 3), (5, 1), (9, 1)], ids=lambda value: str(value)
+)
+def test_an_epoch_shows_each_annotated_image_once_and_fills_its_last_batch(batch_size, steps_per_epoch, pictures):
+    batches = steps(pictures[:5], batch_size=batch_size)
+    assert (batches.steps_per_epoch, len(batches)) == (steps_per_epoch, 3 * steps_per_epoch)
+    for epoch in range(3):
+        shown = Counter()
+        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            batch = widths(batches[step])
+            assert len(batch) == len(set(batch)) == min(batch_size, 5)
+            shown.update(batch)
+        assert set(shown) == {64, 66, 68, 70, 72}
+        assert max(shown.values()) <= (1 if 5 % min(batch_size, 5) == 0 else 2)
+
+
+def test_epochs_have_different_orders(pictures):
+    batches = steps(pictures[:5], batch_size=5, epochs=10)
+    assert len({tuple(widths(batches[step])) for step in range(10)}) > 5
+
+
+def test_each_step_is_joined_by_pseudo_labelled_images_that_take_turns(pictures):
+    batches = steps(pictures, batch_size=2, pseudo_batch_size=1)
+    assert len(batches) == 9  # an epoch is one of the annotated images
+    seen = []
+    for step in range(9):
+        _, targets = batch = batches[step]
+        assert [target["pseudo"] for target in targets] == [False, False, True]
+        seen.append(widths(batch)[-1])
+    assert [Counter(seen[i : i + 3]) for i in (0, 3, 6)] == [Counter([74, 76, 78])] * 3
+
+
+def test_the_same_step_is_always_the_same_and_another_seed_another(pictures):
+    def content(batch):
+        return [tensor.numpy().tobytes() for tensor in batch[0]], [t["masks"].numpy().tobytes() for t in batch[1]]
+
+    first, again, other = steps(pictures), steps(pictures), steps(pictures, seed=1)
+    order = list(range(len(first)))
+    assert [content(first[i]) for i in order] == [content(again[i]) for i in reversed(order)][::-1]
+    assert [content(first[i]) for i in order] != [content(other[i]) for i in order]
+
+
+@pytest.mark.parametrize(("probability", "flipped"), [(0.0, {False}), (1.0, {True}), (0.5, {False, True})])
+def test_images_are_flipped_with_the_given_probability(probability, flipped, pictures):
+    batches = steps(pictures[:5], horizontal_flip=probability, epochs=4, batch_size=5)
+    assert {bool(t["boxes"][0, 0] > 2) for step in range(4) for t in batches[step][1]} == flipped
+
+
+def test_there_is_nothing_to_train_on_without_annotated_images(pictures):
+    with pytest.raises(DatasetError, match="at least one annotated image"):
+        steps(pictures[5:])
+
+
+# --- real sets
+
+
+@pytest.mark.parametrize("name", ["animals6", "chiu_dme_oct", "dsb2018", "phe_sich_ct"])
+def test_real_sets_are_read_whole(name):
+    path = REAL_SETS / name / "annotations.json"
+    if not path.exists():
+        pytest.skip(f"the real image sets are not installed here ({path} is missing)")
+    test, everything = read_coco(path, split="test"), read_coco(path)
+    assert 0 < len(test.images) < len(everything.images)
+    content = json.loads(path.read_text())
+    assert sum(len(image.rles) for image in everything.images) == len(content["annotations"])
+    config = NetworkConfig.for_profile("efficientnet_lite0_fpn", len(test.class_names) + 1)
+    with_instances = next(image for image in test.images if len(image.rles))
+    tensor, sample = training_sample(with_instances, config, flip=False)
+    assert len(sample["boxes"]) > 0
+    assert sample["masks"].shape[1:] == tensor.shape[1:]

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.config import PseudoLabelConfig
+from model.errors import InvalidInputError
+from model.geometry import rle_to_mask
+from model.pseudo_labels import pseudo_labeled_image, trusted
+from tests.model.examples import detections, rectangle
+
+BOX = [10.0, 10.0, 40.0, 40.0]
+ABOVE = {"c": 0.95, "b": 0.95, "m": 0.85}
+
+
+def one_instance(**scores):
+    c, b, m = ({**ABOVE, **scores}[name] for name in "cbm")
+    return detections([BOX], class_scores=[c], box_scores=[b], mask_scores=[m])
+
+
+def pseudo(found, **config):
+    return pseudo_labeled_image(
+        found, PseudoLabelConfig(**config), image_id="7", path=Path("7.png"), mask_threshold=0.3
+    )
+
+
+@pytest.mark.parametrize(
+    ("c", "b", "m", "by_text", "by_algorithm_1"),
+    [
+        pytest.param(0.95, 0.95, 0.85, True, True, id="all above"),
+        pytest.param(0.9001, 0.9001, 0.8001, True, True, id="all just above"),
+        pytest.param(0.9, 0.95, 0.85, False, True, id="class at its threshold"),
+        pytest.param(0.95, 0.9, 0.85, False, True, id="box at its threshold"),
+        pytest.param(0.95, 0.95, 0.8, False, True, id="mask at its threshold"),
+        pytest.param(0.9, 0.9, 0.8, False, False, id="all at their thresholds"),
+        pytest.param(0.9001, 0.1, 0.1, False, True, id="class alone above"),
+        pytest.param(0.1, 0.9001, 0.1, False, True, id="box alone above"),
+        pytest.param(0.1, 0.1, 0.8001, False, True, id="mask alone above"),
+        pytest.param(0.89, 0.89, 0.79, False, False, id="all just below"),
+        pytest.param(0.0, 0.0, 0.0, False, False, id="all zero"),
+        pytest.param(1.0, 1.0, 1.0, True, True, id="all one"),
+    ],
+)
+def test_which_instances_are_trusted_by_the_text_and_by_algorithm_1(c, b, m, by_text, by_algorithm_1):
+    found = one_instance(c=c, b=b, m=m)
+    assert trusted(found, PseudoLabelConfig()).tolist() == [by_text]
+    assert trusted(found, PseudoLabelConfig(rule="and")).tolist() == [by_text]
+    assert trusted(found, PseudoLabelConfig(rule="or")).tolist() == [by_algorithm_1]
+
+
+def test_the_default_thresholds_are_the_papers():
+    config = PseudoLabelConfig()
+    assert (config.class_threshold, config.box_threshold, config.mask_threshold) == (0.9, 0.9, 0.8)
+
+
+@pytest.mark.parametrize(
+    "threshold", [{"class_threshold": 0.96}, {"box_threshold": 0.96}, {"mask_threshold": 0.86}], ids=str
+)
+def test_each_threshold_rules_its_own_score(threshold):
+    assert trusted(one_instance(), PseudoLabelConfig()).all()
+    assert not trusted(one_instance(), PseudoLabelConfig(**threshold)).any()
+
+
+def test_trusted_instances_become_labels_with_their_masks_and_the_others_vanish():
+    found = detections(
+        [BOX, [5, 5, 20, 20], [30.0, 20.0, 60.0, 50.0]], labels=[2, 1, 3], class_scores=[0.99, 0.5, 0.95]
+    )
+    image = pseudo(found)
+    assert image.pseudo
+    assert (image.image_id, image.path, image.image_hw) == ("7", Path("7.png"), (64, 64))
+    assert image.labels.tolist() == [2, 3]
+    for rle, box in zip(image.rles, [(10, 10, 40, 40), (30, 20, 60, 50)], strict=True):
+        mask, expected = rle_to_mask(rle), rectangle(*box)
+        assert (mask & expected).sum() / (mask | expected).sum() > 0.85
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(detections([]), id="no detections"),
+        pytest.param(one_instance(c=0.5), id="nothing trusted"),
+        pytest.param(detections([BOX], roi_masks=np.zeros((1, 28, 28), dtype=np.float32)), id="only an empty mask"),
+    ],
+)
+@pytest.mark.parametrize("rule", ["and", "or"])
+def test_an_image_without_a_surviving_instance_is_left_out(found, rule):
+    if rule == "or" and found.class_scores.tolist() == [0.5]:
+        found = one_instance(c=0.5, b=0.5, m=0.5)
+    assert pseudo(found, rule=rule) is None
+
+
+def test_an_instance_without_a_pixel_is_left_out_of_an_image_that_has_others():
+    roi_masks = np.ones((2, 28, 28), dtype=np.float32)
+    roi_masks[0] = 0.3  # at the threshold is not above it
+    image = pseudo(detections([BOX, BOX], labels=[1, 2], roi_masks=roi_masks))
+    assert image.labels.tolist() == [2]
+    assert len(image.rles) == 1
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(InvalidInputError, match="'and' or 'or', got 'xor'"):
+        PseudoLabelConfig(rule="xor")
