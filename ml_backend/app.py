@@ -59,7 +59,7 @@ class PredictRequest(BaseModel):
 class WebhookRequest(BaseModel):
     """An event of Label Studio. Only who and what is read: what is true, Label Studio is asked."""
 
-    action: str = Field(max_length=100)
+    action: str = Field(max_length=100, pattern="^[A-Z_]+$")
     project: dict[str, Any]
 
 

@@ -56,7 +56,7 @@ def remember_project(database: Database, name: ProjectName) -> None:
 def known_project(database: Database, project: object) -> ProjectName | None:
     """The project of a payload that lacks the time of creation, if just one known project has its id."""
     number = project.get("id") if isinstance(project, Mapping) else project
-    if not isinstance(number, int) or number.bit_length() > 31:  # no database has such an id
+    if type(number) is not int or number.bit_length() > 31:  # True is an int as well; no database has a longer one
         return None
     with database.session() as session:
         rows = session.scalars(select(ProjectRow).where(ProjectRow.label_studio_id == number)).all()

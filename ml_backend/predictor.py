@@ -61,7 +61,7 @@ class Predictor:
     ) -> Json:
         settings = self._service.settings
         try:
-            fetched = self._service.images.fetch(task_id=task["id"], uri=image_uri(task, config))
+            fetched = self._service.images.fetch(task_id=task.get("id", 0), uri=image_uri(task, config))
             found = next(detect(network, [load_image(fetched.path)]))
         except (ImageError, DatasetError) as error:
             logger.warning("%s", error)

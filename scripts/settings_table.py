@@ -33,12 +33,17 @@ def table_in(readme: str) -> str:
     return match[0]
 
 
+def with_table(readme: str) -> str:
+    """The README with the table of today, and everything else as it was."""
+    table_in(readme)  # without the markers there is nowhere to put it
+    return _BETWEEN_MARKERS.sub(lambda _: settings_table(), readme, count=1)
+
+
 def main() -> None:
     if "--write" not in sys.argv[1:]:
         print(settings_table(), end="")
         return
-    readme = README.read_text()
-    README.write_text(readme.replace(table_in(readme), settings_table()))
+    README.write_text(with_table(README.read_text()))
 
 
 def _shown(default: Any) -> str:

@@ -1,0 +1,62 @@
+"""Fixtures of the service's tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ml_backend.db import Database
+from ml_backend.service import Service
+from ml_backend.settings import Settings
+from scripts.label_studio_server import LabelStudioServer
+from tests.ml_backend.examples import settings
+from tests.postgres import Postgres, postgres
+
+__all__ = ["postgres"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny networks are quickest on one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for field in Settings.model_fields.values():
+        monkeypatch.delenv(str(field.validation_alias), raising=False)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty database, as SQLAlchemy wants it."""
+    if request.param == "sqlite":
+        return settings(tmp_path).database
+    server: Postgres = request.getfixturevalue("postgres")
+    return settings(tmp_path, DATABASE_URL=server.new_database()).database
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def lonely_service(tmp_path: Path) -> Iterator[Service]:
+    """The service while Label Studio is away."""
+    service = Service.connect(settings(tmp_path))
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def service(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Service]:
+    """The service with a real Label Studio."""
+    service = Service.connect(
+        settings(tmp_path, LABEL_STUDIO_URL=label_studio.url, LABEL_STUDIO_API_KEY=label_studio.token)
+    )
+    yield service
+    service.close()

@@ -1,0 +1,141 @@
+"""Settings, tiny networks, tasks and cycles that the tests of the service share."""
+
+import base64
+import hashlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from ml_backend.cycle_log import CycleLog
+from ml_backend.db import CycleRow, utc_now
+from ml_backend.inbox import ProjectName, remember_project
+from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.pool import is_validation
+from ml_backend.service import Service
+from ml_backend.settings import Settings
+from model.network import build_model
+from model.registry import ModelCard
+from scripts.label_studio_server import HOST, free_port
+from scripts.make_phantoms import phantom
+from tests.label_studio import png_bytes
+
+NOWHERE = "http://127.0.0.1:1"  # nothing listens there
+UID = "7.1700000000"
+KEY = "7-1700000000"
+VERSION = "tsp-1-00000000"
+VALIDATION_FRACTION = 0.3
+UNREADABLE = "data:image/png;base64,bm90IGFuIGltYWdl"
+
+
+def settings(folder: Path, **environment: Any) -> Settings:
+    """Settings by the names of their variables; quick to train with, and Label Studio is away."""
+    quick = {
+        "MODEL_DIR": folder / "models",
+        "LABEL_STUDIO_URL": NOWHERE,
+        "LABEL_STUDIO_API_KEY": "0" * 40,
+        "TSP_WEIGHTS": "none",
+        "TSP_IMAGE_SIZE": 64,
+        "TSP_EPOCHS": 1,
+        "TSP_DETECTIONS": 10,
+        "TSP_VALIDATION_FRACTION": VALIDATION_FRACTION,
+    }
+    return Settings(**{**quick, **environment})
+
+
+def add_version(
+    service: Service, key: str, version: str = VERSION, *, class_names: Sequence[str] = ("cell", "lesion")
+) -> None:
+    """Put a tiny network that nobody has trained into the registry."""
+    torch.manual_seed(0)
+    network = build_model(
+        "efficientnet_lite0_fpn",
+        len(class_names) + 1,
+        weights="none",
+        min_size=64,
+        max_size=96,
+        fpn_channels=16,
+        box_head_width=32,
+        mask_head_widths=(16,),
+        proposals_inference=20,
+        detections_per_image=5,
+    )
+    card = ModelCard(
+        version=version, network=network.config.to_json(), class_names=tuple(class_names), created_at=utc_now()
+    )
+    service.registry.add(key, card, network)
+
+
+def data_uri(png: bytes) -> str:
+    """An image that lies in the task itself."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def grey_images(count: int, *, validation: bool = False) -> list[bytes]:
+    """Different PNGs, all of them in the validation split or none."""
+    every = (png_bytes(width=64, height=48, shade=shade) for shade in range(256))
+    chosen = (png for png in every if is_validation(sha256(png), VALIDATION_FRACTION) is validation)
+    return list(islice(chosen, count))
+
+
+def phantom_images(count: int, *, validation: bool = False) -> list[bytes]:
+    """Different CT phantoms of 64 x 64 pixels, all of them in the validation split or none."""
+    every = (cv2.imencode(".png", phantom(seed, 64).image)[1].tobytes() for seed in range(1000))
+    chosen = (png for png in every if is_validation(sha256(png), VALIDATION_FRACTION) is validation)
+    return list(islice(chosen, count))
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def import_images(client: LabelStudioClient, project: Project, images: Sequence[bytes | str]) -> list[int]:
+    """One task for each image (or address); returns their ids."""
+    uris = [image if isinstance(image, str) else data_uri(image) for image in images]
+    return client.import_tasks(project.id, [{"data": {"image": uri}} for uri in uris])
+
+
+def key_of(service: Service, project: Project) -> str:
+    """The project's key; from now on the service knows the project."""
+    name = ProjectName.from_uid(project.uid)
+    assert name is not None
+    remember_project(service.database, name)
+    return name.key
+
+
+def begin_cycle(service: Service, key: str, number: int = 1) -> CycleLog:
+    """A cycle that has started, for stages to write into."""
+    with service.database.session() as session:
+        session.add(CycleRow(project_key=key, number=number))
+    log = CycleLog(service.database, key, number)
+    log.begin()
+    return log
+
+
+def cycle_row(service: Service, key: str, number: int = 1) -> CycleRow:
+    with service.database.session() as session:
+        return session.get_one(CycleRow, (key, number))
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The application at a real address, for Label Studio to call."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.02)
+        yield f"http://{HOST}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,33 @@
+"""When a cycle starts."""
+
+import pytest
+
+from ml_backend.planner import Situation, plan
+
+
+@pytest.mark.parametrize(
+    ("annotated", "new", "running", "requested", "start", "reason"),
+    [
+        pytest.param(0, 0, False, False, False, "0 of 10 images of the next batch are annotated", id="nothing yet"),
+        pytest.param(9, 9, False, False, False, "9 of 10 images of the next batch are annotated", id="one too few"),
+        pytest.param(10, 10, False, False, True, "10 newly annotated images (a batch is 10)", id="a batch"),
+        pytest.param(25, 25, False, False, True, "25 newly annotated images (a batch is 10)", id="more than a batch"),
+        pytest.param(30, 9, False, False, False, "9 of 10 images", id="old annotations do not count"),
+        pytest.param(30, 10, True, False, False, "a cycle is running", id="a batch during a cycle"),
+        pytest.param(30, 3, True, True, False, "a cycle is running", id="asked for during a cycle"),
+        pytest.param(30, 10, True, True, False, "a cycle is running", id="a batch and asked for during a cycle"),
+        pytest.param(3, 3, False, True, True, "asked for, with 3 newly annotated images", id="asked for early"),
+        pytest.param(30, 0, False, True, True, "asked for, with 0 newly annotated images", id="asked for once more"),
+        pytest.param(0, 0, False, True, False, "no image is annotated yet", id="asked for with nothing to learn"),
+        pytest.param(
+            10, 10, False, True, True, "10 newly annotated images (a batch is 10)", id="a batch and asked for"
+        ),
+    ],
+)
+def test_a_cycle_starts_with_a_whole_batch_or_when_asked_for_and_never_beside_another(
+    annotated: int, new: int, running: bool, requested: bool, start: bool, reason: str
+) -> None:
+    situation = Situation(annotated=annotated, new=new, batch_size=10, running=running, requested=requested)
+    decision = plan(situation)
+    assert decision.start is start
+    assert reason in decision.reason

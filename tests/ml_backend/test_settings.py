@@ -1,0 +1,214 @@
+"""What the environment may say, and what is said when it cannot be used."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ml_backend.errors import SettingsError
+from ml_backend.settings import Settings
+from model.tsp import EmptyImagePolicy
+from scripts.settings_table import README, settings_table, table_in, with_table
+
+SECRET = "s3cret-enough"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read(monkeypatch: pytest.MonkeyPatch, environment: Mapping[str, str]) -> Settings:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return Settings.from_environment()
+
+
+def test_the_defaults_are_those_of_the_paper_where_it_gives_one(tmp_path: Path) -> None:
+    settings = Settings.from_environment()
+    pseudo, training = settings.pseudo_labels(), settings.training()
+    assert settings.batch_size == 500
+    assert (pseudo.class_threshold, pseudo.box_threshold, pseudo.mask_threshold) == (0.9, 0.9, 0.8)
+    assert (pseudo.rule, training.beta, training.epochs, training.milestones) == ("and", 0.01, 50, (45, 49))
+    assert settings.model_dir == tmp_path / "data"
+    assert (settings.host, settings.port) == ("127.0.0.1", 9090)
+    assert settings.basic_auth_user is None
+    assert settings.label_studio_api_key is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "field", "value"),
+    [
+        ("LABEL_STUDIO_URL", "https://ls.example.com/label/", "label_studio_url", "https://ls.example.com/label"),
+        ("HOST", "0.0.0.0", "host", "0.0.0.0"),
+        ("PORT", "8000", "port", 8000),
+        ("LOG_LEVEL", "DEBUG", "log_level", "DEBUG"),
+        ("MODEL_DIR", "/srv/models", "model_dir", Path("/srv/models")),
+        ("DATABASE_URL", "postgresql://u@h/d", "database_url", "postgresql://u@h/d"),
+        ("TSP_BATCH_SIZE", "20", "batch_size", 20),
+        ("TSP_VALIDATION_FRACTION", "0", "validation_fraction", 0.0),
+        ("TSP_SEMI_SUPERVISED", "false", "semi_supervised", False),
+        ("TSP_BETA", "0.1", "beta", 0.1),
+        ("TSP_CLASS_THRESHOLD", "0.5", "class_threshold", 0.5),
+        ("TSP_BOX_THRESHOLD", "0.6", "box_threshold", 0.6),
+        ("TSP_MASK_THRESHOLD", "0.7", "mask_score_threshold", 0.7),
+        ("TSP_PSEUDO_RULE", "or", "pseudo_rule", "or"),
+        ("TSP_EMPTY_POLICY", "last", "empty_policy", EmptyImagePolicy.LAST),
+        ("TSP_FROM_NAME", "outline", "from_name", "outline"),
+        ("TSP_MAX_VERTICES", "12", "max_vertices", 12),
+        ("TSP_SCORE_THRESHOLD", "0.1", "score_threshold", 0.1),
+        ("TSP_SHOWN_THRESHOLD", "0.4", "shown_threshold", 0.4),
+        ("TSP_PROFILE", "resnet50_fpn", "profile", "resnet50_fpn"),
+        ("TSP_WEIGHTS", "none", "weights", "none"),
+        ("TSP_IMAGE_SIZE", "192", "image_size", 192),
+        ("TSP_ANCHOR_SIZES", "[4, 8, 16, 32, 64]", "anchor_sizes", (4, 8, 16, 32, 64)),
+        ("TSP_DETECTIONS", "300", "detections_per_image", 300),
+        ("TSP_EPOCHS", "3", "epochs", 3),
+        ("TSP_SCHEDULE", "step", "schedule", "step"),
+        ("TSP_LEARNING_RATE", "0.001", "learning_rate", 0.001),
+        ("TSP_GRADIENT_CLIP", "0", "gradient_clip", 0.0),
+        ("TSP_IMAGES_PER_STEP", "4", "images_per_step", 4),
+        ("TSP_CHECKPOINT_STEPS", "5", "checkpoint_steps", 5),
+        ("TSP_SEED", "7", "seed", 7),
+        ("TSP_DEVICE", "cuda:1", "device", "cuda:1"),
+        ("TSP_THREADS", "2", "threads", 2),
+        ("TSP_NICENESS", "0", "niceness", 0),
+        ("TSP_RECONCILE_SECONDS", "0.5", "reconcile_seconds", 0.5),
+        ("TSP_MAX_IMAGE_BYTES", "1000", "max_image_bytes", 1000),
+        ("TSP_MAX_IMAGE_PIXELS", "1000", "max_image_pixels", 1000),
+    ],
+)
+def test_each_variable_is_read(monkeypatch: pytest.MonkeyPatch, name: str, text: str, field: str, value: Any) -> None:
+    assert getattr(read(monkeypatch, {name: text}), field) == value
+
+
+def test_tokens_and_passwords_are_read_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("LABEL_STUDIO_API_KEY", "BASIC_AUTH_PASS")
+    settings = read(monkeypatch, {"BASIC_AUTH_USER": "studio", **dict.fromkeys(names, SECRET)})
+    assert settings.require_api_key() == SECRET
+    assert settings.basic_auth_pass is not None
+    assert settings.basic_auth_pass.get_secret_value() == SECRET
+    assert SECRET not in f"{settings} {settings!r} {settings.model_dump_json()}"
+
+
+def test_variables_of_other_programs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {"SEED": "7", "DEVICE": "cuda", "EPOCHS": "many", "tsp_seed": "7", "TSP_UNKNOWN": "1", "THREADS": "x"}
+    assert read(monkeypatch, others) == Settings()
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [str(field.validation_alias) for field in Settings.model_fields.values()]
+    assert read(monkeypatch, dict.fromkeys(names, "")) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("LABEL_STUDIO_URL", "localhost:8080", "expected an address like http://localhost:8080"),
+        ("LABEL_STUDIO_URL", f"ftp://studio:{SECRET}@host", "expected an address like"),
+        ("LABEL_STUDIO_URL", "http://[::1", "Invalid IPv6 URL"),
+        ("PORT", "http", "valid integer"),
+        ("PORT", "70000", "less than or equal to 65535"),
+        ("LOG_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
+        ("DATABASE_URL", f"mysql://studio:{SECRET}@host/db", "expected postgresql://"),
+        ("DATABASE_URL", SECRET, "expected postgresql://"),
+        ("TSP_BATCH_SIZE", "0", "greater than or equal to 1"),
+        ("TSP_VALIDATION_FRACTION", "1", "less than 1"),
+        ("TSP_SEMI_SUPERVISED", "perhaps", "valid boolean"),
+        ("TSP_BETA", "nan", "finite"),
+        ("TSP_CLASS_THRESHOLD", "90", "less than or equal to 1"),
+        ("TSP_PSEUDO_RULE", "xor", "'and' or 'or'"),
+        ("TSP_EMPTY_POLICY", "middle", "'first', 'last' or 'median'"),
+        ("TSP_MAX_VERTICES", "3", "greater than or equal to 4"),
+        ("TSP_PROFILE", "resnet101", "'resnet50_fpn', 'resnet18_fpn' or 'efficientnet_lite0_fpn'"),
+        ("TSP_IMAGE_SIZE", "8", "greater than or equal to 32"),
+        ("TSP_ANCHOR_SIZES", "16,32,64,128,256", r"expected JSON like \[16, 32, 64, 128, 256\]"),
+        ("TSP_ANCHOR_SIZES", "[16, 32]", "5 items"),
+        ("TSP_ANCHOR_SIZES", "[0, 1, 2, 3, 4]", "greater than 0"),
+        ("TSP_ANCHOR_SIZES", '{"a": 1}', "valid tuple"),
+        ("TSP_EPOCHS", "1.5", "valid integer"),
+        ("TSP_LEARNING_RATE", "inf", "finite"),
+        ("TSP_DEVICE", "gpu", "expected auto, cpu, cuda or cuda:<number>"),
+        ("TSP_NICENESS", "-5", "greater than or equal to 0"),
+        ("TSP_RECONCILE_SECONDS", "0", "greater than 0"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_an_error_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, problem: str
+) -> None:
+    with pytest.raises(SettingsError, match=problem) as caught:
+        read(monkeypatch, {name: text, "LABEL_STUDIO_API_KEY": SECRET})
+    assert name in str(caught.value)
+    assert SECRET not in f"{caught.value} {caught.value.__cause__}"
+
+
+@pytest.mark.parametrize("name", ["BASIC_AUTH_USER", "BASIC_AUTH_PASS"])
+def test_half_of_the_basic_authentication_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(SettingsError, match="BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither") as caught:
+        read(monkeypatch, {name: SECRET})
+    assert SECRET not in str(caught.value)
+
+
+def test_several_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=r"PORT: .*; TSP_EPOCHS: .*The README lists every setting"):
+        read(monkeypatch, {"PORT": "x", "TSP_EPOCHS": "y"})
+
+
+def test_a_missing_token_says_where_to_get_one() -> None:
+    with pytest.raises(SettingsError, match="LABEL_STUDIO_API_KEY is not set: create a personal access token"):
+        Settings.from_environment().require_api_key()
+
+
+@pytest.mark.parametrize(
+    ("given", "state", "workflows"),
+    [
+        pytest.param("", "sqlite:///{0}/data/state.sqlite3", "sqlite:///{0}/data/state-workflows.sqlite3", id="none"),
+        pytest.param("sqlite:////srv/tsp.db", "sqlite:////srv/tsp.db", "sqlite:////srv/tsp.db-workflows.sqlite3",
+                     id="SQLite"),
+        pytest.param("postgres://u:p@h:1/d", "postgresql+psycopg://u:p@h:1/d", "postgresql+psycopg://u:p@h:1/d",
+                     id="PostgreSQL's short form"),
+        pytest.param("postgresql://u@h/d", "postgresql+psycopg://u@h/d", "postgresql+psycopg://u@h/d",
+                     id="PostgreSQL"),
+        pytest.param("postgresql+psycopg://u@h/d", "postgresql+psycopg://u@h/d", "postgresql+psycopg://u@h/d",
+                     id="PostgreSQL as SQLAlchemy names it"),
+    ],
+)  # fmt: skip
+def test_the_databases_follow_from_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, state: str, workflows: str
+) -> None:
+    settings = read(monkeypatch, {"DATABASE_URL": given})
+    assert settings.database == state.format(tmp_path)
+    assert settings.workflow_database == workflows.format(tmp_path)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().port = 1  # type: ignore[misc]
+
+
+def test_the_table_has_one_row_for_each_setting_with_portable_defaults() -> None:
+    rows = settings_table().splitlines()[2:]
+    assert len(rows) == len(Settings.model_fields)
+    assert "| `MODEL_DIR` | `data` | " in settings_table()
+    assert "| `LABEL_STUDIO_API_KEY` | none | " in settings_table()
+    assert "| `TSP_SEMI_SUPERVISED` | `true` | " in settings_table()
+    assert all(row.count("|") == 4 for row in rows)
+    assert str(Path.cwd()) not in settings_table()
+
+
+def test_the_readme_lists_every_setting_as_it_is() -> None:
+    assert table_in(README.read_text()) == settings_table(), "run `python -m scripts.settings_table --write`"
+
+
+@pytest.mark.parametrize("old_table", ["", "| an old row |\n"], ids=["empty", "an old table"])
+def test_only_the_table_of_a_readme_is_written(old_table: str) -> None:
+    readme = f"# Title\n\n<!-- settings -->\n{old_table}<!-- /settings -->\n\nMore \\1 text.\n"
+    written = with_table(readme)
+    assert written == f"# Title\n\n<!-- settings -->\n{settings_table()}<!-- /settings -->\n\nMore \\1 text.\n"
+    assert with_table(written) == written
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="<!-- settings -->"):
+        with_table("# Title\n")

@@ -1,0 +1,101 @@
+"""A PostgreSQL server of the tests' own, in a temporary folder."""
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from scripts.label_studio_server import HOST, free_port
+
+_START_SECONDS = 30.0
+
+
+@dataclass
+class Postgres:
+    """A running server; each test takes a database of its own."""
+
+    port: int
+    numbers: Iterator[int]
+
+    def url(self, database: str) -> str:
+        """The address as people write it into DATABASE_URL."""
+        return f"postgresql://tests@{HOST}:{self.port}/{database}"
+
+    def new_database(self) -> str:
+        """The address of an empty database."""
+        name = f"test{next(self.numbers)}"
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL; skips where none is installed."""
+    programs = _programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server is installed (apt install postgresql)")
+    folder = Path(tempfile.mkdtemp(prefix="postgres"))
+    options = _unprivileged(folder)
+    port = free_port()
+    data = folder / "data"
+    try:
+        subprocess.run(
+            [programs / "initdb", "--auth=trust", "--username=tests", "--no-sync", data],
+            check=True,
+            capture_output=True,
+            **options,
+        )
+        command = [programs / "postgres", "-D", data, "-h", HOST, "-p", str(port), "-k", folder, "-c", "fsync=off"]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
+        try:
+            server = Postgres(port, count(1))
+            _wait_until_it_answers(server, process, folder / "log")
+            yield server
+        finally:
+            process.send_signal(signal.SIGINT)  # the quick way to stop in order
+            process.wait(timeout=_START_SECONDS)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _programs() -> Path | None:
+    """The folder with `initdb` and `postgres`; Debian keeps it out of the PATH."""
+    folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep)]
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return next((f for f in folders if (f / "initdb").exists() and (f / "postgres").exists()), None)
+
+
+def _unprivileged(folder: Path) -> dict[str, Any]:
+    """How to start a program there as somebody else when we are root: PostgreSQL refuses to run as root."""
+    options: dict[str, Any] = {"cwd": folder}
+    if os.geteuid() != 0:
+        return options
+    nobody = pwd.getpwnam("nobody")
+    os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+    return options | {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+
+def _wait_until_it_answers(server: Postgres, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            psycopg.connect(server.url("postgres")).close()
+        except psycopg.OperationalError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"PostgreSQL did not start:\n{log.read_text()}") from None
+            time.sleep(0.1)
+        else:
+            return
