@@ -23,10 +23,11 @@ from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import choose_annotation, image_uri, instances_from_annotation
 from ml_backend.pool import is_validation, read_scores
 from ml_backend.service import Service
+from model.config import TrainingConfig
 from model.dataset import LabeledSet, load_image, read_coco, write_coco
 from model.errors import DatasetError, TSPError
 from model.evaluate import evaluate
-from model.files import read_tensors
+from model.files import read_tensors, write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.predict import detect
 from model.registry import ModelCard
@@ -77,14 +78,14 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
             f"none of the {len(task_ids)} annotated tasks can be trained on ({len(split['validation'].images)} are for "
             f"validation, {len(problems)} have problems): annotate more images or lower TSP_VALIDATION_FRACTION"
         )
-    return _version(service, number, folder / "training.json")
+    return _freeze_recipe(service, number, folder, split["training"])
 
 
 def train_version(service: Service, project_key: str, number: int, log: CycleLog) -> None:
     """Train on D_al and D_semi, from the pretrained weights, into the cycle's folder (eq. 5)."""
-    settings, folder = service.settings, service.cycle_folder(project_key, number)
+    folder = service.cycle_folder(project_key, number)
     training = _frozen(folder, "training")
-    pseudo = list(_pseudo_labeled(service, project_key, training, _frozen(folder, "validation")))
+    pseudo = _frozen_pseudo_labels(service, project_key, folder, training)
     log.facts({"pseudo_labeled": len(pseudo), "pseudo_instances": sum(len(image.labels) for image in pseudo)})
     log.stage(f"training on {len(training.images)} annotated and {len(pseudo)} pseudo-labelled images")
 
@@ -92,13 +93,13 @@ def train_version(service: Service, project_key: str, number: int, log: CycleLog
         log.progress(progress.step, progress.steps)
 
     started = time.monotonic()
-    network = _new_network(service, training)
+    network, config = _recipe(folder)
     progress = train(
         network,
         [*training.images, *pseudo],
-        settings.training(),
+        config,
         checkpoint=folder / "checkpoint.safetensors",
-        device=settings.torch_device(),
+        device=service.settings.torch_device(),
         on_step=on_step,
     )
     if progress:  # none when the checkpoint was complete already
@@ -110,7 +111,7 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
     folder = service.cycle_folder(project_key, number)
     training, validation = _frozen(folder, "training"), _frozen(folder, "validation")
     log.stage("evaluating", total=len(validation.images))
-    network = _trained_network(service, project_key, number, training)
+    network = _trained_network(service, folder)
     found: dict[str, Detections] = {}
     for image in validation.images:
         found[image.image_id] = next(detect(network, [load_image(image.path)]))
@@ -125,7 +126,7 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
         parent=service.registry.active(project_key),
         data_fingerprint=_sha256((folder / "training.json").read_bytes()),
         metrics=asdict(result),
-        training=asdict(service.settings.training()),
+        training=json.loads((folder / "recipe.json").read_text())["training"],
     )
     service.registry.add(project_key, card, network)
 
@@ -152,11 +153,21 @@ def _mark_used(service: Service, project_key: str, number: int, task_ids: list[i
         session.add_all(UsedTaskRow(project_key=project_key, task_id=t, first_cycle=number) for t in new)
 
 
-def _version(service: Service, number: int, training_file: Path) -> str:
-    """A name that no other training run has: Label Studio may still hold predictions of an earlier installation."""
+def _freeze_recipe(service: Service, number: int, folder: Path, training: LabeledSet) -> str:
+    """Write down how this cycle trains, so that settings changed in mid-cycle count from the next one; the version.
+
+    No other training run has its name: Label Studio may still hold predictions of an earlier installation.
+    """
     settings = service.settings
-    recipe = [settings.profile, settings.weights, settings.network_options(), asdict(settings.training())]
-    digest = _sha256(training_file.read_bytes() + json.dumps(recipe).encode())
+    recipe = {
+        "profile": settings.profile,
+        "num_classes": len(training.class_names) + 1,
+        "weights": settings.weights,
+        "options": settings.network_options(training.images),
+        "training": asdict(settings.training()),
+    }
+    write_json(folder / "recipe.json", recipe)
+    digest = _sha256((folder / "training.json").read_bytes() + (folder / "recipe.json").read_bytes())
     return f"tsp-{number}-{digest[:8]}"
 
 
@@ -167,6 +178,16 @@ def _sha256(content: bytes) -> str:
 def _frozen(folder: Path, name: str) -> LabeledSet:
     """A part of the snapshot; its images lie in the cache, under absolute paths."""
     return read_coco(folder / f"{name}.json", Path("/"))
+
+
+def _frozen_pseudo_labels(
+    service: Service, project_key: str, folder: Path, training: LabeledSet
+) -> tuple[LabeledImage, ...]:
+    """D_semi, chosen when training first starts and the same whenever it goes on."""
+    if not (folder / "pseudo.json").exists():
+        chosen = tuple(_pseudo_labeled(service, project_key, training, _frozen(folder, "validation")))
+        write_coco(folder / "pseudo.json", LabeledSet(images=chosen, class_names=training.class_names))
+    return _frozen(folder, "pseudo").images
 
 
 def _pseudo_labeled(
@@ -194,19 +215,17 @@ def _pseudo_labeled(
             )
 
 
-def _new_network(service: Service, training: LabeledSet) -> MaskRCNNWithScores:
-    settings = service.settings
-    torch.manual_seed(settings.seed)
-    return build_model(
-        settings.profile,
-        len(training.class_names) + 1,
-        weights=settings.weights,
-        **settings.network_options(training.images),
-    )
+def _recipe(folder: Path) -> tuple[MaskRCNNWithScores, TrainingConfig]:
+    """The untrained network and the training configuration that the snapshot froze."""
+    recipe = json.loads((folder / "recipe.json").read_text())
+    training = TrainingConfig(**{**recipe["training"], "milestones": tuple(recipe["training"]["milestones"])})
+    torch.manual_seed(training.seed)
+    network = build_model(recipe["profile"], recipe["num_classes"], weights=recipe["weights"], **recipe["options"])
+    return network, training
 
 
-def _trained_network(service: Service, project_key: str, number: int, training: LabeledSet) -> MaskRCNNWithScores:
-    network = _new_network(service, training)
-    tensors, _ = read_tensors(service.cycle_folder(project_key, number) / "checkpoint.safetensors")
+def _trained_network(service: Service, folder: Path) -> MaskRCNNWithScores:
+    network, _ = _recipe(folder)
+    tensors, _ = read_tensors(folder / "checkpoint.safetensors")
     network.load_state_dict({k.removeprefix("network."): t for k, t in tensors.items() if k.startswith("network.")})
     return network.eval().to(service.settings.torch_device())

@@ -101,6 +101,7 @@ class Settings(BaseSettings):
         "TSP_DETECTIONS", None, "most instances found in an image; none: 100, or twice what people found in one", ge=1
     )
     epochs: int = _env("TSP_EPOCHS", 50, "passes over the annotated images in a cycle", ge=1)
+    min_steps: int = _env("TSP_MIN_STEPS", 0, "a small set gets more epochs, until it has so many training steps", ge=0)
     schedule: Literal["step", "one_cycle"] = _env(
         "TSP_SCHEDULE", "one_cycle", "learning rate over time: `step` is the paper's, `one_cycle` needs fewer epochs"
     )
@@ -233,6 +234,7 @@ class Settings(BaseSettings):
         """How a cycle trains."""
         return TrainingConfig(
             epochs=self.epochs,
+            min_steps=self.min_steps,
             batch_size=self.images_per_step,
             schedule=self.schedule,
             learning_rate=self.learning_rate,

@@ -92,6 +92,7 @@ class TrainingConfig:
     """One training run (section 4.2 of the paper). An epoch is one pass over the annotated images."""
 
     epochs: int = 50
+    min_steps: int = 0  # a small set gets more epochs, until it has so many steps; schedules stretch with them
     batch_size: int = 2
     pseudo_batch_size: int = 1  # pseudo-labelled images added to each step while there are any
     schedule: Literal["step", "one_cycle"] = "step"

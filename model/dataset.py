@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from model.config import NetworkConfig, TrainingConfig
 from model.errors import DatasetError, InvalidInputError
+from model.files import write_json
 from model.geometry import polygons_to_rle, rle_area, rle_to_mask
 from model.types import LabeledImage, Rle
 
@@ -81,7 +82,7 @@ def write_coco(path: Path, dataset: LabeledSet) -> None:
                  "area": area, "bbox": bbox, "iscrowd": 0}
             )  # fmt: skip
     categories = [{"id": label, "name": name} for label, name in enumerate(dataset.class_names, start=1)]
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    write_json(path, {"images": images, "annotations": annotations, "categories": categories})
 
 
 def load_image(path: Path) -> NDArray[np.uint8]:
@@ -138,7 +139,9 @@ class TrainingSteps(Dataset[Batch]):
         self.steps_per_epoch = -(-len(self.annotated) // training.batch_size)
 
     def __len__(self) -> int:
-        return self.training.epochs * self.steps_per_epoch
+        """Whole epochs: as many as the config says, or more until there are `min_steps`."""
+        epochs = max(self.training.epochs, -(-self.training.min_steps // self.steps_per_epoch))
+        return epochs * self.steps_per_epoch
 
     def __getitem__(self, step: int) -> Batch:
         chosen = self._chosen(self.annotated, step, self.training.batch_size, stream=0)

@@ -189,24 +189,41 @@ class _ScoringRoIHeads(RoIHeads):
         if positives_only:
             return result
 
-        with torch.no_grad():
-            gt_boxes = torch.cat([t["boxes"][index] for t, index in zip(targets, matched, strict=True)])
-            gt_areas = torch.cat(
-                [t["masks"].flatten(1).sum(1)[index] for t, index in zip(targets, matched, strict=True)]
-            )
-            class_deltas = deltas.reshape(len(deltas), -1, 4)[torch.cat(positive), classes]
-            predicted_boxes = self.box_coder.decode(class_deltas, boxes).reshape(-1, 4)
-            box_targets = losses.box_iou_targets(predicted_boxes, gt_boxes)
-            mask_targets = losses.mask_iou_targets(
-                mask_logits,
-                coverage,
-                boxes_xyxy=torch.cat(boxes),
-                gt_areas=gt_areas,
-                mask_threshold=self.mask_threshold,
-            )
+        box_targets, mask_targets = self._iou_targets(
+            deltas[torch.cat(positive)], mask_logits, coverage, boxes, classes, matched, targets
+        )
         result["loss_box_iou"] = losses.iou_loss(self.box_iou_branch(box_features[torch.cat(positive)]), box_targets)
         result["loss_mask_iou"] = losses.iou_loss(self.mask_iou_branch(mask_features), mask_targets)
         return result
+
+    @torch.no_grad()
+    def _iou_targets(
+        self,
+        deltas: Tensor,
+        mask_logits: Tensor,
+        coverage: Tensor,
+        boxes: list[Tensor],
+        classes: Tensor,
+        matched: list[Tensor],
+        targets: list[Target],
+    ) -> tuple[Tensor, Tensor]:
+        """What the branches should say of the P positive RoIs: IoU of the predicted boxes, and of the masks, (P,) each.
+
+        deltas (P, 4C), mask_logits and coverage (P, M, M), classes (P,); by image: boxes, matched (indices of targets).
+        """
+        gt_boxes = torch.cat([t["boxes"][index] for t, index in zip(targets, matched, strict=True)])
+        gt_areas = torch.cat([t["masks"].flatten(1).sum(1)[index] for t, index in zip(targets, matched, strict=True)])
+        rows = torch.arange(len(classes), device=classes.device)
+        class_deltas = deltas.unflatten(1, (-1, 4))[rows, classes]
+        predicted_boxes = self.box_coder.decode(class_deltas, boxes).reshape(-1, 4)
+        mask_targets = losses.mask_iou_targets(
+            mask_logits,
+            coverage,
+            boxes_xyxy=torch.cat(boxes),
+            gt_areas=gt_areas,
+            mask_threshold=self.mask_threshold,
+        )
+        return losses.box_iou_targets(predicted_boxes, gt_boxes), mask_targets
 
     def detect(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]

@@ -61,7 +61,7 @@ def train(
     for step, (batch_images, batch_targets) in enumerate(batches, start=first):
         torch.manual_seed(config.seed * 1_000_003 + step)  # RoI sampling depends on the step alone, not on the past
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps.steps_per_epoch)
+            group["lr"] = learning_rate(config, step, len(steps))
         losses = network([image.to(device) for image in batch_images], [_to(t, device) for t in batch_targets])
         loss = total_loss(losses, beta=config.beta, iou_weight=config.iou_loss_weight)
         progress = Progress(
@@ -90,12 +90,15 @@ def train(
     return progress
 
 
-def learning_rate(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
-    """The rate of a step: "step" divides by 10 at each milestone epoch (section 4.2), "one_cycle" rises and falls."""
+def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
+    """The rate of one of `steps` steps.
+
+    "step" divides by 10 at each milestone epoch (section 4.2); "one_cycle" rises for a fifth of the run, then falls.
+    """
     if config.schedule == "step":
-        passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+        passed = sum(step * config.epochs >= epoch * steps for epoch in config.milestones)
         return float(config.learning_rate * 0.1**passed)
-    done = step / max(config.epochs * steps_per_epoch - 1, 1)
+    done = step / max(steps - 1, 1)
     rise = 0.2  # of the run; from and back to a hundredth of the peak
     share = done / rise if done < rise else (1 - done) / (1 - rise)
     return config.learning_rate * (0.01 + 0.99 * (1 - math.cos(math.pi * share)) / 2)

@@ -93,8 +93,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=2, help="cycles that the simulated annotator stays for")
     parser.add_argument("--exit-when-done", action="store_true", help="stop when the simulated annotator is done")
     parser.add_argument("--batch-size", type=int, default=20, help="annotated images that start a cycle")
-    parser.add_argument("--image-size", type=int, default=192, help="shorter side the network sees, in pixels")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the annotated images in a cycle")
+    parser.add_argument("--image-size", type=int, help="shorter side the network sees (192 for phantoms, else 256)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the annotated images in a cycle")
+    parser.add_argument("--min-steps", type=int, default=400, help="training steps of a cycle, at least")
     parser.add_argument("--folder", default=".demo", help="where everything is kept")
     parser.add_argument("--port", type=int, default=8080, help="Label Studio's port")
     parser.add_argument("--backend-port", type=int, default=9090, help="our port")
@@ -109,8 +110,9 @@ def _settings(options: argparse.Namespace, folder: Path, server: LabelStudioServ
         "PORT": str(options.backend_port),
         "TSP_BATCH_SIZE": str(options.batch_size),
         "TSP_VALIDATION_FRACTION": "0.25",
-        "TSP_IMAGE_SIZE": str(options.image_size),
+        "TSP_IMAGE_SIZE": str(options.image_size or (256 if options.data else PHANTOM_SIZE)),
         "TSP_EPOCHS": str(options.epochs),
+        "TSP_MIN_STEPS": str(options.min_steps),
         "TSP_RECONCILE_SECONDS": "15",
     }
 

@@ -369,6 +369,11 @@ def test_an_epoch_shows_each_annotated_image_once_and_fills_its_last_batch(batch
         assert max(shown.values()) <= (1 if 5 % min(batch_size, 5) == 0 else 2)
 
 
+@pytest.mark.parametrize(("min_steps", "expected"), [(0, 6), (6, 6), (7, 8), (40, 40)], ids=str)
+def test_a_small_set_gets_whole_epochs_until_it_has_enough_steps(min_steps, expected, pictures):
+    assert len(steps(pictures[:4], batch_size=2, min_steps=min_steps)) == expected
+
+
 def test_epochs_have_different_orders(pictures):
     batches = steps(pictures[:5], batch_size=5, epochs=10)
     assert len({tuple(widths(batches[step])) for step in range(10)}) > 5

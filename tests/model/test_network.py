@@ -126,6 +126,21 @@ def test_the_iou_branches_see_the_final_boxes_only():
     assert seen["box_head"][0] > 5
 
 
+def test_each_score_is_what_its_branch_says_of_the_features_inside_the_final_box():
+    network = tiny_network().eval()
+    heads, batch = network.roi_heads, torch.stack([image(seed=0), image(seed=1)])
+    with torch.inference_mode():
+        features = network.backbone(batch)
+        proposals, _ = network.rpn(ImageList(batch, [HW, HW]), features)
+        results = heads.detect(features, proposals, [HW, HW])
+        for index, result in enumerate(results):
+            own, boxes = {level: feature[index : index + 1] for level, feature in features.items()}, [result["boxes"]]
+            box_scores = heads.box_iou_branch(heads.box_roi_pool(own, boxes, [HW]))
+            mask_scores = heads.mask_iou_branch(heads.mask_roi_pool(own, boxes, [HW]))
+            torch.testing.assert_close(result["box_scores"], box_scores)
+            torch.testing.assert_close(result["mask_scores"], mask_scores)
+
+
 @pytest.mark.parametrize("hw", [(64, 64), (128, 128), (50, 300), (300, 50), (31, 20), (97, 131), (1, 7)], ids=str)
 def test_an_image_of_the_input_size_is_not_resized_again(hw):
     """`model.dataset` scales images before the network does; both must agree on the size."""

@@ -270,7 +270,7 @@ def test_the_rate_is_divided_by_ten_at_the_papers_milestones(epoch, expected):
     config, steps_per_epoch = TrainingConfig(), 7
     assert config.epochs == 50
     for step in (epoch * steps_per_epoch, epoch * steps_per_epoch + steps_per_epoch - 1):
-        assert learning_rate(config, step, steps_per_epoch) == pytest.approx(expected)
+        assert learning_rate(config, step, config.epochs * steps_per_epoch) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -284,16 +284,16 @@ def test_the_rate_is_divided_by_ten_at_the_papers_milestones(epoch, expected):
     ],
 )
 def test_one_cycle_rises_and_falls_along_cosines(step, expected):
-    config = TrainingConfig.for_cpu(epochs=101)  # one step an epoch: the last one is step 100
+    config = TrainingConfig.for_cpu()
     assert config.learning_rate == 0.02
-    assert learning_rate(config, step, 1) == pytest.approx(expected)
+    assert learning_rate(config, step, 101) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["step", "one_cycle"])
 def test_every_rate_of_a_run_lies_between_zero_and_the_given_one(schedule):
     for epochs in (1, 2, 50):
         config = TrainingConfig(epochs=epochs, schedule=schedule, learning_rate=0.01)
-        rates = [learning_rate(config, step, 3) for step in range(3 * epochs)]
+        rates = [learning_rate(config, step, 3 * epochs) for step in range(3 * epochs)]
         assert all(0 < rate <= 0.01 + 1e-12 for rate in rates)
 
 
