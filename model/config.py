@@ -30,6 +30,8 @@ class NetworkConfig:
     nms_threshold: float = 0.5
     detections_per_image: int = 100
     mask_threshold: float = 0.3  # section 3.1; the same for targets, evaluation and the polygons people see
+    dropout: float = 0.0  # in the box and mask heads; MC dropout needs some
+    learning_loss: bool = False  # an auxiliary module predicts each image's loss
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:

@@ -15,12 +15,20 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import (
+    FeaturePyramidNetwork,
+    FrozenBatchNorm2d,
+    MultiScaleRoIAlign,
+    batched_nms,
+    clip_boxes_to_image,
+    remove_small_boxes,
+)
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from model import losses
 from model.config import NetworkConfig
 from model.errors import InvalidInputError
+from model.loss_prediction import LossPredictor, ranking_loss
 from model.pretrained import load_pretrained
 
 Target = dict[str, Any]
@@ -48,7 +56,9 @@ class MaskRCNNWithScores(nn.Module):
 
     Training returns the losses of eq. 1 by name, those of eq. 4 with the prefix "semi_". Evaluation returns for each
     image `boxes` (N, 4), `labels` (N,), `scores` (N,) = c, `box_scores` (N,) = b, `mask_scores` (N,) = m, and
-    `roi_masks` (N, 28, 28), the mask's probabilities inside its box: nothing is pasted into full images here.
+    `roi_masks` (N, 28, 28), the mask's probabilities inside its box: nothing is pasted into full images here. For the
+    strategies there are also `class_probabilities` (N, C), background first, `feature` (F,), the body's top features
+    averaged over the image, and with `learning_loss` the `predicted_loss` (1,).
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -59,6 +69,7 @@ class MaskRCNNWithScores(nn.Module):
         self.backbone = _Backbone(config)
         self.rpn = _rpn(config)
         self.roi_heads = _roi_heads(config)
+        self.loss_predictor = LossPredictor(config.fpn_channels) if config.learning_loss else None
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
@@ -69,9 +80,32 @@ class MaskRCNNWithScores(nn.Module):
             return self._losses(images, _checked_targets(images, targets, self.config.num_classes))
         original_hw = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(list(images))
-        features = self.backbone(batch.tensors)
-        detections = self.roi_heads.detect(features, self.rpn(batch, features)[0], batch.image_sizes)
+        stages = self.backbone.body(batch.tensors)
+        pyramid = self.backbone.pyramid(stages)
+        detections = self.roi_heads.detect(pyramid, self.rpn(batch, pyramid)[0], batch.image_sizes)
+        for image, feature in zip(detections, stages[-1].mean(dim=(2, 3)), strict=True):
+            image["feature"] = feature
+        if self.loss_predictor is not None:
+            for image, loss in zip(detections, self.loss_predictor(pyramid), strict=True):
+                image["predicted_loss"] = loss[None]
         return self.transform.postprocess(detections, batch.image_sizes, original_hw)  # type: ignore[no-any-return]
+
+    def stochastic_passes(self, image: Tensor, passes: int) -> list[dict[str, Tensor]]:
+        """What the heads find in one image (3, H, W) in each of several passes with dropout, as `forward` tells it.
+
+        Body and proposals, which have no dropout, run once. Boxes are in pixels of the network's input.
+        """
+        batch, _ = self.transform([image])
+        pyramid = self.backbone(batch.tensors)
+        proposals, _ = self.rpn(batch, pyramid)
+        dropouts = [module for module in self.modules() if isinstance(module, nn.Dropout)]
+        for dropout in dropouts:
+            dropout.train()
+        try:
+            return [self.roi_heads.detect(pyramid, proposals, batch.image_sizes)[0] for _ in range(passes)]
+        finally:
+            for dropout in dropouts:
+                dropout.eval()
 
     def freeze_stages(self) -> None:
         """Keep all stages of a pretrained body but the top `trainable_stages` as they are."""
@@ -84,20 +118,40 @@ class MaskRCNNWithScores(nn.Module):
         """One pass through the body for all images; then the annotated and the pseudo-labelled ones part ways."""
         batch, targets = self.transform(list(images), targets)
         features = self.backbone(batch.tensors)
+        pseudo = [i for i, target in enumerate(targets) if target.get("pseudo", False)]
+        annotated = [i for i in range(len(targets)) if i not in pseudo]
         result: dict[str, Tensor] = {}
-        for pseudo, prefix in ((False, ""), (True, losses.SEMI)):
-            chosen = [i for i, target in enumerate(targets) if bool(target.get("pseudo", False)) is pseudo]
-            if not chosen:
-                continue
-            part = ImageList(batch.tensors[chosen], [batch.image_sizes[i] for i in chosen])
-            part_features = OrderedDict((level, feature[chosen]) for level, feature in features.items())
-            part_targets = [targets[i] for i in chosen]
-            proposals, rpn = self.rpn(part, part_features, part_targets, positives_only=pseudo)
-            heads = self.roi_heads.losses(
-                part_features, proposals, part.image_sizes, part_targets, positives_only=pseudo
-            )
-            result.update({prefix + name: loss for name, loss in {**rpn, **heads}.items()})
+        if annotated and self.loss_predictor is None:
+            result = self._group_losses(batch, features, targets, annotated, positives_only=False)
+        elif annotated and self.loss_predictor is not None:
+            each = [self._group_losses(batch, features, targets, [i], positives_only=False) for i in annotated]
+            result = {name: torch.stack([image[name] for image in each]).mean() for name in each[0]}
+            predicted = self.loss_predictor({level: feature[annotated] for level, feature in features.items()})
+            true = torch.stack([torch.stack(list(image.values())).sum() for image in each])
+            result["loss_ranking"] = ranking_loss(predicted, true)
+        if pseudo:
+            semi = self._group_losses(batch, features, targets, pseudo, positives_only=True)
+            result.update({losses.SEMI + name: loss for name, loss in semi.items()})
         return result
+
+    def _group_losses(
+        self,
+        batch: ImageList,
+        features: dict[str, Tensor],
+        targets: list[Target],
+        chosen: list[int],
+        *,
+        positives_only: bool,
+    ) -> dict[str, Tensor]:
+        """The losses of some images of the batch, normalised among themselves."""
+        part = ImageList(batch.tensors[chosen], [batch.image_sizes[i] for i in chosen])
+        part_features = OrderedDict((level, feature[chosen]) for level, feature in features.items())
+        part_targets = [targets[i] for i in chosen]
+        proposals, rpn = self.rpn(part, part_features, part_targets, positives_only=positives_only)
+        heads = self.roi_heads.losses(
+            part_features, proposals, part.image_sizes, part_targets, positives_only=positives_only
+        )
+        return {**rpn, **heads}
 
 
 class IoUBranch(nn.Sequential):
@@ -152,11 +206,20 @@ class _ScoringRPN(RegionProposalNetwork):
 class _ScoringRoIHeads(RoIHeads):
     """torchvision's box and mask heads, each with a branch beside it that predicts how good its result is."""
 
-    def __init__(self, *, box_iou_branch: IoUBranch, mask_iou_branch: IoUBranch, mask_threshold: float, **heads: Any):
+    def __init__(
+        self,
+        *,
+        box_iou_branch: IoUBranch,
+        mask_iou_branch: IoUBranch,
+        mask_threshold: float,
+        dropout: float,
+        **heads: Any,
+    ):
         super().__init__(**heads)
         self.box_iou_branch = box_iou_branch
         self.mask_iou_branch = mask_iou_branch
         self.mask_threshold = mask_threshold
+        self.box_dropout, self.mask_dropout = nn.Dropout(dropout), nn.Dropout(dropout)
 
     def losses(
         self,
@@ -169,7 +232,7 @@ class _ScoringRoIHeads(RoIHeads):
     ) -> dict[str, Tensor]:
         proposals, matched, labels, delta_targets = self.select_training_samples(proposals, targets)
         box_features = self.box_roi_pool(features, proposals, image_sizes)
-        class_logits, deltas = self.box_predictor(self.box_head(box_features))
+        class_logits, deltas = self._box_outputs(box_features)
         result = losses.box_head_losses(
             class_logits,
             deltas,
@@ -214,7 +277,7 @@ class _ScoringRoIHeads(RoIHeads):
         gt_boxes = torch.cat([t["boxes"][index] for t, index in zip(targets, matched, strict=True)])
         gt_areas = torch.cat([t["masks"].flatten(1).sum(1)[index] for t, index in zip(targets, matched, strict=True)])
         rows = torch.arange(len(classes), device=classes.device)
-        class_deltas = deltas.unflatten(1, (-1, 4))[rows, classes]
+        class_deltas = deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[rows, classes]
         predicted_boxes = self.box_coder.decode(class_deltas, boxes).reshape(-1, 4)
         mask_targets = losses.mask_iou_targets(
             mask_logits,
@@ -229,10 +292,11 @@ class _ScoringRoIHeads(RoIHeads):
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
         """NMS first; then both branches see the features of the final boxes only (section 3.1, inference)."""
-        class_logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_sizes)))
-        boxes, scores, labels = self.postprocess_detections(class_logits, deltas, proposals, image_sizes)
+        class_logits, deltas = self._box_outputs(self.box_roi_pool(features, proposals, image_sizes))
+        boxes, scores, labels, probabilities = self._final_boxes(class_logits, deltas, proposals, image_sizes)
         mask_features = self.mask_roi_pool(features, boxes, image_sizes)
         columns = {
+            "class_probabilities": torch.cat(probabilities),
             "box_scores": self.box_iou_branch(self.box_roi_pool(features, boxes, image_sizes)),
             "mask_scores": self.mask_iou_branch(mask_features),
             "roi_masks": self._mask_logits(mask_features, torch.cat(labels)).sigmoid(),
@@ -244,9 +308,34 @@ class _ScoringRoIHeads(RoIHeads):
                 image[name] = values
         return result
 
+    def _final_boxes(
+        self, class_logits: Tensor, deltas: Tensor, proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], ...]:
+        """Threshold and NMS by class; for each image boxes (N, 4), scores (N,), labels (N,), probabilities (N, C)."""
+        counts = [len(proposal) for proposal in proposals]
+        decoded = torch.split(self.box_coder.decode(deltas, proposals), counts)
+        results = []
+        for boxes, probabilities, hw in zip(
+            decoded, torch.split(class_logits.softmax(dim=1), counts), image_sizes, strict=True
+        ):
+            roi, label = torch.nonzero(probabilities[:, 1:] > self.score_thresh).unbind(1)
+            label = label + 1
+            box, score = clip_boxes_to_image(boxes[roi, label], hw), probabilities[roi, label]
+            large = remove_small_boxes(box, min_size=1e-2)
+            keep = large[
+                batched_nms(box[large], score[large], label[large], self.nms_thresh)[: self.detections_per_img]
+            ]
+            results.append((box[keep], score[keep], label[keep], probabilities[roi[keep]]))
+        return tuple(list(column) for column in zip(*results, strict=True))
+
+    def _box_outputs(self, box_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (R, C) and box deltas (R, 4C)."""
+        class_logits, deltas = self.box_predictor(self.box_dropout(self.box_head(box_features)))
+        return class_logits, deltas
+
     def _mask_logits(self, mask_features: Tensor, classes: Tensor) -> Tensor:
         """The mask logits of each RoI's own class, (R, 28, 28)."""
-        logits: Tensor = self.mask_predictor(self.mask_head(mask_features))
+        logits: Tensor = self.mask_predictor(self.mask_dropout(self.mask_head(mask_features)))
         return logits[torch.arange(len(classes), device=classes.device), classes]
 
 
@@ -268,7 +357,10 @@ class _Backbone(nn.Module):
         self.train()  # modules are made in training mode, a frozen body must not be
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.body(images)
+        return self.pyramid(self.body(images))
+
+    def pyramid(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The five levels of the pyramid over the body's four stages."""
         return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> "_Backbone":
@@ -338,6 +430,7 @@ def _roi_heads(config: NetworkConfig) -> _ScoringRoIHeads:
         box_iou_branch=IoUBranch(channels),
         mask_iou_branch=IoUBranch(channels),
         mask_threshold=config.mask_threshold,
+        dropout=config.dropout,
     )
 
 

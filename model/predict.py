@@ -1,12 +1,12 @@
 """Inference: images in, `Detections` out; the polygons and scores that people see are made from these."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from model.dataset import image_tensor, input_hw
 from model.errors import InvalidInputError
@@ -32,15 +32,16 @@ def detect(
         with torch.inference_mode():
             outputs = network(inputs)
         for tensor, output, hw in zip(inputs, outputs, sizes, strict=True):
-            yield _detections({key: value.cpu().numpy() for key, value in output.items()}, tensor.shape[-2:], hw)
+            yield detections_of(output, input_hw=tensor.shape[-2:], image_hw=hw)
 
 
-def _detections(output: dict[str, NDArray[Any]], input_size: tuple[int, ...], hw: tuple[int, int]) -> Detections:
-    """The network's output, scaled from its input size to the image's own."""
-    scale_xyxy = np.array([hw[1] / input_size[1], hw[0] / input_size[0]] * 2, dtype=np.float32)
+def detections_of(tensors: Mapping[str, Tensor], *, input_hw: tuple[int, ...], image_hw: tuple[int, int]) -> Detections:
+    """The network's output for one image, scaled from its input size to the image's own."""
+    output = {key: value.cpu().numpy() for key, value in tensors.items()}
+    scale_xyxy = np.array([image_hw[1] / input_hw[1], image_hw[0] / input_hw[0]] * 2, dtype=np.float32)
     order = np.argsort(-output["scores"], kind="stable")
     return Detections(
-        image_hw=hw,
+        image_hw=image_hw,
         boxes_xyxy=(output["boxes"] * scale_xyxy)[order],
         labels=output["labels"][order],
         class_scores=output["scores"][order],

@@ -1,0 +1,37 @@
+"""MC dropout: how much the detections change between passes with dropout; what changes most is annotated first."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from model.strategies.base import Observation, Sight, Strategy, mean_or_none
+
+
+class MCDropout(Strategy):
+    """The score is the mean agreement with the first pass: of class, box and mask of each of its detections."""
+
+    name = "mc_dropout"
+    network_options: ClassVar[dict[str, float]] = {"dropout": 0.2}
+    passes = 5
+
+    def observe(self, sight: Sight) -> Observation:
+        with torch.inference_mode():
+            first, *others = sight.network.stochastic_passes(sight.image, self.passes)
+        agreement = torch.stack([_agreement(first, other, sight.network.config.mask_threshold) for other in others])
+        return Observation(score=mean_or_none(agreement.mean(dim=0)), feature=sight.feature)
+
+
+def _agreement(first: dict[str, Tensor], other: dict[str, Tensor], mask_threshold: float) -> Tensor:
+    """For each detection of the first pass, (N,) in [0, 1]: the mean over class, box and mask of how well the
+    best-overlapping detection of the other pass agrees; 0 where nothing overlaps."""
+    if len(first["boxes"]) == 0 or len(other["boxes"]) == 0:
+        return torch.zeros(len(first["boxes"]))
+    box_overlap, match = box_iou(first["boxes"], other["boxes"]).max(dim=1)
+    # The overlap of two softmax vectors: 1 minus their total variation distance.
+    class_overlap = torch.minimum(first["class_probabilities"], other["class_probabilities"][match]).sum(dim=1)
+    masks = first["roi_masks"] > mask_threshold, other["roi_masks"][match] > mask_threshold
+    union = (masks[0] | masks[1]).sum(dim=(1, 2)).clamp(min=1)
+    mask_overlap = (masks[0] & masks[1]).sum(dim=(1, 2)) / union
+    return torch.where(box_overlap > 0, (class_overlap + box_overlap + mask_overlap) / 3, 0.0)

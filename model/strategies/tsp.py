@@ -1,0 +1,42 @@
+"""TSP (eq. 2, 3), and without one or two of its scores (the paper's Fig. 4, lines 6 and 7)."""
+
+from typing import ClassVar
+
+import torch
+
+from model.strategies.base import Observation, Sight, Strategy
+from model.tsp import image_score, instance_scores
+
+
+class TSP(Strategy):
+    """Consistency and height of class, box and mask score; the lowest is the most uncertain."""
+
+    name = "tsp"
+    scores: ClassVar[tuple[str, ...]] = ("scores", "box_scores", "mask_scores")
+
+    def observe(self, sight: Sight) -> Observation:
+        columns = [sight.output[name].double() for name in self.scores]
+        found = len(columns[0]) > 0
+        return Observation(score=image_score(_consistent_mean(columns)) if found else None, feature=sight.feature)
+
+
+class TSPWithoutBox(TSP):
+    """Class and mask score."""
+
+    name = "tsp_without_box"
+    scores = ("scores", "mask_scores")
+
+
+class TSPWithoutBoxAndMask(TSP):
+    """The class score alone."""
+
+    name = "tsp_without_box_and_mask"
+    scores = ("scores",)
+
+
+def _consistent_mean(columns: list[torch.Tensor]) -> torch.Tensor:
+    """Eq. 2 over as many scores as there are, (N,)."""
+    if len(columns) == 3:
+        return instance_scores(*columns)
+    stacked = torch.stack(columns)
+    return torch.exp(-stacked.std(dim=0, correction=0)) * stacked.mean(dim=0)
