@@ -20,7 +20,7 @@ from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import LabelStudioServer, free_port
 from scripts.make_phantoms import make_phantoms
 from scripts.oracle import Oracle, Served
-from tests.e2e.crops import write_crops
+from scripts.crops import write_crops
 from tests.label_studio import create_annotator, raw_api
 
 pytestmark = pytest.mark.label_studio
