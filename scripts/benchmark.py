@@ -3,8 +3,8 @@
     python -m scripts.benchmark run --data <COCO folder> --out <folder> --lines random,tsp+ssl --seeds 0,1,2 --jobs 2
     python -m scripts.benchmark report --out <folder> [--json]
 
-A line is a strategy (`model.strategies.STRATEGIES`), with "+ssl" if it also learns from pseudo labels, or "full": everything
-annotated at once. Runs at the same seed start with the same random images. Each run is one folder with one `run.json`;
+A line is a strategy (`model.strategies.STRATEGIES`), with "+ssl" if it also learns from pseudo labels, or "full": all
+images annotated at once. Runs at the same seed start with the same random images. Each run is one folder with one `run.json`;
 what is finished is not done again, and several processes may work on one --out.
 """
 
@@ -139,7 +139,7 @@ def _names(options: argparse.Namespace) -> list[RunName]:
 
 
 def _split(data: Path, pool_size: int | None, test_size: int | None) -> tuple[LabeledSet, LabeledSet]:
-    """The set's own split ("train" and "test" on its images), or every fourth image, by a fixed shuffle, for testing."""
+    """The set's own split ("train" and "test" on its images), or a random fourth of the images, for testing."""
     file = data / "annotations.json"
     pool, test = read_coco(file, split="train"), read_coco(file, split="test")
     if not pool.images or not test.images:

@@ -83,8 +83,9 @@ def _areas(runs: list[Run]) -> NDArray[np.float64]:
     """The mean height of each seed's curve over the annotated images, by the trapezium rule."""
     images = np.array([cycle["annotated_images"] for cycle in runs[0]["cycles"]], dtype=np.float64)
     if len(images) == 1:
-        return _curves(runs)[:, 0]
-    return np.trapezoid(_curves(runs), images, axis=1) / (images[-1] - images[0])
+        return _curves(runs).mean(axis=1)
+    areas: NDArray[np.float64] = np.trapezoid(_curves(runs), images, axis=1) / (images[-1] - images[0])
+    return areas
 
 
 def _half_width(curves: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -93,7 +94,8 @@ def _half_width(curves: NDArray[np.float64]) -> NDArray[np.float64]:
     if count < 2:
         return np.zeros(curves.shape[1])
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(count, 1.96)
-    return t * curves.std(axis=0, ddof=1) / np.sqrt(count)
+    half_width: NDArray[np.float64] = t * curves.std(axis=0, ddof=1) / np.sqrt(count)
+    return half_width
 
 
 def _images_to_reach(images: list[int], curve: NDArray[np.float64], target: float) -> float | None:
@@ -109,7 +111,7 @@ def _images_to_reach(images: list[int], curve: NDArray[np.float64], target: floa
 
 def _comparisons(lines: dict[str, list[Run]]) -> list[dict[str, Any]]:
     """Every pair of lines by area under the curve, paired by seed; p by bootstrap, corrected after Holm."""
-    comparisons = []
+    comparisons: list[dict[str, Any]] = []
     for one, other in combinations(lines, 2):
         areas = [dict(zip([r["seed"] for r in lines[x]], _areas(lines[x]), strict=True)) for x in (one, other)]
         seeds = sorted(set(areas[0]) & set(areas[1]))
@@ -162,8 +164,8 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         "![mAP@0.5 by annotated images](curves.png)",
         "",
-        "| line | seeds | mAP@0.5 by cycle (95 % interval) | area | images to reach full | mAP@[.5:.95], ranked by c, by c x m "
-        "| Spearman box, mask | pseudo precision, recall | training, CPU s |",
+        "| line | seeds | mAP@0.5 by cycle (95 % interval) | area | images to reach full "
+        "| mAP@[.5:.95], ranked by c, by c x m | Spearman box, mask | pseudo precision, recall | training, CPU s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, line in report["lines"].items():
