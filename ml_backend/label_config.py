@@ -132,4 +132,4 @@ def _refuse(problem: str, tags: Sequence[Element]) -> NoReturn:
 
 
 def _message(problem: str, *, found: str) -> str:
-    return f"Labelling configuration: {problem}. Tags found: {found}. A configuration that works:\n{MINIMAL_CONFIG}"
+    return f"Labelling configuration: {problem}. Tags found: {found}.\nA configuration that works:\n{MINIMAL_CONFIG}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import cv2
 import numpy as np
 
 from ml_backend.errors import ImageError
@@ -93,9 +94,10 @@ def prediction(
             detections.image_hw,
             mask_threshold=mask_threshold,
             max_vertices=max_vertices,
+            tolerance_px=_tolerance_px(detections.boxes_xyxy[index]),
         )
         result += _regions(
-            rings_xy,
+            _without_specks(rings_xy),
             config.labels[int(label) - 1],
             config,
             detections.image_hw,
@@ -207,6 +209,22 @@ def _check_classes(labels: IntArray, config: LabelConfig) -> None:
             f"classes: expected 1..{count} for the labels {', '.join(config.labels)}, got {labels.min()} to "
             f"{labels.max()}: the labelling configuration has changed; a model trained on the new one is needed"
         )
+
+
+def _tolerance_px(box_xyxy: FloatArray) -> float:
+    """How far a polygon may leave its mask: half a cell of a 28 x 28 mask, from just enough for small ones to 1 px.
+
+    A mask knows no more, and every vertex is one that an annotator may have to drag.
+    """
+    side = float(max(box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1]))
+    return min(1.0, max(0.45, side / 56))
+
+
+def _without_specks(rings_xy: Sequence[FloatArray]) -> list[FloatArray]:
+    """The parts of an instance, the largest first, without those below a twentieth of the largest: a model's noise,
+    and for an annotator a region to delete."""
+    areas = [cv2.contourArea(ring.astype(np.float32)) for ring in rings_xy]
+    return [ring for ring, area in zip(rings_xy, areas, strict=True) if area >= 0.05 * areas[0]]
 
 
 def _confidence(detections: Detections, index: int, *, uncertainty: float) -> Json:

@@ -16,6 +16,7 @@ from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
 from ml_backend.service import Service
 from model.dataset import load_image
+from model.duplicates import distinct
 from model.errors import DatasetError
 from model.network import MaskRCNNWithScores
 from model.predict import detect
@@ -71,7 +72,7 @@ def read_scores(path: Path) -> Iterator[Json]:
 def detections_for_people(
     detections: Detections, *, card: ModelCard, config: LabelConfig, shown_threshold: float
 ) -> Detections:
-    """The detections that annotators see: confident enough and of a class that the project still has.
+    """The detections that annotators see: confident enough, none twice, of a class that the project still has.
 
     Labels are renumbered from the model's classes to those of the configuration.
     """
@@ -79,7 +80,8 @@ def detections_for_people(
     labels = [class_of.get(label) for label in detections.labels.tolist()]
     keep = np.array([label is not None for label in labels], dtype=bool) & (detections.class_scores >= shown_threshold)
     renumbered = np.array([label or 0 for label in labels], dtype=np.int64)
-    return replace(detections, labels=renumbered).select(keep)
+    shown = replace(detections, labels=renumbered).select(keep)
+    return shown.select(distinct(shown, mask_threshold=card.network["mask_threshold"]))
 
 
 def is_validation(image_sha256: str, fraction: float) -> bool:

@@ -277,7 +277,7 @@ class _ScoringRoIHeads(RoIHeads):
         gt_boxes = torch.cat([t["boxes"][index] for t, index in zip(targets, matched, strict=True)])
         gt_areas = torch.cat([t["masks"].flatten(1).sum(1)[index] for t, index in zip(targets, matched, strict=True)])
         rows = torch.arange(len(classes), device=classes.device)
-        class_deltas = deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[rows, classes]
+        class_deltas = deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[rows, classes]  # -1 fails for P = 0
         predicted_boxes = self.box_coder.decode(class_deltas, boxes).reshape(-1, 4)
         mask_targets = losses.mask_iou_targets(
             mask_logits,

@@ -109,9 +109,10 @@ def _to(target: dict[str, Tensor], device: str) -> dict[str, Tensor]:
 
 
 def _fingerprint(network: MaskRCNNWithScores, images: Sequence[LabeledImage], config: TrainingConfig) -> str:
-    """Tells one run from another: same network, settings and labels."""
+    """Tells one run from another: the network, what of the settings changes the weights, and the labels."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("loader_workers", "checkpoint_every_steps")}
     labels = [(image.image_id, image.pseudo, image.labels.tolist(), image.rles) for image in images]
-    description = json.dumps([network.config.to_json(), asdict(config), labels])
+    description = json.dumps([network.config.to_json(), settings, labels])
     return hashlib.sha256(description.encode()).hexdigest()
 
 

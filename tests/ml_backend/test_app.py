@@ -284,7 +284,8 @@ def test_the_dashboard_shows_cycles_in_every_state(web: TestClient, lonely_servi
         session.flush()
         session.add_all(
             [
-                CycleRow(project_key=KEY, number=1, status="done", stage="finished", facts={"metrics": asdict(evaluation)}),
+                CycleRow(project_key=KEY, number=1, status="done", stage="finished",
+                         facts={"metrics": asdict(evaluation)}),
                 CycleRow(project_key=KEY, number=2, status="failed", stage="failed", error="the <loss> is NaN"),
                 CycleRow(project_key=KEY, number=3, status="running", stage="training", done=3, total=12,
                          facts={"problems": ["image of task 5 (<img onerror=x>): broken"]}),

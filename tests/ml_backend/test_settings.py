@@ -37,55 +37,61 @@ def test_the_defaults_are_those_of_the_paper_where_it_gives_one(tmp_path: Path) 
     assert settings.label_studio_api_key is None
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "field", "value"),
-    [
-        ("LABEL_STUDIO_URL", "https://ls.example.com/label/", "label_studio_url", "https://ls.example.com/label"),
-        ("HOST", "0.0.0.0", "host", "0.0.0.0"),
-        ("PORT", "8000", "port", 8000),
-        ("LOG_LEVEL", "DEBUG", "log_level", "DEBUG"),
-        ("MODEL_DIR", "/srv/models", "model_dir", Path("/srv/models")),
-        ("DATABASE_URL", "postgresql://u@h/d", "database_url", "postgresql://u@h/d"),
-        ("TSP_BATCH_SIZE", "20", "batch_size", 20),
-        ("TSP_VALIDATION_FRACTION", "0", "validation_fraction", 0.0),
-        ("TSP_SEMI_SUPERVISED", "false", "semi_supervised", False),
-        ("TSP_BETA", "0.1", "beta", 0.1),
-        ("TSP_CLASS_THRESHOLD", "0.5", "class_threshold", 0.5),
-        ("TSP_BOX_THRESHOLD", "0.6", "box_threshold", 0.6),
-        ("TSP_MASK_THRESHOLD", "0.7", "mask_score_threshold", 0.7),
-        ("TSP_PSEUDO_RULE", "or", "pseudo_rule", "or"),
-        ("TSP_EMPTY_POLICY", "last", "empty_policy", EmptyImagePolicy.LAST),
-        ("TSP_FROM_NAME", "outline", "from_name", "outline"),
-        ("TSP_MAX_VERTICES", "12", "max_vertices", 12),
-        ("TSP_SCORE_THRESHOLD", "0.1", "score_threshold", 0.1),
-        ("TSP_SHOWN_THRESHOLD", "0.4", "shown_threshold", 0.4),
-        ("TSP_PROFILE", "resnet50_fpn", "profile", "resnet50_fpn"),
-        ("TSP_WEIGHTS", "none", "weights", "none"),
-        ("TSP_IMAGE_SIZE", "192", "image_size", 192),
-        ("TSP_ANCHOR_SIZES", "[4, 8, 16, 32, 64]", "anchor_sizes", (4, 8, 16, 32, 64)),
-        ("TSP_DETECTIONS", "300", "detections_per_image", 300),
-        ("TSP_EPOCHS", "3", "epochs", 3),
-        ("TSP_SCHEDULE", "step", "schedule", "step"),
-        ("TSP_LEARNING_RATE", "0.001", "learning_rate", 0.001),
-        ("TSP_GRADIENT_CLIP", "0", "gradient_clip", 0.0),
-        ("TSP_IMAGES_PER_STEP", "4", "images_per_step", 4),
-        ("TSP_CHECKPOINT_STEPS", "5", "checkpoint_steps", 5),
-        ("TSP_SEED", "7", "seed", 7),
-        ("TSP_DEVICE", "cuda:1", "device", "cuda:1"),
-        ("TSP_THREADS", "2", "threads", 2),
-        ("TSP_NICENESS", "0", "niceness", 0),
-        ("TSP_RECONCILE_SECONDS", "0.5", "reconcile_seconds", 0.5),
-        ("TSP_MAX_IMAGE_BYTES", "1000", "max_image_bytes", 1000),
-        ("TSP_MAX_IMAGE_PIXELS", "1000", "max_image_pixels", 1000),
-    ],
-)
+EXAMPLES: list[tuple[str, str, str, Any]] = [
+    ("LABEL_STUDIO_URL", "https://ls.example.com/label/", "label_studio_url", "https://ls.example.com/label"),
+    ("HOST", "0.0.0.0", "host", "0.0.0.0"),
+    ("PORT", "8000", "port", 8000),
+    ("LOG_LEVEL", "DEBUG", "log_level", "DEBUG"),
+    ("MODEL_DIR", "/srv/models", "model_dir", Path("/srv/models")),
+    ("DATABASE_URL", "postgresql://u@h/d", "database_url", "postgresql://u@h/d"),
+    ("TSP_BATCH_SIZE", "20", "batch_size", 20),
+    ("TSP_VALIDATION_FRACTION", "0", "validation_fraction", 0.0),
+    ("TSP_SEMI_SUPERVISED", "false", "semi_supervised", False),
+    ("TSP_BETA", "0.1", "beta", 0.1),
+    ("TSP_CLASS_THRESHOLD", "0.5", "class_threshold", 0.5),
+    ("TSP_BOX_THRESHOLD", "0.6", "box_threshold", 0.6),
+    ("TSP_MASK_THRESHOLD", "0.7", "mask_score_threshold", 0.7),
+    ("TSP_PSEUDO_RULE", "or", "pseudo_rule", "or"),
+    ("TSP_EMPTY_POLICY", "last", "empty_policy", EmptyImagePolicy.LAST),
+    ("TSP_FROM_NAME", "outline", "from_name", "outline"),
+    ("TSP_MAX_VERTICES", "12", "max_vertices", 12),
+    ("TSP_SCORE_THRESHOLD", "0.1", "score_threshold", 0.1),
+    ("TSP_SHOWN_THRESHOLD", "0.4", "shown_threshold", 0.4),
+    ("TSP_PROFILE", "resnet50_fpn", "profile", "resnet50_fpn"),
+    ("TSP_WEIGHTS", "none", "weights", "none"),
+    ("TSP_IMAGE_SIZE", "192", "image_size", 192),
+    ("TSP_ANCHOR_SIZES", "[4, 8, 16, 32, 64]", "anchor_sizes", (4, 8, 16, 32, 64)),
+    ("TSP_DETECTIONS", "300", "detections_per_image", 300),
+    ("TSP_EPOCHS", "3", "epochs", 3),
+    ("TSP_MIN_STEPS", "100", "min_steps", 100),
+    ("TSP_SCHEDULE", "step", "schedule", "step"),
+    ("TSP_LEARNING_RATE", "0.001", "learning_rate", 0.001),
+    ("TSP_GRADIENT_CLIP", "0", "gradient_clip", 0.0),
+    ("TSP_IMAGES_PER_STEP", "4", "images_per_step", 4),
+    ("TSP_CHECKPOINT_STEPS", "5", "checkpoint_steps", 5),
+    ("TSP_SEED", "7", "seed", 7),
+    ("TSP_DEVICE", "cuda:1", "device", "cuda:1"),
+    ("TSP_THREADS", "2", "threads", 2),
+    ("TSP_NICENESS", "0", "niceness", 0),
+    ("TSP_RECONCILE_SECONDS", "0.5", "reconcile_seconds", 0.5),
+    ("TSP_MAX_IMAGE_BYTES", "1000", "max_image_bytes", 1000),
+    ("TSP_MAX_IMAGE_PIXELS", "1000", "max_image_pixels", 1000),
+]
+SECRETS = ("LABEL_STUDIO_API_KEY", "BASIC_AUTH_PASS")
+
+
+def test_there_is_an_example_of_each_variable() -> None:
+    every = {str(field.validation_alias) for field in Settings.model_fields.values()}
+    assert {name for name, *_ in EXAMPLES} == every - {"BASIC_AUTH_USER", *SECRETS}
+
+
+@pytest.mark.parametrize(("name", "text", "field", "value"), EXAMPLES, ids=[name for name, *_ in EXAMPLES])
 def test_each_variable_is_read(monkeypatch: pytest.MonkeyPatch, name: str, text: str, field: str, value: Any) -> None:
     assert getattr(read(monkeypatch, {name: text}), field) == value
 
 
 def test_tokens_and_passwords_are_read_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("LABEL_STUDIO_API_KEY", "BASIC_AUTH_PASS")
-    settings = read(monkeypatch, {"BASIC_AUTH_USER": "studio", **dict.fromkeys(names, SECRET)})
+    settings = read(monkeypatch, {"BASIC_AUTH_USER": "studio", **dict.fromkeys(SECRETS, SECRET)})
     assert settings.require_api_key() == SECRET
     assert settings.basic_auth_pass is not None
     assert settings.basic_auth_pass.get_secret_value() == SECRET

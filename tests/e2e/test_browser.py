@@ -1,0 +1,263 @@
+"""What annotators and project owners see in a real browser: Label Studio with our predictions, and the dashboard."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect
+
+from ml_backend import ls_format
+from ml_backend.label_config import parse_label_config
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
+from model.geometry import rle_to_mask
+from model.types import Detections
+from scripts.backend_processes import BackendProcesses
+from scripts.label_studio_server import LabelStudioServer, free_port
+from scripts.screenshots import chromium, find_chromium, label_all_tasks, log_in, new_page, select_region
+from tests.label_studio import PASSWORD, POLYGON_CONFIG, USERNAME
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(find_chromium() is None, reason="chromium is not installed: apt install chromium"),
+]
+
+IMAGE_HW = (160, 200)
+VERSION = "tsp-1-browser"
+RECTANGLES_CONFIG = """
+<View>
+  <Image name="image" value="$image"/>
+  <RectangleLabels name="label" toName="image"><Label value="cell"/></RectangleLabels>
+</View>
+"""
+CONFIG = parse_label_config(POLYGON_CONFIG)
+# Tips are not served, and after the last task there is no next one; both are 404 in the browser's console.
+NOT_FOUND_WITHOUT_US = ("/heidi-tips", "/api/dm/actions?id=next_task")
+UI = Path(__file__).parents[2] / "ml_backend" / "ui"
+DASHBOARD = Environment(loader=FileSystemLoader(UI), autoescape=True).get_template("ui.html")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page of its own, without the log-in of another test."""
+    page = new_page(browser)
+    yield page
+    page.close()
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A project with one task, which has our prediction."""
+
+    project_id: int
+    task_id: int
+    prediction: dict[str, Any]
+
+
+@pytest.fixture
+def predicted(client: LabelStudioClient, project: Project, tmp_path: Path) -> Predicted:
+    path = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, IMAGE_HW, dtype=np.uint8)).save(path)
+    (task_id,) = client.import_files(project.id, [path])
+    prediction = ls_format.prediction(_two_instances(), CONFIG, model_version=VERSION, score=0.31)
+    assert client.import_predictions(project.id, [ls_format.for_task(prediction, task_id)]) == 1
+    client.set_model_version(project.id, VERSION)
+    client.update_project(project.id, sampling=UNCERTAINTY_SAMPLING, maximum_annotations=1)
+    return Predicted(project.id, task_id, prediction)
+
+
+def _two_instances() -> Detections:
+    """A lesion in one part, and a cell in two that do not touch."""
+    rows, columns = np.mgrid[0:28, 0:28]
+    disc = (rows - 13.5) ** 2 + (columns - 13.5) ** 2 < 12**2
+    halves = (columns < 11) | (columns > 17)
+    return Detections(
+        image_hw=IMAGE_HW,
+        boxes_xyxy=np.array([[20, 20, 90, 100], [110, 60, 190, 120]], dtype=np.float32),
+        labels=np.array([2, 1]),
+        class_scores=np.array([0.93, 0.58]),
+        box_scores=np.array([0.88, 0.71]),
+        mask_scores=np.array([0.79, 0.64]),
+        roi_masks=np.stack([disc, halves]).astype(np.float32),
+    )
+
+
+@pytest.mark.label_studio
+def test_an_annotator_sees_our_regions_and_submits_them_unchanged(
+    label_studio: LabelStudioServer, client: LabelStudioClient, predicted: Predicted, page: Page
+) -> None:
+    log_in(page, label_studio.url, email=USERNAME, password=PASSWORD)
+    errors = _errors(page)
+
+    label_all_tasks(page, label_studio.url, predicted.project_id)
+    rows = page.get_by_role("treeitem")
+    expect(rows).to_have_count(3)
+    for index, (name, confidence) in enumerate((("lesion", "0.93"), ("cell", "0.58"), ("cell", "0.58"))):
+        expect(rows.nth(index)).to_contain_text(name)
+        expect(rows.nth(index)).to_contain_text(confidence)
+    assert "class .93 box .88 mask .79, uncertainty" in select_region(page, 0)
+
+    with page.expect_response(lambda r: r.request.method == "POST" and "/annotations" in r.url) as submitted:
+        page.get_by_role("button", name="Submit current annotation").click()
+    assert submitted.value.ok
+    page.get_by_text("No More Tasks Left in Queue").wait_for()
+    assert [error for error in errors if not any(path in error for path in NOT_FOUND_WITHOUT_US)] == []
+    (task,) = client.annotated_tasks(predicted.project_id, [predicted.task_id])
+    (annotation,) = task["annotations"]
+    assert [region.get("parentID") for region in annotation["result"]] == [
+        region.get("parentID") for region in predicted.prediction["result"]
+    ]
+    _check_same_instances(annotation, predicted.prediction)
+
+
+def _errors(page: Page) -> list[str]:
+    """Filled with the errors that the page reports from now on, and where each comes from."""
+    errors: list[str] = []
+
+    def keep(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            errors.append(f"{message.text} ({message.location['url']})")
+
+    page.on("console", keep)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    return errors
+
+
+def _check_same_instances(annotation: dict[str, Any], prediction: dict[str, Any]) -> None:
+    submitted = ls_format.instances_from_annotation(annotation, CONFIG, IMAGE_HW)
+    shown = ls_format.instances_from_annotation(prediction, CONFIG, IMAGE_HW)
+    assert not submitted.ignored
+    assert submitted.labels.tolist() == shown.labels.tolist() == [2, 1]
+    for mine, theirs in zip(map(rle_to_mask, shown.rles), map(rle_to_mask, submitted.rles), strict=True):
+        assert (mine & theirs).sum() / (mine | theirs).sum() > 0.95
+
+
+@pytest.fixture
+def backend(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[BackendProcesses]:
+    settings = {
+        "LABEL_STUDIO_URL": label_studio.url,
+        "LABEL_STUDIO_API_KEY": label_studio.token,
+        "MODEL_DIR": str(tmp_path / "models"),
+        "PORT": str(free_port()),
+    }
+    with BackendProcesses(settings=settings, log_dir=tmp_path / "logs") as backend:
+        yield backend
+
+
+@pytest.mark.label_studio
+def test_connecting_a_project_without_polygons_shows_why_it_was_refused(
+    label_studio: LabelStudioServer, client: LabelStudioClient, backend: BackendProcesses, page: Page
+) -> None:
+    project = client.create_project(title="rectangles", label_config=RECTANGLES_CONFIG)
+    log_in(page, label_studio.url, email=USERNAME, password=PASSWORD)
+    page.goto(f"{label_studio.url}/projects/{project.id}/settings/ml")
+    page.locator("button", has_text="Connect Model").click()
+    page.fill("input[name=title]", "TSP")
+    page.fill("input[name=url]", backend.url)
+    page.locator("button", has_text="Validate and Save").click()
+    reason = page.get_by_text("expected-a-PolygonLabels-tag").first
+    expect(reason).to_be_visible()
+    expect(reason).to_contain_text("Tags-found:-View,-Image,-RectangleLabels,-Label")
+    assert client.ml_backends(project.id) == []
+
+
+METRICS = {"map_50": 0.8, "map_50_95": 0.4, "images": 6, "ap_50_by_class": {"cell": 0.8, "lesion": None}}
+CYCLE: dict[str, Any] = {
+    "number": 1,
+    "status": "done",
+    "stage": "finished",
+    "reason": "20 newly annotated images (a batch is 20)",
+    "done": 0,
+    "total": 0,
+    "version": "tsp-1-0123abcd",
+    "facts": {"annotated": 20, "pseudo_labeled": 3, "metrics": METRICS},
+    "error": "",
+    "finished_at": "2025-01-02T03:04:05.678901+00:00",
+}
+RUNNING = CYCLE | {
+    "number": 3,
+    "status": "running",
+    "stage": "training on 14 annotated and 0 pseudo-labelled images",
+    "done": 33,
+    "total": 280,
+    "facts": {"annotated": 60, "pseudo_labeled": 0},
+    "finished_at": None,
+}
+FAILED = CYCLE | {
+    "number": 2,
+    "status": "failed",
+    "stage": "failed",
+    "facts": {
+        "annotated": 40,
+        "problems": ["task 7: http://label-studio.example.com/" + 60 * "x"],
+        "problem_count": 23,
+    },
+    "error": "training stopped: loss is not finite",
+}
+UNMEASURED = CYCLE | {"facts": {"metrics": METRICS | {"map_50": None, "map_50_95": None, "images": 0}}}
+PROJECT: dict[str, Any] = {
+    "id": 5,
+    "title": "CT",
+    "url": "http://label-studio.example.com/projects/5/data",
+    "problem": "",
+    "annotated": 40,
+    "new_annotated": 3,
+    "batch_size": 20,
+    "checked_at": "2025-01-02T03:04:05.678901+00:00",
+    "active_version": "tsp-1-0123abcd",
+    "events": {"received": 44, "waiting": 1},
+    "cycles": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("projects", "texts"),
+    [
+        pytest.param([], ["No project is connected yet"], id="no project"),
+        pytest.param(
+            [PROJECT | {"checked_at": "", "active_version": None, "title": ""}],
+            ["Project 5", "3 of 20 newly annotated images", "no predictions yet", "Not looked at Label Studio yet"],
+            id="no cycle",
+        ),
+        pytest.param(
+            [PROJECT | {"cycles": [RUNNING, FAILED, CYCLE]}],
+            ["33 of 280", "loss is not finite", "and 22 more", "cell 0.80.", "0.400", "2025-01-02 03:04 UTC"],
+            id="a running, a failed and a finished cycle",
+        ),
+        pytest.param([PROJECT | {"cycles": [UNMEASURED]}], ["finished"], id="nothing could be measured"),
+        pytest.param([PROJECT | {"problem": "no <PolygonLabels>"}], ["no <PolygonLabels>"], id="a problem"),
+    ],
+)
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_dashboard_tells_each_state_without_scrolling_sideways(
+    page: Page, projects: list[dict[str, Any]], texts: list[str], width: int
+) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    _show(page, projects)
+    shown = page.locator("body").inner_text()
+    assert [text for text in texts if text not in shown] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_dashboard_draws_the_map_of_each_measured_cycle(page: Page) -> None:
+    cycles = [CYCLE | {"number": number} for number in range(30, 1, -1)]
+    _show(page, [PROJECT | {"cycles": [RUNNING, FAILED, *cycles, UNMEASURED]}])
+    assert page.locator("circle").count() == len(cycles)
+    labels = [label.bounding_box() for label in page.locator("svg text[text-anchor=middle]").all()]
+    assert all(a and b and a["x"] + a["width"] < b["x"] for a, b in pairwise(labels))
+
+
+def _show(page: Page, projects: list[dict[str, Any]]) -> None:
+    """Without the page's refresh: there is no server to ask again."""
+    page.set_content(DASHBOARD.render(projects=projects).replace('http-equiv="refresh"', ""))

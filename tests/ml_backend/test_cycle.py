@@ -1,0 +1,307 @@
+"""The stages of a cycle, on annotations of a real Label Studio and with real training of a small network."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import select
+
+from ml_backend.cycle import evaluate_version, snapshot, train_version
+from ml_backend.cycle_log import CycleLog
+from ml_backend.db import UsedTaskRow
+from ml_backend.errors import LabelConfigError
+from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.service import Service
+from model.dataset import read_coco
+from model.errors import TSPError
+from model.geometry import polygons_to_rle
+from scripts.label_studio_server import LabelStudioServer
+from tests.label_studio import polygon_result, raw_api
+from tests.ml_backend.examples import (
+    begin_cycle,
+    cycle_row,
+    data_uri,
+    grey_images,
+    import_images,
+    key_of,
+    phantom_images,
+    settings,
+    sha256,
+)
+
+pytestmark = pytest.mark.label_studio
+
+RECTANGLE: dict[str, Any] = {
+    **polygon_result(),
+    "type": "rectanglelabels",
+    "value": {"x": 10, "y": 10, "width": 20, "height": 20, "rectanglelabels": ["cell"]},
+}
+
+
+@pytest.fixture
+def key(service: Service, project: Project) -> str:
+    return key_of(service, project)
+
+
+@pytest.fixture
+def log(service: Service, key: str) -> CycleLog:
+    return begin_cycle(service, key)
+
+
+def annotate(client: LabelStudioClient, project: Project, images: list[bytes]) -> list[int]:
+    """Tasks with one triangle each."""
+    tasks = import_images(client, project, images)
+    for task in tasks:
+        client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
+    return tasks
+
+
+@contextmanager
+def another_service(service: Service, folder: Path, **environment: Any) -> Iterator[Service]:
+    """The same service, started again with other settings."""
+    known = service.settings
+    place = {"LABEL_STUDIO_URL": known.label_studio_url, "LABEL_STUDIO_API_KEY": known.require_api_key()}
+    another = Service.connect(settings(folder, **place, **environment))
+    yield another
+    another.close()
+
+
+def part(service: Service, key: str, name: str, number: int = 1) -> dict[str, int]:
+    """The images of a part of the snapshot by their hash, with their numbers of instances."""
+    frozen = read_coco(service.cycle_folder(key, number) / f"{name}.json", Path("/"))
+    assert frozen.class_names == ("cell", "lesion")
+    return {image.image_id: len(image.labels) for image in frozen.images}
+
+
+def used_tasks(service: Service) -> dict[int, int]:
+    with service.database.session() as session:
+        return {row.task_id: row.first_cycle for row in session.scalars(select(UsedTaskRow))}
+
+
+def files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Everything in a folder, with the time at which it was written."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def test_the_snapshot_splits_the_images_by_their_bytes_and_stays_the_same(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    training, validation = grey_images(3), grey_images(2, validation=True)
+    tasks = annotate(client, project, [training[0], validation[0], training[1], validation[1], training[2]])
+    version = snapshot(service, key, 1, log)
+    assert version.startswith("tsp-1-")
+    assert part(service, key, "training") == {sha256(image): 1 for image in training}
+    assert part(service, key, "validation") == {sha256(image): 1 for image in validation}
+    assert used_tasks(service) == dict.fromkeys(tasks, 1)
+    assert cycle_row(service, key).facts == {
+        "annotated": 5, "training": 3, "validation": 2, "problems": [], "problem_count": 0
+    }  # fmt: skip
+    before = {name: content for name, (content, _) in files(service.cycle_folder(key, 1)).items()}
+    assert snapshot(service, key, 1, log) == version
+    assert {name: content for name, (content, _) in files(service.cycle_folder(key, 1)).items()} == before
+    assert used_tasks(service) == dict.fromkeys(tasks, 1)
+
+
+def test_the_next_snapshot_keeps_the_split_and_has_a_version_of_its_own(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    images, validation = grey_images(3), grey_images(1, validation=True)
+    first = annotate(client, project, [images[0], *validation])
+    version = snapshot(service, key, 1, log)
+    second = annotate(client, project, images[1:])
+    assert snapshot(service, key, 2, begin_cycle(service, key, 2)) != version
+    assert list(part(service, key, "training", 2)) == [sha256(image) for image in images]
+    assert part(service, key, "validation", 2) == part(service, key, "validation", 1)
+    assert used_tasks(service) == {**dict.fromkeys(first, 1), **dict.fromkeys(second, 2)}
+
+
+def test_an_instance_is_where_it_was_drawn(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    annotate(client, project, grey_images(1))
+    snapshot(service, key, 1, log)
+    frozen = read_coco(service.cycle_folder(key, 1) / "training.json", Path("/"))
+    (image,) = frozen.images
+    triangle_pct = polygon_result()["value"]["points"]
+    triangle_xy = [[x / 100 * 64, y / 100 * 48] for x, y in triangle_pct]
+    assert image.image_hw == (48, 64)
+    assert image.labels.tolist() == [1]
+    assert image.rles == (polygons_to_rle([np.array(triangle_xy)], (48, 64)),)
+
+
+def test_the_same_image_in_two_tasks_is_learnt_once(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    (image,) = grey_images(1)
+    tasks = annotate(client, project, [image, image])
+    snapshot(service, key, 1, log)
+    assert part(service, key, "training") == {sha256(image): 1}
+    assert used_tasks(service) == dict.fromkeys(tasks, 1)
+
+
+def test_only_what_people_said_about_an_image_is_learnt(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    drawn, empty, mixed, rectangle, skipped, untouched, broken = grey_images(7)
+    tasks = import_images(client, project, [drawn, empty, mixed, rectangle, skipped, untouched])
+    for task, result in zip(
+        tasks, ([polygon_result()], [], [polygon_result(), {**RECTANGLE, "id": "r2"}], [RECTANGLE]), strict=False
+    ):
+        client.submit_annotation(task, result=result, lead_time_seconds=1)
+    client.skip(tasks[4])
+    (unreadable,) = import_images(client, project, [data_uri(broken[: len(broken) // 2])])
+    client.submit_annotation(unreadable, result=[polygon_result()], lead_time_seconds=1)
+    snapshot(service, key, 1, log)
+    assert part(service, key, "training") == {sha256(drawn): 1, sha256(empty): 0, sha256(mixed): 1}
+    facts = cycle_row(service, key).facts
+    assert (facts["annotated"], facts["training"], facts["problem_count"]) == (5, 3, 2)
+    assert f"task {tasks[3]}: nothing in its annotation can be learnt" in facts["problems"][0]
+    assert "rectanglelabels: only polygons are learnt" in facts["problems"][0]
+    assert f"image of task {unreadable}" in facts["problems"][1]
+    assert set(used_tasks(service)) == {*tasks[:4], unreadable}
+
+
+def test_the_ground_truth_annotation_counts_among_several(
+    service: Service,
+    client: LabelStudioClient,
+    project: Project,
+    key: str,
+    log: CycleLog,
+    label_studio: LabelStudioServer,
+) -> None:
+    (image,) = grey_images(1)
+    (task,) = import_images(client, project, [image])
+    truth = client.submit_annotation(task, result=[polygon_result(label="lesion")], lead_time_seconds=1)
+    with raw_api(label_studio) as api:
+        assert api.patch(f"/api/annotations/{truth}/", json={"ground_truth": True}).is_success
+    client.submit_annotation(task, result=[], lead_time_seconds=1)
+    snapshot(service, key, 1, log)
+    assert part(service, key, "training") == {sha256(image): 1}
+
+
+@pytest.mark.parametrize("annotated", [0, 2], ids=["nothing is annotated", "all of it is for validation"])
+def test_a_snapshot_with_nothing_to_train_on_says_so(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, annotated: int
+) -> None:
+    annotate(client, project, grey_images(2, validation=True)[:annotated])
+    with pytest.raises(TSPError, match=rf"none of the {annotated} annotated tasks can be trained on \({annotated} are"):
+        snapshot(service, key, 1, log)
+    assert cycle_row(service, key).facts["validation"] == annotated
+
+
+def test_a_snapshot_of_a_project_without_polygons_says_so(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    client.update_project(project.id, label_config='<View><Image name="image" value="$image"/></View>')
+    with pytest.raises(LabelConfigError, match="expected a PolygonLabels tag"):
+        snapshot(service, key, 1, log)
+
+
+def test_training_and_evaluation_make_a_version_and_repeating_them_changes_nothing(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    annotate(client, project, [*phantom_images(4), *phantom_images(2, validation=True)])
+    version = snapshot(service, key, 1, log)
+    train_version(service, key, 1, log)
+    evaluate_version(service, key, 1, version, log)
+    assert service.registry.versions(key) == [version]
+    assert service.registry.active(key) is None  # until it is published
+    network, card = service.registry.load(key, version)
+    facts = cycle_row(service, key).facts
+    assert card.class_names == ("cell", "lesion")
+    assert card.metrics == facts["metrics"]
+    assert card.training["epochs"] == 1
+    assert network.config.min_size == 64
+    assert facts["pseudo_labeled"] == 0
+    assert facts["training_seconds"] > 0
+    assert set(facts["loss"]) >= {"loss_classifier", "loss_mask"}
+    assert facts["metrics"]["images"] == facts["metrics"]["instances"] == 2
+    assert 0 <= facts["metrics"]["map_50"] <= 1
+    row = cycle_row(service, key)
+    assert (row.stage, row.done, row.total) == ("evaluating", 2, 2)
+
+    made = files(service.settings.model_dir / "cycles") | files(service.settings.model_dir / "versions")
+    train_version(service, key, 1, log)
+    evaluate_version(service, key, 1, version, log)
+    assert files(service.settings.model_dir / "cycles") | files(service.settings.model_dir / "versions") == made
+    assert cycle_row(service, key).facts == facts
+
+
+def test_images_that_nobody_labelled_teach_by_what_the_active_version_trusted(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    annotated, *pool = phantom_images(5)
+    (validation,) = phantom_images(1, validation=True)
+    annotate(client, project, [annotated])
+    version = snapshot(service, key, 1, log)
+    train_version(service, key, 1, log)
+    assert cycle_row(service, key).facts["pseudo_labeled"] == 0
+    evaluate_version(service, key, 1, version, log)
+    assert cycle_row(service, key).facts["metrics"]["map_50"] is None  # there was nothing to measure with
+    service.registry.activate(key, version)
+
+    tasks = import_images(client, project, [*pool, validation])
+    square = polygons_to_rle([np.array([[8, 8], [40, 8], [40, 40], [8, 40]])], (64, 64))
+    lines: list[dict[str, Any]] = []
+    for task, image, labels in (
+        (tasks[0], pool[0], ["lesion"]),
+        (tasks[1], pool[1], ["gone", "cell"]),
+        (tasks[2], pool[2], ["gone"]),
+        (tasks[3], pool[3], []),
+        (tasks[4], validation, ["cell"]),
+        (tasks[4] + 1, annotated, ["cell"]),
+        (tasks[4] + 2, pool[0], ["cell"]),  # the same image in another task
+    ):
+        fetched = service.images.fetch(task_id=task, uri=data_uri(image))
+        pseudo = {"labels": labels, "rles": [square] * len(labels)} if labels else None
+        path, hw = str(fetched.path), list(fetched.image_hw)
+        lines.append({"task": task, "image": fetched.sha256, "path": path, "image_hw": hw, "pseudo": pseudo})
+    lines.append({"task": tasks[4] + 3, "problem": "broken"})
+    scores = service.scores_file(key, version)
+    scores.parent.mkdir(parents=True)
+    scores.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    second = begin_cycle(service, key, 2)
+    snapshot(service, key, 2, second)
+    train_version(service, key, 2, second)
+    facts = cycle_row(service, key, 2).facts
+    assert (facts["pseudo_labeled"], facts["pseudo_instances"]) == (2, 2)
+
+
+def test_nothing_is_learnt_from_unlabelled_images_when_that_is_switched_off(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, tmp_path: Path
+) -> None:
+    annotate(client, project, phantom_images(1))
+    version = snapshot(service, key, 1, log)
+    train_version(service, key, 1, log)
+    evaluate_version(service, key, 1, version, log)
+    service.registry.activate(key, version)
+    scores = service.scores_file(key, version)
+    scores.parent.mkdir(parents=True)
+    scores.write_text('{"not": "looked at"}\n')
+    with another_service(service, tmp_path, TSP_SEMI_SUPERVISED="false") as supervised:
+        second = begin_cycle(supervised, key, 2)
+        snapshot(supervised, key, 2, second)
+        train_version(supervised, key, 2, second)
+        assert cycle_row(supervised, key, 2).facts["pseudo_labeled"] == 0
+
+
+def test_settings_that_change_in_the_middle_of_a_cycle_count_from_the_next_one(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, tmp_path: Path
+) -> None:
+    annotate(client, project, phantom_images(1))
+    version = snapshot(service, key, 1, log)
+    train_version(service, key, 1, log)
+    made = files(service.cycle_folder(key, 1))
+    with another_service(service, tmp_path, TSP_EPOCHS=2, TSP_IMAGE_SIZE=96) as changed:
+        train_version(changed, key, 1, log)
+        evaluate_version(changed, key, 1, version, log)
+        assert files(service.cycle_folder(key, 1)) == made
+        card = service.registry.card(key, version)
+        assert (card.training["epochs"], card.network["min_size"]) == (1, 64)
+        assert snapshot(changed, key, 2, begin_cycle(changed, key, 2)).removeprefix("tsp-2-") not in version

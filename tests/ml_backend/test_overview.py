@@ -1,0 +1,57 @@
+"""What the dashboard and `/status` are told."""
+
+from ml_backend import inbox
+from ml_backend.db import CycleRow, ProjectRow
+from ml_backend.inbox import ProjectName, remember_project
+from ml_backend.overview import overview
+from ml_backend.service import Service
+from tests.ml_backend.examples import KEY, NOWHERE, VERSION, add_version
+
+OTHER = "8-1700000000"
+
+
+def test_there_is_nothing_to_tell_before_a_project_is_known(lonely_service: Service) -> None:
+    assert overview(lonely_service) == []
+
+
+def test_a_new_project_has_no_version_and_no_cycle(lonely_service: Service) -> None:
+    remember_project(lonely_service.database, ProjectName(KEY, 7))
+    assert overview(lonely_service) == [
+        {
+            "key": KEY,
+            "id": 7,
+            "title": "",
+            "url": f"{NOWHERE}/projects/7/data",
+            "problem": "",
+            "annotated": 0,
+            "new_annotated": 0,
+            "batch_size": 500,
+            "checked_at": "",
+            "active_version": None,
+            "events": {"received": 0, "waiting": 0},
+            "cycles": [],
+        }
+    ]
+
+
+def test_each_project_has_its_own_cycles_the_newest_first(lonely_service: Service) -> None:
+    for key, number in ((OTHER, 8), (KEY, 7)):
+        remember_project(lonely_service.database, ProjectName(key, number))
+    with lonely_service.database.session() as session:
+        session.add_all(CycleRow(project_key=key, number=n) for key, n in ((KEY, 1), (KEY, 2), (OTHER, 1), (KEY, 3)))
+    first, second = overview(lonely_service)
+    assert (first["key"], [cycle["number"] for cycle in first["cycles"]]) == (KEY, [3, 2, 1])
+    assert (second["key"], [cycle["number"] for cycle in second["cycles"]]) == (OTHER, [1])
+
+
+def test_what_changes_is_told(lonely_service: Service) -> None:
+    remember_project(lonely_service.database, ProjectName(KEY, 7))
+    inbox.record(lonely_service.database, KEY, "TASKS_CREATED")
+    add_version(lonely_service, KEY)
+    lonely_service.registry.activate(KEY, VERSION)
+    with lonely_service.database.session() as session:
+        session.get_one(ProjectRow, KEY).problem = "Label Studio is away"
+    (project,) = overview(lonely_service)
+    assert project["active_version"] == VERSION
+    assert project["events"] == {"received": 1, "waiting": 1}
+    assert project["problem"] == "Label Studio is away"

@@ -1,0 +1,178 @@
+"""Scoring the unlabelled images of a real Label Studio with a tiny real network."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ml_backend.errors import LabelConfigError
+from ml_backend.label_config import parse_label_config
+from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.pool import detections_for_people, is_validation, read_scores, score_pool
+from ml_backend.service import Service
+from model.registry import ModelCard
+from model.types import Detections
+from tests.label_studio import POLYGON_CONFIG, polygon_result
+from tests.ml_backend.examples import (
+    UNREADABLE,
+    VERSION,
+    add_version,
+    begin_cycle,
+    cycle_row,
+    grey_images,
+    import_images,
+    key_of,
+    sha256,
+)
+
+CARD = ModelCard(version=VERSION, network={}, class_names=("lesion", "gone", "cell"), created_at="")
+
+
+def detections(labels: list[int], class_scores: list[float]) -> Detections:
+    count = len(labels)
+    return Detections(
+        image_hw=(48, 64),
+        boxes_xyxy=np.tile(np.array([4.0, 4.0, 30.0, 30.0], np.float32), (count, 1)),
+        labels=np.array(labels, np.int64),
+        class_scores=np.array(class_scores, np.float32),
+        box_scores=np.full(count, 0.5, np.float32),
+        mask_scores=np.full(count, 0.5, np.float32),
+        roi_masks=np.ones((count, 28, 28), np.float32),
+    )
+
+
+@pytest.fixture
+def key(service: Service, project: Project) -> str:
+    """The project with a version in the registry."""
+    key = key_of(service, project)
+    add_version(service, key)
+    return key
+
+
+def scores(service: Service, key: str) -> dict[int, dict[str, object]]:
+    return {line["task"]: line for line in read_scores(service.scores_file(key, VERSION))}
+
+
+@pytest.mark.label_studio
+def test_each_task_without_annotation_gets_one_line(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    images = grey_images(4)
+    tasks = import_images(client, project, images)
+    client.submit_annotation(tasks[0], result=[polygon_result()], lead_time_seconds=1)
+    client.skip(tasks[1])
+    log = begin_cycle(service, key)
+    assert score_pool(service, key, VERSION, log) == 3
+    lines = list(read_scores(service.scores_file(key, VERSION)))
+    assert [line["task"] for line in lines] == tasks[1:]
+    assert [line["image"] for line in lines] == [sha256(image) for image in images[1:]]
+    for line in lines:
+        assert line["image_hw"] == [48, 64]
+        assert Path(line["path"]).exists()
+        assert line["instances"] > 0
+        assert 0 <= line["score"] <= 1
+        assert {region["type"] for region in line["result"]} <= {"polygonlabels"}
+    row = cycle_row(service, key)
+    assert (row.stage, row.done, row.total) == ("scoring the unlabelled images", 3, 3)
+    assert row.facts == {"pool": 3, "pool_problems": [], "pool_problem_count": 0}
+
+
+@pytest.mark.label_studio
+def test_scoring_goes_on_after_an_interruption_in_the_middle_of_a_line(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    import_images(client, project, grey_images(4))
+    score_pool(service, key, VERSION)
+    path = service.scores_file(key, VERSION)
+    whole = path.read_bytes()
+    first_two = b"".join(whole.splitlines(keepends=True)[:2])
+    path.write_bytes(whole[: len(first_two) + 40])
+    assert len(scores(service, key)) == 2
+    assert score_pool(service, key, VERSION) == 2
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.label_studio
+def test_what_was_scored_is_not_scored_again_and_new_tasks_are(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    images = grey_images(3)
+    first = import_images(client, project, images[:2])
+    assert score_pool(service, key, VERSION) == 2
+    before = service.scores_file(key, VERSION).read_bytes()
+    assert score_pool(service, key, VERSION) == 0
+    assert service.scores_file(key, VERSION).read_bytes() == before
+    second = import_images(client, project, images[2:])
+    assert score_pool(service, key, VERSION) == 1
+    assert list(scores(service, key)) == [*first, *second]
+
+
+@pytest.mark.label_studio
+def test_an_image_that_cannot_be_read_is_reported_and_the_others_go_on(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    (good,) = grey_images(1)
+    broken, gone, fine = import_images(client, project, [UNREADABLE, "/data/upload/0/gone.png", good])
+    log = begin_cycle(service, key)
+    assert score_pool(service, key, VERSION, log) == 3
+    lines = scores(service, key)
+    assert set(lines[broken]) == set(lines[gone]) == {"task", "problem"}
+    assert "score" in lines[fine]
+    facts = cycle_row(service, key).facts
+    assert facts["pool_problem_count"] == 2
+    assert f"image of task {broken} (data:image/png" in facts["pool_problems"][0]
+    assert f"image of task {gone} (/data/upload/0/gone.png)" in facts["pool_problems"][1]
+
+
+@pytest.mark.label_studio
+def test_a_configuration_that_lost_its_polygons_is_an_error(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    client.update_project(project.id, label_config='<View><Image name="image" value="$image"/></View>')
+    with pytest.raises(LabelConfigError, match="expected a PolygonLabels tag"):
+        score_pool(service, key, VERSION)
+
+
+def test_a_scores_file_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
+    assert list(read_scores(tmp_path / "none.jsonl")) == []
+
+
+def test_a_line_without_its_end_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text(json.dumps({"task": 1}) + "\n" + json.dumps({"task": 2}))
+    assert list(read_scores(path)) == [{"task": 1}]
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_scores", "shown"),
+    [
+        pytest.param([1, 3], [0.9, 0.8], [2, 1], id="classes are renumbered"),
+        pytest.param([1, 2, 3], [0.9, 0.8, 0.7], [2, 1], id="a class that is gone"),
+        pytest.param([1, 3], [0.9, 0.29], [2], id="one too unsure"),
+        pytest.param([3], [0.3], [1], id="just sure enough"),
+        pytest.param([2], [0.9], [], id="nothing is left"),
+        pytest.param([], [], [], id="nothing was found"),
+    ],
+)
+def test_people_see_what_is_sure_enough_and_of_a_class_that_they_know(
+    labels: list[int], class_scores: list[float], shown: list[int]
+) -> None:
+    config = parse_label_config(POLYGON_CONFIG)  # cell is 1, lesion 2
+    seen = detections_for_people(
+        detections(labels, class_scores), card=CARD, config=config, shown_threshold=float(np.float32(0.3))
+    )
+    assert seen.labels.tolist() == shown
+    assert len(seen.roi_masks) == len(shown)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5])
+def test_the_split_takes_its_share_of_the_images(fraction: float) -> None:
+    images = [sha256(str(number).encode()) for number in range(2000)]
+    assert np.mean([is_validation(image, fraction) for image in images]) == pytest.approx(fraction, abs=0.03)
+
+
+def test_a_larger_share_keeps_the_images_of_a_smaller_one() -> None:
+    images = [sha256(str(number).encode()) for number in range(200)]
+    small, large = ({image for image in images if is_validation(image, fraction)} for fraction in (0.2, 0.4))
+    assert small < large

@@ -1,0 +1,176 @@
+"""The worker as a process of its own, with a real database and a real Label Studio."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import pytest
+from fastapi.testclient import TestClient
+
+from ml_backend.app import create_app
+from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.settings import Settings
+from model.files import read_tensors
+from scripts.backend_processes import BackendProcesses
+from scripts.label_studio_server import HOST, LabelStudioServer, free_port
+from tests.label_studio import POLYGON_CONFIG, polygon_result
+from tests.ml_backend.examples import KEY, NOWHERE, UID, grey_images, import_images, phantom_images
+from tests.postgres import Postgres
+
+SECONDS = 120.0
+
+
+class Running:
+    """The worker as a process of its own, the web process as a part of this one; both end with the block."""
+
+    def __init__(self, folder: Path, **others: str) -> None:
+        self.log = folder / "worker.log"
+        self.environment = {
+            "MODEL_DIR": str(folder / "models"),
+            "LABEL_STUDIO_URL": NOWHERE,
+            "LABEL_STUDIO_API_KEY": "0" * 40,
+            "PORT": str(free_port()),
+            "TSP_WEIGHTS": "none",
+            "TSP_IMAGE_SIZE": "64",
+            "TSP_DETECTIONS": "10",
+            "TSP_RECONCILE_SECONDS": "1",
+            "TSP_THREADS": "1",
+            "TSP_NICENESS": "0",
+            **others,
+        }
+        self.worker = BackendProcesses(settings=self.environment, log_dir=folder)
+
+    def __enter__(self) -> Self:
+        self.worker.start_one("worker")
+        wait(lambda: "the worker is ready" in self.log.read_text(), self.log.read_text)
+        self.web = TestClient(create_app(Settings(**self.environment)))
+        self.web.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.web.__exit__()
+        self.worker.stop()
+
+    def connect(self, uid: str) -> None:
+        self.web.post("/setup", json={"project": uid, "schema": POLYGON_CONFIG}).raise_for_status()
+
+    def status(self) -> dict[str, Any]:
+        """The one project that the web process tells of."""
+        self.worker.check()
+        (project,) = self.web.get("/status").json()["projects"]
+        return dict(project)
+
+    def wait(self, until: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        wait(lambda: until(self.status()), self.status)
+        return self.status()
+
+
+def wait(until: Callable[[], Any], describe: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not until():
+        assert time.monotonic() < deadline, describe()
+        time.sleep(0.1)
+
+
+@contextmanager
+def door(url: str, port: int) -> Iterator[None]:
+    """Another address of a server, which is there only inside of the block."""
+    target = (urlsplit(url).hostname, urlsplit(url).port)
+    listener = socket.create_server((HOST, port))
+
+    def pass_on(source: socket.socket, sink: socket.socket) -> None:
+        with source, sink, suppress(OSError):  # whoever hangs up
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        while True:
+            try:
+                visitor, _ = listener.accept()
+            except OSError:  # closed
+                return
+            server = socket.create_connection(target)
+            for pair in ((visitor, server), (server.dup(), visitor.dup())):
+                threading.Thread(target=pass_on, args=pair, daemon=True).start()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_a_worker_that_is_first_on_an_empty_database_finds_projects_later(
+    database: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    others = {}
+    if database == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        others["DATABASE_URL"] = server.new_database()
+    with Running(tmp_path, **others) as running:
+        running.connect(UID)
+        project = running.wait(lambda project: project["problem"])
+    assert project["key"] == KEY
+    assert "no answer from Label Studio" in project["problem"]
+
+
+@pytest.mark.label_studio
+def test_a_worker_that_is_killed_in_the_middle_of_training_finishes_the_same_cycle_once(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path
+) -> None:
+    tasks = import_images(client, project, [*phantom_images(4), *grey_images(2)])
+    for task in tasks[:4]:
+        client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
+    port = free_port()
+    with Running(
+        tmp_path,
+        LABEL_STUDIO_URL=f"http://{HOST}:{port}",
+        LABEL_STUDIO_API_KEY=label_studio.token,
+        TSP_BATCH_SIZE="4",
+        TSP_EPOCHS="16",  # of 2 steps
+        TSP_CHECKPOINT_STEPS="5",
+    ) as running:
+        running.connect(project.uid)
+        running.wait(lambda project: "no answer from Label Studio" in project["problem"])
+        with door(label_studio.url, port):
+            recovered = running.wait(lambda project: project["cycles"])
+            assert (recovered["problem"], recovered["annotated"]) == ("", 4)
+            running.wait(lambda project: is_training(project) and project["cycles"][0]["done"] > 5)
+            running.worker.kill("worker")
+            (before,) = running.status()["cycles"]
+            assert before["status"] == "running"
+            checkpoint = tmp_path / "models" / "cycles" / recovered["key"] / "1" / "checkpoint.safetensors"
+            saved_steps = int(read_tensors(checkpoint)[1]["step"])
+            assert 5 <= saved_steps < 32
+
+            running.worker.start_one("worker")
+            seen = []
+
+            def is_over(project: dict[str, Any]) -> bool:
+                if is_training(project):
+                    seen.append(project["cycles"][0]["done"])
+                return project["cycles"][0]["finished_at"] is not None
+
+            (after,) = running.wait(is_over)["cycles"]
+            assert (after["status"], after["error"]) == ("done", "")
+            assert (after["planned_at"], after["facts"]["annotated"]) == (before["planned_at"], 4)
+            assert all(done == 0 or done > saved_steps or done == before["done"] for done in seen)  # nothing was lost
+
+            late = import_images(client, project, grey_images(3)[2:])  # a task that comes after the cycle
+            wait(lambda: client.model_versions(project.id) == {after["version"]: 3}, running.status)
+    assert client.predicted_task_ids(project.id, after["version"]) == {*tasks[4:], *late}
+    assert client.project(project.id).model_version == after["version"]
+
+
+def is_training(project: dict[str, Any]) -> bool:
+    return bool(project["cycles"]) and project["cycles"][0]["stage"].startswith("training")
