@@ -1,5 +1,6 @@
 """Mask R-CNN with a box IoU branch and a mask IoU branch (Fig. 1 and section 3.1 of the paper)."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -83,8 +84,8 @@ class MaskRCNNWithScores(nn.Module):
         stages = self.backbone.body(batch.tensors)
         pyramid = self.backbone.pyramid(stages)
         detections = self.roi_heads.detect(pyramid, self.rpn(batch, pyramid)[0], batch.image_sizes)
-        for image, feature in zip(detections, stages[-1].mean(dim=(2, 3)), strict=True):
-            image["feature"] = feature
+        for image, stage, hw in zip(detections, stages[-1], batch.image_sizes, strict=True):
+            image["feature"] = _mean_inside(stage, hw, tuple(batch.tensors.shape[-2:]))
         if self.loss_predictor is not None:
             for image, loss in zip(detections, self.loss_predictor(pyramid), strict=True):
                 image["predicted_loss"] = loss[None]
@@ -439,6 +440,15 @@ def _normalisation(profile: str) -> tuple[list[float], list[float]]:
     if profile == "efficientnet_lite0_fpn":
         return [127 / 255] * 3, [128 / 255] * 3
     return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def _mean_inside(stage: Tensor, image_hw: tuple[int, int], padded_hw: tuple[int, ...]) -> Tensor:
+    """The mean of a stage (F, h, w) over the cells that its image reaches, not those that only pad the batch, (F,)."""
+    rows, columns = (
+        math.ceil(side * cells / padded)
+        for side, cells, padded in zip(image_hw, stage.shape[1:], padded_hw, strict=True)
+    )
+    return stage[:, :rows, :columns].mean(dim=(1, 2))
 
 
 def _check_images(images: Sequence[Tensor]) -> None:

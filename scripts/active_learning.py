@@ -3,6 +3,7 @@
 A run's folder holds `run.json`, what is known so far cycle by cycle, and the checkpoint of the training that goes on.
 """
 
+import fcntl
 import hashlib
 import json
 import time
@@ -18,7 +19,7 @@ from model.calibration import reliability, true_ious
 from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import LabeledSet, fitting_anchors, image_tensor, input_hw, load_image
 from model.evaluate import evaluate
-from model.files import read_tensors, write_json
+from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.predict import detections_of
 from model.pseudo_labels import pseudo_labeled_image
@@ -68,17 +69,18 @@ def run(name: RunName, experiment: Experiment, pool: LabeledSet, test: LabeledSe
     total = 1 if name.strategy == FULL else experiment.cycles
     while len(state["cycles"]) < total:
         number = len(state["cycles"]) + 1
-        cycle = _cycle(number, name, experiment, pool, test, state, folder, shared)
+        cycle, following = _cycle(number, name, experiment, pool, test, state.pop("next", None), folder, shared)
         state["cycles"].append(cycle)
+        if following is not None:
+            state["next"] = following  # in the same file as the cycle that made it: never one without the other
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # first: the next cycle would refuse it
         write_json(folder / "run.json", state)
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    (folder / "next.json").unlink(missing_ok=True)
 
 
-def is_finished(name: RunName, experiment: Experiment, folder: Path) -> bool:
-    path = folder / "run.json"
+def is_finished(name: RunName, experiment: Experiment, pool: LabeledSet, test: LabeledSet, folder: Path) -> bool:
+    """Whether nothing is left to do. Raises ValueError when the run was made with other settings or images."""
     total = 1 if name.strategy == FULL else experiment.cycles
-    return path.exists() and len(json.loads(path.read_text())["cycles"]) >= total
+    return len(_load(folder, name, experiment, pool, test)["cycles"]) >= total
 
 
 def first_batch(pool: LabeledSet, size: int, seed: int) -> list[str]:
@@ -111,13 +113,16 @@ def _cycle(
     experiment: Experiment,
     pool: LabeledSet,
     test: LabeledSet,
-    state: dict[str, Any],
+    plan: dict[str, Any] | None,
     folder: Path,
     shared: Path,
-) -> dict[str, Any]:
-    """Train on what is annotated (and pseudo-labelled), measure, and choose what comes next."""
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Train on what is annotated (and pseudo-labelled), measure, and choose what comes next.
+
+    `plan` is what the cycle before has chosen; returns the measurements and the next cycle's plan, if there is one.
+    """
     by_id = {image.image_id: image for image in pool.images}
-    plan = _plan(number, name, experiment, pool, folder)
+    plan = plan or _first_plan(number, name, experiment, pool)
     annotated = [by_id[image_id] for image_id in plan["annotated"]]
     pseudo = [_pseudo_from_json(item, by_id) for item in plan["pseudo"]]
     started = time.process_time()
@@ -131,26 +136,23 @@ def _cycle(
         "pseudo_images": len(pseudo),
         "pseudo_quality": plan["pseudo_quality"],
         "training_cpu_seconds": round(seconds, 1),
-        "annotated": plan["annotated"] if number == 1 else plan["annotated"][-experiment.batch :],
+        "annotated": plan["annotated"][len(plan["annotated"]) - plan["new"] :],
         **_measured(network, found, test),
     }
-    if name.strategy != FULL and number < experiment.cycles:
-        write_json(folder / "next.json", _next_plan(number, name, experiment, pool, network, plan["annotated"]))
-    return result
+    if name.strategy == FULL or number == experiment.cycles:
+        return result, None
+    return result, _next_plan(number, name, experiment, pool, network, plan["annotated"])
 
 
-def _plan(number: int, name: RunName, experiment: Experiment, pool: LabeledSet, folder: Path) -> dict[str, Any]:
-    """What this cycle trains on; from the second cycle on, what the one before has chosen."""
+def _first_plan(number: int, name: RunName, experiment: Experiment, pool: LabeledSet) -> dict[str, Any]:
+    """What the first cycle trains on."""
+    if number > 1:
+        raise ValueError(f"{name.folder}/run.json does not say what cycle {number} trains on: delete the folder")
     if name.strategy == FULL:
         chosen = [image.image_id for image in pool.images]
-    elif number == 1:
-        chosen = first_batch(pool, experiment.first_batch, name.seed)
     else:
-        plan: dict[str, Any] = json.loads((folder / "next.json").read_text())
-        if plan["number"] == number:
-            return plan
-        raise ValueError(f"{folder / 'next.json'} is of cycle {plan['number']}, not {number}: delete the folder")
-    return {"number": number, "annotated": chosen, "pseudo": [], "pseudo_quality": None}
+        chosen = first_batch(pool, experiment.first_batch, name.seed)
+    return {"annotated": chosen, "new": len(chosen), "pseudo": [], "pseudo_quality": None}
 
 
 def _trained(
@@ -172,15 +174,15 @@ def _trained(
         **{**experiment.network, **options},
     )
     config = replace(experiment.training, seed=name.seed)
-    checkpoint = folder / "checkpoint.safetensors"
-    if number == 1 and name.strategy != FULL:
-        digest = hashlib.sha256(json.dumps([asdict(experiment), options, name.seed, _fingerprint(pool)]).encode())
-        shared.mkdir(parents=True, exist_ok=True)
-        checkpoint = shared / f"{digest.hexdigest()[:16]}.safetensors"
-    train(network, [*annotated, *pseudo], config, checkpoint=checkpoint)
-    if checkpoint.exists():  # a finished training leaves its weights there only
-        tensors, _ = read_tensors(checkpoint)
-        network.load_state_dict({k.removeprefix("network."): t for k, t in tensors.items() if k.startswith("network.")})
+    if number > 1 or name.strategy == FULL:
+        train(network, [*annotated, *pseudo], config, checkpoint=folder / "checkpoint.safetensors")
+        return network.eval()
+    digest = hashlib.sha256(json.dumps([asdict(experiment), options, name.seed, _fingerprint(pool)]).encode())
+    shared.mkdir(parents=True, exist_ok=True)
+    checkpoint = shared / f"{digest.hexdigest()[:16]}.safetensors"
+    with checkpoint.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and then has nothing left to train
+        train(network, annotated, config, checkpoint=checkpoint)
     return network.eval()
 
 
@@ -205,6 +207,7 @@ def _next_plan(
     strategy = STRATEGIES[name.strategy]
     annotated = set(annotated_ids)
     unlabelled = [image for image in pool.images if image.image_id not in annotated]
+    torch.manual_seed(name.seed * 1000 + number)  # MC dropout draws; how the training went must not matter
     observations: list[Observation] = []
     pseudo: dict[str, LabeledImage] = {}
     for image in unlabelled:
@@ -227,8 +230,8 @@ def _next_plan(
         pseudo[image.image_id] for image in unlabelled if image.image_id in pseudo and image.image_id not in new_ids
     ]
     return {
-        "number": number + 1,
         "annotated": [*annotated_ids, *new_ids],
+        "new": len(new_ids),
         "pseudo": [{"image_id": p.image_id, "labels": p.labels.tolist(), "rles": list(p.rles)} for p in rest],
         "pseudo_quality": _pseudo_quality(rest, unlabelled, new_ids),
     }

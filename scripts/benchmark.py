@@ -4,8 +4,8 @@
     python -m scripts.benchmark report --out <folder> [--json]
 
 A line is a strategy (`model.strategies.STRATEGIES`), with "+ssl" if it also learns from pseudo labels, or "full": all
-images annotated at once. Runs at the same seed start with the same random images. Each run is one folder with one `run.json`;
-what is finished is not done again, and several processes may work on one --out.
+images annotated at once. Runs at the same seed start with the same random images. Each run is one folder with one
+`run.json`; what is finished is not done again, and several processes may work on one --out.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace) -> None:
     experiment = _experiment(options, pool)
     for name in _names(options):
         folder = options.out / name.folder
-        if is_finished(name, experiment, folder):
+        if is_finished(name, experiment, pool, test, folder):
             continue
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace) -> None:
                 continue  # another process is at it
             print(f"{folder} ...", flush=True)
             run(name, experiment, pool, test, folder, options.out / "shared")
-        (folder / "lock").unlink(missing_ok=True)
+        # The lock file stays: another process may have it open, and a new one would be a second lock.
 
 
 def _share(jobs: int) -> None:
@@ -132,8 +132,9 @@ def _names(options: argparse.Namespace) -> list[RunName]:
     names = []
     for seed, line in product(options.seeds.split(","), options.lines.split(",")):
         strategy, plus, ssl = line.partition("+")
-        if strategy not in {*STRATEGIES, FULL} or (plus and ssl != "ssl"):
-            raise ValueError(f"--lines: expected {', '.join(STRATEGIES)} or {FULL}, with or without +ssl, got {line!r}")
+        if strategy not in {*STRATEGIES, FULL} or (plus and (ssl != "ssl" or strategy == FULL)):
+            known = ", ".join(STRATEGIES)
+            raise ValueError(f"--lines: expected {known}, with or without +ssl, or {FULL}, got {line!r}")
         names.append(RunName(strategy=strategy, semi_supervised=bool(plus), seed=int(seed)))
     return names
 

@@ -26,6 +26,9 @@ def write_report(folder: Path) -> dict[str, Any]:
     runs = [run for run in runs if run["cycles"]]
     if not runs:
         raise ValueError(f"{folder}: expected finished cycles (*/run.json), found none; `run` makes them")
+    if others := [run for run in runs if run["settings"] != runs[0]["settings"]]:
+        one, other = (f"{run['line']}-seed{run['seed']}" for run in (runs[0], others[0]))
+        raise ValueError(f"{folder}: {one} and {other} were made with different settings and cannot be compared")
     complete = _complete(runs)
     full = [run["cycles"][-1]["map_50"] for run in runs if run["line"] == FULL]
     report = {
@@ -82,8 +85,9 @@ def _curves(runs: list[Run]) -> NDArray[np.float64]:
 def _areas(runs: list[Run]) -> NDArray[np.float64]:
     """The mean height of each seed's curve over the annotated images, by the trapezium rule."""
     images = np.array([cycle["annotated_images"] for cycle in runs[0]["cycles"]], dtype=np.float64)
-    if len(images) == 1:
-        return _curves(runs).mean(axis=1)
+    if images[0] == images[-1]:
+        means: NDArray[np.float64] = _curves(runs).mean(axis=1)
+        return means
     areas: NDArray[np.float64] = np.trapezoid(_curves(runs), images, axis=1) / (images[-1] - images[0])
     return areas
 
@@ -93,7 +97,9 @@ def _half_width(curves: NDArray[np.float64]) -> NDArray[np.float64]:
     count = len(curves)
     if count < 2:
         return np.zeros(curves.shape[1])
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(count, 1.96)
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(
+        count, 1.96 + 2.37 / (count - 1)
+    )
     half_width: NDArray[np.float64] = t * curves.std(axis=0, ddof=1) / np.sqrt(count)
     return half_width
 
@@ -148,7 +154,8 @@ def _plot(report: dict[str, Any], path: Path) -> None:
         axes.axhline(report["full_supervision_map_50"], color="black", lw=1, ls=":", label="full supervision")
     axes.set_xlabel("annotated images")
     axes.set_ylabel("mask mAP@0.5 on the test images")
-    axes.legend(fontsize=7)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

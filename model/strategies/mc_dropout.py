@@ -27,7 +27,7 @@ def _agreement(first: dict[str, Tensor], other: dict[str, Tensor], mask_threshol
     """For each detection of the first pass, (N,) in [0, 1]: the mean over class, box and mask of how well the
     best-overlapping detection of the other pass agrees; 0 where nothing overlaps."""
     if len(first["boxes"]) == 0 or len(other["boxes"]) == 0:
-        return torch.zeros(len(first["boxes"]))
+        return torch.zeros_like(first["scores"])
     box_overlap, match = box_iou(first["boxes"], other["boxes"]).max(dim=1)
     # The overlap of two softmax vectors: 1 minus their total variation distance.
     class_overlap = torch.minimum(first["class_probabilities"], other["class_probabilities"][match]).sum(dim=1)

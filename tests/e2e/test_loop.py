@@ -17,10 +17,10 @@ from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
 from model.dataset import LabeledSet, read_coco
 from model.geometry import is_simple_polygon
 from scripts.backend_processes import BackendProcesses
+from scripts.crops import write_crops
 from scripts.label_studio_server import LabelStudioServer, free_port
 from scripts.make_phantoms import make_phantoms
 from scripts.oracle import Oracle, Served
-from scripts.crops import write_crops
 from tests.label_studio import create_annotator, raw_api
 
 pytestmark = pytest.mark.label_studio

@@ -61,6 +61,7 @@ def test_detections_have_the_promised_shapes_and_ranges(sizes):
         assert 0 < count <= network.config.detections_per_image
         shapes = {"boxes": (count, 4), "labels": (count,), "scores": (count,), "box_scores": (count,)}
         shapes |= {"mask_scores": (count,), "roi_masks": (count, 28, 28)}
+        shapes |= {"class_probabilities": (count, 3), "feature": (320,)}
         assert {name: tuple(tensor.shape) for name, tensor in result.items()} == shapes
         assert result["labels"].dtype == torch.int64
         assert set(result["labels"].tolist()) <= {1, 2}
@@ -76,7 +77,8 @@ def test_an_image_without_detections_gives_empty_tensors_also_beside_one_that_ha
     with torch.inference_mode():
         (result,) = network([image()])
     shapes = {"boxes": (0, 4), "labels": (0,), "scores": (0,), "box_scores": (0,), "mask_scores": (0,)}
-    assert {name: tuple(tensor.shape) for name, tensor in result.items()} == {**shapes, "roi_masks": (0, 28, 28)}
+    shapes |= {"roi_masks": (0, 28, 28), "class_probabilities": (0, 3), "feature": (320,)}
+    assert {name: tuple(tensor.shape) for name, tensor in result.items()} == shapes
 
     images = [image(seed=0), image(seed=1)]
     network = tiny_network().eval()
@@ -155,7 +157,7 @@ def test_an_image_of_the_input_size_is_not_resized_again(hw):
 def test_an_image_larger_than_max_size_is_shrunk_before_the_body_sees_it():
     network = tiny_network().eval()
     seen = []
-    network.backbone.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    network.backbone.body.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
     with torch.inference_mode():
         network([image((50, 300))])
     assert seen == [(1, 3, 32, 96)]
