@@ -314,7 +314,8 @@ class _ScoringRoIHeads(RoIHeads):
     ) -> tuple[list[Tensor], ...]:
         """Threshold and NMS by class; for each image boxes (N, 4), scores (N,), labels (N,), probabilities (N, C)."""
         counts = [len(proposal) for proposal in proposals]
-        decoded = torch.split(self.box_coder.decode(deltas, proposals), counts)
+        by_class = self.box_coder.decode(deltas, proposals).reshape(len(deltas), deltas.shape[1] // 4, 4)  # also R = 0
+        decoded = torch.split(by_class, counts)
         results = []
         for boxes, probabilities, hw in zip(
             decoded, torch.split(class_logits.softmax(dim=1), counts), image_sizes, strict=True

@@ -37,6 +37,8 @@ def k_centre_greedy(features: FloatArray, centres: FloatArray | None, count: int
 
     Without centres the first is the point nearest to the mean: the most ordinary image. O(count * P * F).
     """
+    if count == 0 or len(features) == 0:
+        return np.array([], dtype=np.int64)
     if centres is None or len(centres) == 0:
         first = int(np.linalg.norm(features - features.mean(axis=0), axis=1).argmin())
         chosen = [first]

@@ -14,7 +14,7 @@ from model.config import PROFILES, NetworkConfig
 from model.dataset import input_hw
 from model.errors import InvalidInputError, WeightsError
 from model.losses import total_loss
-from model.network import build_model
+from model.network import _mean_inside, build_model
 from tests.model.examples import HW, TINY, ellipse, image, rectangle, target, tiny_network
 
 LOSSES = {
@@ -26,6 +26,7 @@ LOSSES = {
     "loss_box_iou",
     "loss_mask_iou",
 }
+SEMI_LOSSES = LOSSES - {"loss_box_iou", "loss_mask_iou"}
 OBJECTS = ((1, rectangle(8, 8, 30, 28)), (2, ellipse(24, 32, 60, 60)))
 
 
@@ -418,3 +419,130 @@ def changed(**values):
 def test_targets_that_do_not_fit_are_refused_by_index(targets, message):
     with pytest.raises(InvalidInputError, match=message):
         tiny_network().train()([image()], targets)
+
+
+# --- what the strategies look at
+
+
+def heads_on_random_input(seed, *, classes=3, rois=(30, 17)):
+    """RoI heads, and logits, deltas and proposals for two images (60, 50) and (40, 64)."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(60, 50), (40, 64)]
+    proposals = []
+    for count, (height, width) in zip(rois, sizes, strict=True):
+        corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
+        proposals.append(torch.cat([corner, corner + torch.rand(count, 2, generator=generator) * 20], dim=1))
+    logits = torch.randn(sum(rois), classes, generator=generator) * 2
+    deltas = torch.randn(sum(rois), 4 * classes, generator=generator)
+    return tiny_network(num_classes=classes).eval().roi_heads, logits, deltas, proposals, sizes
+
+
+@pytest.mark.parametrize("limit", [100, 5], ids=["all", "the best five"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_final_boxes_are_those_of_torchvision_with_the_softmax_of_their_roi(seed, limit):
+    heads, logits, deltas, proposals, sizes = heads_on_random_input(seed)
+    heads.detections_per_img = limit
+    theirs = heads.postprocess_detections(logits, deltas, proposals, sizes)
+    ours = heads._final_boxes(logits, deltas, proposals, sizes)
+    for our, their in zip(ours[:3], theirs, strict=True):
+        for our_image, their_image in zip(our, their, strict=True):
+            assert 0 < len(our_image) <= limit
+            torch.testing.assert_close(our_image, their_image)
+    by_image = logits.softmax(dim=1).split([len(proposal) for proposal in proposals])
+    for scores, labels, rows, softmax in zip(*ours[1:], by_image, strict=True):
+        for score, label, row in zip(scores, labels, rows, strict=True):
+            assert row[label] == score
+            assert (softmax == row).all(dim=1).sum() == 1  # the row is the softmax of one RoI, entire
+
+
+def test_the_final_boxes_of_no_proposals_are_none():
+    heads, logits, deltas, _, sizes = heads_on_random_input(0)
+    boxes, scores, labels, rows = heads._final_boxes(logits[:0], deltas[:0], [torch.zeros(0, 4)] * 2, sizes)
+    assert [tuple(b.shape) for b in boxes] == [(0, 4)] * 2
+    assert [len(column) for column in (*scores, *labels)] == [0] * 4
+    assert [tuple(row.shape) for row in rows] == [(0, 3)] * 2
+
+
+def test_class_probabilities_sum_to_one_and_hold_the_score_at_the_label():
+    network = tiny_network(num_classes=4).eval()
+    with torch.inference_mode():
+        for result in network([image(seed=0), image((50, 90), seed=1)]):
+            rows = result["class_probabilities"]
+            assert rows.shape == (len(result["labels"]), 4)
+            torch.testing.assert_close(rows.sum(dim=1), torch.ones(len(rows)))
+            assert torch.equal(rows[torch.arange(len(rows)), result["labels"]], result["scores"])
+
+
+@pytest.mark.parametrize(
+    ("image_hw", "cells"),
+    [
+        pytest.param((64, 96), (2, 3), id="no padding"),
+        pytest.param((32, 96), (1, 3), id="padded below"),
+        pytest.param((64, 33), (2, 2), id="a cell that the image only touches"),
+        pytest.param((1, 1), (1, 1), id="one pixel"),
+    ],
+)
+def test_the_mean_of_a_stage_leaves_out_the_cells_that_only_pad_the_batch(image_hw, cells):
+    stage = image((2, 3))
+    expected = stage[:, : cells[0], : cells[1]].flatten(1).mean(dim=1)
+    torch.testing.assert_close(_mean_inside(stage, image_hw, (64, 96)), expected)
+
+
+def test_each_image_has_the_mean_of_the_top_stage_as_its_feature():
+    network = tiny_network().eval()
+    tops = []
+    network.backbone.body.register_forward_hook(lambda module, inputs, output: tops.append(output[-1]))
+    with torch.inference_mode():
+        results = network([image(seed=0), image(seed=1)])
+    for result, top in zip(results, tops[0], strict=True):
+        assert result["feature"].shape == (320,)
+        torch.testing.assert_close(result["feature"], top.mean(dim=(1, 2)))
+
+
+def test_only_a_network_with_learning_loss_predicts_one():
+    with torch.inference_mode():
+        (plain,), (watched,) = (tiny_network(learning_loss=on).eval()([image()]) for on in (False, True))
+    assert "predicted_loss" not in plain
+    assert watched["predicted_loss"].shape == (1,)
+    torch.testing.assert_close(plain["scores"], watched["scores"])  # the same detector
+
+
+def test_with_learning_loss_the_losses_are_means_over_the_images_and_a_ranking_loss(monkeypatch):
+    network = tiny_network(learning_loss=True).train()
+    each = []
+    group_losses = network._group_losses
+
+    def recorded(*arguments, **options):
+        each.append(group_losses(*arguments, **options))
+        return each[-1]
+
+    monkeypatch.setattr(network, "_group_losses", recorded)
+    result = learn(network, [image(seed=0), image(seed=1)], [target(*OBJECTS), target(OBJECTS[0])])
+    assert set(result) == LOSSES | {"loss_ranking"}
+    assert len(each) == 2
+    for name in LOSSES:
+        torch.testing.assert_close(result[name], (each[0][name] + each[1][name]) / 2)
+    gradients = [p.grad for n, p in network.named_parameters() if n.startswith("loss_predictor.")]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("pseudo", "names"),
+    [
+        pytest.param([False], LOSSES | {"loss_ranking"}, id="one annotated image"),
+        pytest.param([True], {"semi_" + name for name in SEMI_LOSSES}, id="one pseudo-labelled image"),
+        pytest.param(
+            [True, False], LOSSES | {"loss_ranking"} | {"semi_" + name for name in SEMI_LOSSES}, id="one of each"
+        ),
+    ],
+)
+def test_a_batch_without_a_pair_has_a_finite_ranking_loss_or_none(pseudo, names):
+    network = tiny_network(learning_loss=True)
+    result = learn(
+        network, [image(seed=i) for i in range(len(pseudo))], [target(*OBJECTS, pseudo=flag) for flag in pseudo]
+    )
+    assert set(result) == names
+    if "loss_ranking" in result:
+        assert result["loss_ranking"].item() == 0
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
