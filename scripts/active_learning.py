@@ -67,14 +67,15 @@ def run(name: RunName, experiment: Experiment, pool: LabeledSet, test: LabeledSe
     folder.mkdir(parents=True, exist_ok=True)
     state = _load(folder, name, experiment, pool, test)
     total = 1 if name.strategy == FULL else experiment.cycles
+    _checkpoint(folder, len(state["cycles"])).unlink(missing_ok=True)
     while len(state["cycles"]) < total:
         number = len(state["cycles"]) + 1
         cycle, following = _cycle(number, name, experiment, pool, test, state.pop("next", None), folder, shared)
         state["cycles"].append(cycle)
         if following is not None:
             state["next"] = following  # in the same file as the cycle that made it: never one without the other
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # first: the next cycle would refuse it
         write_json(folder / "run.json", state)
+        _checkpoint(folder, number).unlink(missing_ok=True)
 
 
 def is_finished(name: RunName, experiment: Experiment, pool: LabeledSet, test: LabeledSet, folder: Path) -> bool:
@@ -87,6 +88,11 @@ def first_batch(pool: LabeledSet, size: int, seed: int) -> list[str]:
     """The random images that every strategy starts with at this seed."""
     order = np.random.default_rng((seed, 0)).permutation(len(pool.images))
     return [pool.images[i].image_id for i in order[:size]]
+
+
+def _checkpoint(folder: Path, number: int) -> Path:
+    """Each cycle has its own, so that what an interrupted one leaves is never taken for the next one's."""
+    return folder / f"checkpoint-{number}.safetensors"
 
 
 def _load(folder: Path, name: RunName, experiment: Experiment, pool: LabeledSet, test: LabeledSet) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _trained(
     )
     config = replace(experiment.training, seed=name.seed)
     if number > 1 or name.strategy == FULL:
-        train(network, [*annotated, *pseudo], config, checkpoint=folder / "checkpoint.safetensors")
+        train(network, [*annotated, *pseudo], config, checkpoint=_checkpoint(folder, number))
         return network.eval()
     digest = hashlib.sha256(json.dumps([asdict(experiment), options, name.seed, _fingerprint(pool)]).encode())
     shared.mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,7 @@ def _half_width(curves: NDArray[np.float64]) -> NDArray[np.float64]:
     if count < 2:
         return np.zeros(curves.shape[1])
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(
-        count, 1.96 + 2.37 / (count - 1)
+        count, 1.96 + 2.37 / (count - 1) + 2.82 / (count - 1) ** 2
     )
     half_width: NDArray[np.float64] = t * curves.std(axis=0, ddof=1) / np.sqrt(count)
     return half_width
