@@ -5,7 +5,7 @@ import time
 from itertools import islice
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.errors import LabelStudioError
+from ml_backend.errors import LabelStudioError, LabelStudioUnavailableError
 from ml_backend.inbox import label_studio_id
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_format import Json, empty_prediction, for_task
@@ -59,7 +59,7 @@ def import_missing(service: Service, project_key: str, version: str, log: CycleL
     pending = (line for line in read_scores(path) if line["task"] in missing)
     while chunk := list(islice(pending, _LINES_AN_IMPORT)):
         predictions = [_prediction(service, line, version, when_empty) for line in chunk]
-        created = client.import_predictions(project_id, predictions)
+        created = _import_existing(service, project_id, predictions)
         if created != len(predictions):
             logger.warning("project %s: Label Studio took %d of %d predictions", project_id, created, len(predictions))
         done += len(chunk)
@@ -85,6 +85,21 @@ def _prediction(service: Service, line: Json, version: str, when_empty: float) -
     if "problem" in line:
         return for_task(empty_prediction(version, score=score), line["task"])
     return for_task({"model_version": version, "score": score, "result": line["result"]}, line["task"])
+
+
+def _import_existing(service: Service, project_id: int, predictions: list[Json]) -> int:
+    """Import; if Label Studio refuses all because a task was deleted in this minute, import the others."""
+    client = service.label_studio
+    try:
+        return client.import_predictions(project_id, predictions)
+    except LabelStudioUnavailableError:
+        raise
+    except LabelStudioError:
+        there = {task.id for task in client.tasks(project_id)}
+        left = [prediction for prediction in predictions if prediction["task"] in there]
+        if len(left) == len(predictions):
+            raise
+        return client.import_predictions(project_id, left)
 
 
 def _settled_task_ids(service: Service, project_id: int, version: str) -> frozenset[int]:

@@ -7,6 +7,7 @@ stopping needs no care: Ctrl-C and SIGTERM end the process at once.
 import logging
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
@@ -16,7 +17,7 @@ from sqlalchemy import select
 
 from ml_backend import cycle, inbox
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import CycleRow, ProjectRow
+from ml_backend.db import UNFINISHED, CycleRow, ProjectRow
 from ml_backend.errors import LabelStudioUnavailableError
 from ml_backend.pool import score_pool
 from ml_backend.publish import import_missing, publish
@@ -104,6 +105,7 @@ class Worker:
         self._service = service
         self._cycles = DurableCycles(service)
         self._next_look: dict[str, float] = {}
+        self._handed_over: set[tuple[str, int]] = set()
         self._published: set[str] = set()  # projects in which every task that was scored has its prediction
 
     def run(self) -> None:
@@ -135,14 +137,18 @@ class Worker:
                 session.get_one(ProjectRow, project_key).problem = _in_words(error)
 
     def _resume_cycles(self, project_key: str) -> None:
-        """Hand planned cycles to the workflow engine; the id makes sure that each runs once, however often this is."""
+        """Hand unfinished cycles to the workflow engine, which runs each once by its id, however often this is done.
+
+        Running ones too, when this process starts: their workflow goes on, or anew if the engine has lost its records.
+        """
         with self._service.database.session() as session:
-            numbers = session.scalars(
-                select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status == "planned")
-            ).all()
+            query = select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status.in_(UNFINISHED))
+            numbers = session.scalars(query).all()
         for number in numbers:
-            with SetWorkflowID(f"cycle-{project_key}-{number}"):
-                DBOS.enqueue_workflow(QUEUE, self._cycles.run, project_key, number)
+            if (project_key, number) not in self._handed_over:
+                with SetWorkflowID(f"cycle-{project_key}-{number}"):
+                    DBOS.enqueue_workflow(QUEUE, self._cycles.run, project_key, number)
+                self._handed_over.add((project_key, number))
 
     def _predict_new_tasks(self, project_key: str) -> None:
         """Tasks that were imported, or lost their annotation, since the last cycle join the queue of its version."""
@@ -166,14 +172,17 @@ def _in_words(error: Exception) -> str:
 
 def main() -> None:
     """Run the worker with the settings of the environment."""
-    settings = Settings.from_environment()
+    try:
+        settings = Settings.from_environment()
+        service = Service.connect(settings)
+    except TSPError as error:
+        sys.exit(str(error))
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     os.nice(settings.niceness)  # annotators wait for the web process, nobody waits for this one
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    service = Service.connect(settings)
     DBOS(config=_workflow_engine(settings))
     Worker(service).run()
 
