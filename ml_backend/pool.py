@@ -11,7 +11,6 @@ import numpy as np
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError
 from ml_backend.images import FetchedImage
-from ml_backend.inbox import label_studio_id
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
 from ml_backend.service import Service
@@ -31,18 +30,21 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
 
     What is found goes line by line into the version's scores file: S, the prediction, the trusted pseudo labels.
     """
-    project = service.label_studio.project(label_studio_id(project_key))
+    project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
-    network, card = service.registry.load(project_key, version)
-    network.to(service.settings.torch_device())
     path = service.scores_file(project_key, version)
     _cut_unfinished_line(path)
     seen = {line["task"] for line in read_scores(path)}
     waiting = [t for t in service.label_studio.tasks(project.id) if not t.is_annotated and t.id not in seen]
     if log:
         log.stage("scoring the unlabelled images", total=len(waiting))
+    if not waiting:
+        return 0
+    network, card = service.registry.load(project_key, version)
+    network.to(service.settings.torch_device())
     path.parent.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
+    empty = 0
     with path.open("a") as lines:
         for done, task in enumerate(waiting, start=1):
             try:
@@ -53,12 +55,20 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
             except (ImageError, DatasetError) as error:
                 problems.append(str(error))
                 line = {"task": task.id, "problem": str(error)}
+            empty += line.get("instances") == 0
             lines.write(json.dumps(line, allow_nan=False) + "\n")
             lines.flush()
             if log:
                 log.progress(done, len(waiting))
     if log:
-        log.facts({"pool": len(waiting), "pool_problems": problems[:20], "pool_problem_count": len(problems)})
+        log.facts(
+            {
+                "pool": len(waiting),
+                "pool_without_detections": empty,  # placed by TSP_EMPTY_POLICY
+                "pool_problems": problems[:20],
+                "pool_problem_count": len(problems),
+            }
+        )
     return len(waiting)
 
 

@@ -39,7 +39,7 @@ def test_the_defaults_are_those_of_the_paper_where_it_gives_one(tmp_path: Path) 
 
 EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("LABEL_STUDIO_URL", "https://ls.example.com/label/", "label_studio_url", "https://ls.example.com/label"),
-    ("HOST", "0.0.0.0", "host", "0.0.0.0"),
+    ("TSP_HOST", "0.0.0.0", "host", "0.0.0.0"),
     ("PORT", "8000", "port", 8000),
     ("LOG_LEVEL", "DEBUG", "log_level", "DEBUG"),
     ("MODEL_DIR", "/srv/models", "model_dir", Path("/srv/models")),
