@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,18 +80,23 @@ def read_scores(path: Path) -> Iterator[Json]:
 
 
 def detections_for_people(
-    detections: Detections, *, card: ModelCard, config: LabelConfig, shown_threshold: float
+    detections: Detections,
+    config: LabelConfig,
+    *,
+    class_names: Sequence[str],
+    shown_threshold: float,
+    mask_threshold: float,
 ) -> Detections:
     """The detections that annotators see: confident enough, none twice, of a class that the project still has.
 
-    Labels are renumbered from the model's classes to those of the configuration.
+    Labels are renumbered from the model's classes, `class_names`, to those of the configuration.
     """
-    class_of = {old: config.class_of(name) for old, name in enumerate(card.class_names, start=1)}
+    class_of = {old: config.class_of(name) for old, name in enumerate(class_names, start=1)}
     labels = [class_of.get(label) for label in detections.labels.tolist()]
     keep = np.array([label is not None for label in labels], dtype=bool) & (detections.class_scores >= shown_threshold)
     renumbered = np.array([label or 0 for label in labels], dtype=np.int64)
     shown = replace(detections, labels=renumbered).select(keep)
-    return shown.select(distinct(shown, mask_threshold=card.network["mask_threshold"]))
+    return shown.select(distinct(shown, mask_threshold=mask_threshold))
 
 
 def is_validation(image_sha256: str, fraction: float) -> bool:
@@ -111,7 +116,13 @@ def _seen(
     settings = service.settings
     detections = next(detect(network, [load_image(fetched.path)]))
     scores = instance_scores(detections.class_scores, detections.box_scores, detections.mask_scores)
-    shown = detections_for_people(detections, card=card, config=config, shown_threshold=settings.shown_threshold)
+    shown = detections_for_people(
+        detections,
+        config,
+        class_names=card.class_names,
+        shown_threshold=settings.shown_threshold,
+        mask_threshold=network.config.mask_threshold,
+    )
     pseudo = pseudo_labeled_image(
         detections,
         settings.pseudo_labels(),

@@ -76,7 +76,13 @@ class Predictor:
             return empty_prediction(card.version, score=1.0)
         scores = instance_scores(found.class_scores, found.box_scores, found.mask_scores)
         return prediction(
-            detections_for_people(found, card=card, config=config, shown_threshold=settings.shown_threshold),
+            detections_for_people(
+                found,
+                config,
+                class_names=card.class_names,
+                shown_threshold=settings.shown_threshold,
+                mask_threshold=network.config.mask_threshold,
+            ),
             config,
             model_version=card.version,
             score=queue_score(
