@@ -99,6 +99,13 @@ def detections_for_people(
     return shown.select(distinct(shown, mask_threshold=mask_threshold))
 
 
+def uncertainty(detections: Detections, queue_threshold: float) -> float | None:
+    """S of eq. 3 over the detections whose class score reaches the threshold; None when there are none."""
+    counted = detections.select(detections.class_scores >= queue_threshold)
+    scores = instance_scores(counted.class_scores, counted.box_scores, counted.mask_scores)
+    return image_score(scores) if len(scores) else None
+
+
 def is_validation(image_sha256: str, fraction: float) -> bool:
     """The frozen split: an image measures, and never trains, by a hash of its bytes, in every cycle alike."""
     return int(hashlib.sha256(f"validation {image_sha256}".encode()).hexdigest()[:8], 16) / 2**32 < fraction
@@ -112,10 +119,10 @@ def _seen(
     task_id: int,
     fetched: FetchedImage,
 ) -> Json:
-    """One line of the scores file. `score` is S of eq. 3 over all detections, null when there are none."""
+    """One line of the scores file. `score` is S of eq. 3 over the `instances` whose class score reaches `threshold`."""
     settings = service.settings
     detections = next(detect(network, [load_image(fetched.path)]))
-    scores = instance_scores(detections.class_scores, detections.box_scores, detections.mask_scores)
+    score = uncertainty(detections, settings.queue_threshold)
     shown = detections_for_people(
         detections,
         config,
@@ -135,8 +142,9 @@ def _seen(
         "image": fetched.sha256,
         "path": str(fetched.path),
         "image_hw": list(fetched.image_hw),
-        "score": image_score(scores) if len(scores) else None,
-        "instances": len(scores),
+        "score": score,
+        "threshold": settings.queue_threshold,
+        "instances": int((detections.class_scores >= settings.queue_threshold).sum()),
         "result": prediction(
             shown,
             config,

@@ -8,7 +8,7 @@ from typing import Any
 from ml_backend.errors import ImageError
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, empty_prediction, image_uri, prediction
-from ml_backend.pool import detections_for_people
+from ml_backend.pool import detections_for_people, uncertainty
 from ml_backend.publish import queue_score, score_when_empty
 from ml_backend.service import Service
 from model.dataset import load_image
@@ -16,7 +16,6 @@ from model.errors import DatasetError
 from model.network import MaskRCNNWithScores
 from model.predict import detect
 from model.registry import ModelCard
-from model.tsp import image_score, instance_scores
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,6 @@ class Predictor:
         except (ImageError, DatasetError) as error:
             logger.warning("%s", error)
             return empty_prediction(card.version, score=1.0)
-        scores = instance_scores(found.class_scores, found.box_scores, found.mask_scores)
         return prediction(
             detections_for_people(
                 found,
@@ -86,7 +84,7 @@ class Predictor:
             config,
             model_version=card.version,
             score=queue_score(
-                {"image": fetched.sha256, "score": image_score(scores) if len(scores) else None},
+                {"image": fetched.sha256, "score": uncertainty(found, settings.queue_threshold)},
                 validation_fraction=settings.validation_fraction,
                 when_empty=when_empty,
             ),

@@ -77,7 +77,14 @@ class Settings(BaseSettings):
     from_name: str | None = _env("TSP_FROM_NAME", None, "the PolygonLabels tag to use when a project has several")
     max_vertices: int = _env("TSP_MAX_VERTICES", 40, "most vertices of a pre-annotated polygon", ge=4)
     score_threshold: float = _env(
-        "TSP_SCORE_THRESHOLD", 0.05, "class score below which a detection counts for nothing", ge=0, le=1
+        "TSP_SCORE_THRESHOLD", 0.05, "class score below which a detection does not exist", ge=0, le=1
+    )
+    queue_threshold: float = _env(
+        "TSP_QUEUE_THRESHOLD",
+        0.2,
+        "class score from which a detection counts in S (eq. 3), the order of the queue",
+        ge=0,
+        le=1,
     )
     shown_threshold: float = _env(
         "TSP_SHOWN_THRESHOLD", 0.3, "class score from which annotators see a detection's polygon", ge=0, le=1

@@ -56,6 +56,7 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("TSP_FROM_NAME", "outline", "from_name", "outline"),
     ("TSP_MAX_VERTICES", "12", "max_vertices", 12),
     ("TSP_SCORE_THRESHOLD", "0.1", "score_threshold", 0.1),
+    ("TSP_QUEUE_THRESHOLD", "0.1", "queue_threshold", 0.1),
     ("TSP_SHOWN_THRESHOLD", "0.4", "shown_threshold", 0.4),
     ("TSP_PROFILE", "resnet50_fpn", "profile", "resnet50_fpn"),
     ("TSP_WEIGHTS", "none", "weights", "none"),
