@@ -29,7 +29,7 @@ test: install
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --num-workers 2
 	$(VENV)/bin/lint-imports
 
 # Ours. label-studio-ml comes without its dependencies: it pins releases of 2021 (docs/decisions/002).

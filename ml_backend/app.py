@@ -7,6 +7,7 @@ import base64
 import logging
 import re
 import secrets
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -214,10 +215,14 @@ def _project_name(uid: str) -> ProjectName:
 
 def main() -> None:
     """Serve with the settings of the environment."""
-    settings = Settings.from_environment()
+    try:
+        settings = Settings.from_environment()
+        app = create_app(settings)
+    except TSPError as error:
+        sys.exit(str(error))
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, log_level=settings.log_level.lower())
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level.lower())
 
 
 if __name__ == "__main__":

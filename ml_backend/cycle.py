@@ -18,7 +18,6 @@ from sqlalchemy import select
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import UsedTaskRow, utc_now
 from ml_backend.errors import ImageError
-from ml_backend.inbox import label_studio_id
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import choose_annotation, image_uri, instances_from_annotation
 from ml_backend.pool import is_validation, read_scores
@@ -39,7 +38,9 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     """Freeze the annotations of this moment as two COCO files; returns the version the cycle will make."""
     folder = service.cycle_folder(project_key, number)
     folder.mkdir(parents=True, exist_ok=True)
-    project = service.label_studio.project(label_studio_id(project_key))
+    for stale in ("pseudo.json", "checkpoint.safetensors"):  # of a snapshot whose record was lost
+        (folder / stale).unlink(missing_ok=True)
+    project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     log.stage("reading annotations")
     task_ids = sorted(service.label_studio.annotated_task_ids(project.id))
@@ -135,8 +136,10 @@ def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelCon
     fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config))
     annotation = choose_annotation(task) or {}
     instances = instances_from_annotation(annotation, config, fetched.image_hw)
-    if instances.ignored and not len(instances.labels):
-        raise DatasetError(f"task {task['id']}: nothing in its annotation can be learnt: {dict(instances.ignored)}")
+    unknown = [reason for reason in instances.ignored if reason.startswith("unknown label")]
+    if unknown or (instances.ignored and not len(instances.labels)):
+        # To train on the rest would teach that what was drawn there is background.
+        raise DatasetError(f"task {task['id']}: not all of its annotation can be learnt: {dict(instances.ignored)}")
     return LabeledImage(
         image_id=fetched.sha256,
         path=fetched.path,
@@ -185,22 +188,29 @@ def _frozen_pseudo_labels(
 ) -> tuple[LabeledImage, ...]:
     """D_semi, chosen when training first starts and the same whenever it goes on."""
     if not (folder / "pseudo.json").exists():
-        chosen = tuple(_pseudo_labeled(service, project_key, training, _frozen(folder, "validation")))
+        measured = {image.image_id for image in _frozen(folder, "validation").images}
+        chosen = tuple(_pseudo_labeled(service, project_key, training, measured))
         write_coco(folder / "pseudo.json", LabeledSet(images=chosen, class_names=training.class_names))
     return _frozen(folder, "pseudo").images
 
 
 def _pseudo_labeled(
-    service: Service, project_key: str, training: LabeledSet, validation: LabeledSet
+    service: Service, project_key: str, training: LabeledSet, measured: set[str]
 ) -> Iterator[LabeledImage]:
-    """D_semi: what the active version trusted in images that nobody has annotated and that do not measure."""
+    """D_semi: what the active version trusted in images that nobody has annotated and that do not measure.
+
+    Images of tasks that were deleted or annotated since, and those missing from the cache, are left out.
+    """
     version = service.registry.active(project_key)
     if version is None or not service.settings.semi_supervised:
         return
-    taken = {image.image_id for part in (training, validation) for image in part.images}
+    taken = measured | {image.image_id for image in training.images}
+    open_tasks = {t.id for t in service.label_studio.tasks(service.project(project_key).id) if not t.is_annotated}
     for line in read_scores(service.scores_file(project_key, version)):
         pseudo = line.get("pseudo")
-        if not pseudo or line["image"] in taken or is_validation(line["image"], service.settings.validation_fraction):
+        if not pseudo or line["task"] not in open_tasks or not Path(line["path"]).exists():
+            continue
+        if line["image"] in taken or is_validation(line["image"], service.settings.validation_fraction):
             continue
         taken.add(line["image"])
         known = [i for i, name in enumerate(pseudo["labels"]) if name in training.class_names]

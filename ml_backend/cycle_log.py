@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from ml_backend.db import CycleRow, Database, utc_now
+from ml_backend.db import UNFINISHED, CycleRow, Database, utc_now
 
 
 class CycleLog:
@@ -43,6 +43,13 @@ class CycleLog:
         """The cycle is over: "done" or "failed"."""
         stage = "finished" if status == "done" else "failed"
         self._update(status=status, stage=stage, error=error, finished_at=utc_now())
+
+    def abandon(self, error: str) -> None:
+        """The cycle ended without saying so; nothing happens if it has said so by now."""
+        with self._database.session() as session:
+            row = session.get_one(CycleRow, self._identity)
+            if row.status in UNFINISHED:
+                row.status, row.stage, row.error, row.finished_at = "failed", "failed", error, utc_now()
 
     def _update(self, **columns: Any) -> None:
         with self._database.session() as session:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import numpy as np
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError
 from ml_backend.images import FetchedImage
-from ml_backend.inbox import label_studio_id
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
 from ml_backend.service import Service
@@ -31,18 +30,21 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
 
     What is found goes line by line into the version's scores file: S, the prediction, the trusted pseudo labels.
     """
-    project = service.label_studio.project(label_studio_id(project_key))
+    project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
-    network, card = service.registry.load(project_key, version)
-    network.to(service.settings.torch_device())
     path = service.scores_file(project_key, version)
     _cut_unfinished_line(path)
     seen = {line["task"] for line in read_scores(path)}
     waiting = [t for t in service.label_studio.tasks(project.id) if not t.is_annotated and t.id not in seen]
     if log:
         log.stage("scoring the unlabelled images", total=len(waiting))
+    if not waiting:
+        return 0
+    network, card = service.registry.load(project_key, version)
+    network.to(service.settings.torch_device())
     path.parent.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
+    empty = 0
     with path.open("a") as lines:
         for done, task in enumerate(waiting, start=1):
             try:
@@ -53,12 +55,20 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
             except (ImageError, DatasetError) as error:
                 problems.append(str(error))
                 line = {"task": task.id, "problem": str(error)}
+            empty += line.get("instances") == 0
             lines.write(json.dumps(line, allow_nan=False) + "\n")
             lines.flush()
             if log:
                 log.progress(done, len(waiting))
     if log:
-        log.facts({"pool": len(waiting), "pool_problems": problems[:20], "pool_problem_count": len(problems)})
+        log.facts(
+            {
+                "pool": len(waiting),
+                "pool_without_detections": empty,  # placed by TSP_EMPTY_POLICY
+                "pool_problems": problems[:20],
+                "pool_problem_count": len(problems),
+            }
+        )
     return len(waiting)
 
 
@@ -70,18 +80,30 @@ def read_scores(path: Path) -> Iterator[Json]:
 
 
 def detections_for_people(
-    detections: Detections, *, card: ModelCard, config: LabelConfig, shown_threshold: float
+    detections: Detections,
+    config: LabelConfig,
+    *,
+    class_names: Sequence[str],
+    shown_threshold: float,
+    mask_threshold: float,
 ) -> Detections:
     """The detections that annotators see: confident enough, none twice, of a class that the project still has.
 
-    Labels are renumbered from the model's classes to those of the configuration.
+    Labels are renumbered from the model's classes, `class_names`, to those of the configuration.
     """
-    class_of = {old: config.class_of(name) for old, name in enumerate(card.class_names, start=1)}
+    class_of = {old: config.class_of(name) for old, name in enumerate(class_names, start=1)}
     labels = [class_of.get(label) for label in detections.labels.tolist()]
     keep = np.array([label is not None for label in labels], dtype=bool) & (detections.class_scores >= shown_threshold)
     renumbered = np.array([label or 0 for label in labels], dtype=np.int64)
     shown = replace(detections, labels=renumbered).select(keep)
-    return shown.select(distinct(shown, mask_threshold=card.network["mask_threshold"]))
+    return shown.select(distinct(shown, mask_threshold=mask_threshold))
+
+
+def uncertainty(detections: Detections, queue_threshold: float) -> float | None:
+    """S of eq. 3 over the detections whose class score reaches the threshold; None when there are none."""
+    counted = detections.select(detections.class_scores >= queue_threshold)
+    scores = instance_scores(counted.class_scores, counted.box_scores, counted.mask_scores)
+    return image_score(scores) if len(scores) else None
 
 
 def is_validation(image_sha256: str, fraction: float) -> bool:
@@ -97,11 +119,17 @@ def _seen(
     task_id: int,
     fetched: FetchedImage,
 ) -> Json:
-    """One line of the scores file. `score` is S of eq. 3 over all detections, null when there are none."""
+    """One line of the scores file. `score` is S of eq. 3 over the `instances` whose class score reaches `threshold`."""
     settings = service.settings
     detections = next(detect(network, [load_image(fetched.path)]))
-    scores = instance_scores(detections.class_scores, detections.box_scores, detections.mask_scores)
-    shown = detections_for_people(detections, card=card, config=config, shown_threshold=settings.shown_threshold)
+    score = uncertainty(detections, settings.queue_threshold)
+    shown = detections_for_people(
+        detections,
+        config,
+        class_names=card.class_names,
+        shown_threshold=settings.shown_threshold,
+        mask_threshold=network.config.mask_threshold,
+    )
     pseudo = pseudo_labeled_image(
         detections,
         settings.pseudo_labels(),
@@ -114,8 +142,9 @@ def _seen(
         "image": fetched.sha256,
         "path": str(fetched.path),
         "image_hw": list(fetched.image_hw),
-        "score": image_score(scores) if len(scores) else None,
-        "instances": len(scores),
+        "score": score,
+        "threshold": settings.queue_threshold,
+        "instances": int((detections.class_scores >= settings.queue_threshold).sum()),
         "result": prediction(
             shown,
             config,

@@ -8,14 +8,14 @@ from typing import Any
 from ml_backend.errors import ImageError
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, empty_prediction, image_uri, prediction
-from ml_backend.pool import detections_for_people
+from ml_backend.pool import detections_for_people, uncertainty
+from ml_backend.publish import queue_score, score_when_empty
 from ml_backend.service import Service
 from model.dataset import load_image
 from model.errors import DatasetError
 from model.network import MaskRCNNWithScores
 from model.predict import detect
 from model.registry import ModelCard
-from model.tsp import empty_image_score, image_score, instance_scores
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Predictor:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._lock = threading.Lock()
-        self._loaded: dict[str, tuple[MaskRCNNWithScores, ModelCard]] = {}
+        self._loaded: dict[str, tuple[MaskRCNNWithScores, ModelCard, float]] = {}
 
     def version(self, project_key: str) -> str:
         """The version that `predict` would use now. The registry is asked each time: the worker may have switched."""
@@ -44,20 +44,27 @@ class Predictor:
         if version == UNTRAINED:
             return [empty_prediction(UNTRAINED) for _ in tasks]
         with self._lock:
-            network, card = self._load(project_key, version)
-            return [self._predict_task(task, network, card, config) for task in tasks]
+            network, card, when_empty = self._load(project_key, version)
+            return [self._predict_task(task, network, card, config, when_empty) for task in tasks]
 
-    def _load(self, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard]:
+    def _load(self, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard, float]:
+        """The version, and the score it gives an image without detections."""
         loaded = self._loaded.get(project_key)
         if loaded is None or loaded[1].version != version:
             logger.info("project %s: loading version %s", project_key, version)
             network, card = self._service.registry.load(project_key, version)
-            loaded = network.to(self._service.settings.torch_device()), card
+            when_empty = score_when_empty(self._service, project_key, version)
+            loaded = network.to(self._service.settings.torch_device()), card, when_empty
             self._loaded[project_key] = loaded
         return loaded
 
     def _predict_task(
-        self, task: Mapping[str, Any], network: MaskRCNNWithScores, card: ModelCard, config: LabelConfig
+        self,
+        task: Mapping[str, Any],
+        network: MaskRCNNWithScores,
+        card: ModelCard,
+        config: LabelConfig,
+        when_empty: float,
     ) -> Json:
         settings = self._service.settings
         try:
@@ -66,12 +73,21 @@ class Predictor:
         except (ImageError, DatasetError) as error:
             logger.warning("%s", error)
             return empty_prediction(card.version, score=1.0)
-        scores = instance_scores(found.class_scores, found.box_scores, found.mask_scores)
         return prediction(
-            detections_for_people(found, card=card, config=config, shown_threshold=settings.shown_threshold),
+            detections_for_people(
+                found,
+                config,
+                class_names=card.class_names,
+                shown_threshold=settings.shown_threshold,
+                mask_threshold=network.config.mask_threshold,
+            ),
             config,
             model_version=card.version,
-            score=image_score(scores, when_empty=empty_image_score([], settings.empty_policy)),
+            score=queue_score(
+                {"image": fetched.sha256, "score": uncertainty(found, settings.queue_threshold)},
+                validation_fraction=settings.validation_fraction,
+                when_empty=when_empty,
+            ),
             mask_threshold=network.config.mask_threshold,
             max_vertices=settings.max_vertices,
         )

@@ -1,12 +1,13 @@
 """Gives a version's predictions to Label Studio and makes them the queue: everything first, then one switch."""
 
 import logging
+import re
 import time
+from collections.abc import Mapping
 from itertools import islice
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.errors import LabelStudioError
-from ml_backend.inbox import label_studio_id
+from ml_backend.errors import LabelStudioError, LabelStudioUnavailableError
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_format import Json, empty_prediction, for_task
 from ml_backend.pool import is_validation, read_scores
@@ -15,7 +16,7 @@ from model.tsp import empty_image_score
 
 logger = logging.getLogger(__name__)
 
-VERSION_PREFIX = "tsp-"  # versions of others (imported predictions, other backends) are left alone
+_OUR_VERSION = re.compile(r"tsp-\d+-[0-9a-f]{8}")  # those of others are left alone
 _LINES_AN_IMPORT = 2000
 _LAST = 1.0  # the score that is served last
 
@@ -26,16 +27,17 @@ def publish(service: Service, project_key: str, version: str, log: CycleLog) -> 
     Annotators see the old queue until the switch; whatever fails before it leaves the old version in place.
     """
     import_missing(service, project_key, version, log)
-    service.registry.activate(project_key, version)
-    client, project_id = service.label_studio, label_studio_id(project_key)
+    client, project_id = service.label_studio, service.project(project_key).id
     client.update_project(project_id, sampling=UNCERTAINTY_SAMPLING, show_collab_predictions=True)
     versions = client.model_versions(project_id)
     if version not in versions:
         log.stage("no task is left to predict for")
+        service.registry.activate(project_key, version)
         return
     client.set_model_version(project_id, version)
+    service.registry.activate(project_key, version)
     for old in sorted(versions):
-        if old.startswith(VERSION_PREFIX) and old != version:
+        if _OUR_VERSION.fullmatch(old) and old != version:
             log.stage(f"removing the predictions of {old}")
             client.delete_model_version(project_id, old)
 
@@ -45,7 +47,7 @@ def import_missing(service: Service, project_key: str, version: str, log: CycleL
 
     LabelStudioError when Label Studio did not take all of them.
     """
-    client, project_id = service.label_studio, label_studio_id(project_key)
+    client, project_id = service.label_studio, service.project(project_key).id
     path = service.scores_file(project_key, version)
     have = _settled_task_ids(service, project_id, version)
     there = {task.id for task in client.tasks(project_id)}
@@ -53,20 +55,25 @@ def import_missing(service: Service, project_key: str, version: str, log: CycleL
     missing = wanted - have
     if log:
         log.stage("publishing predictions", total=len(missing))
-    scored = [line["score"] for line in read_scores(path) if line.get("score") is not None]
-    when_empty = empty_image_score(scored, service.settings.empty_policy)
-    done = 0
+    when_empty = score_when_empty(service, project_key, version)
+    done, scores = 0, dict[int, float]()
     pending = (line for line in read_scores(path) if line["task"] in missing)
     while chunk := list(islice(pending, _LINES_AN_IMPORT)):
         predictions = [_prediction(service, line, version, when_empty) for line in chunk]
-        created = client.import_predictions(project_id, predictions)
+        scores |= {prediction["task"]: prediction["score"] for prediction in predictions}
+        created = _import_existing(service, project_id, predictions)
         if created != len(predictions):
             logger.warning("project %s: Label Studio took %d of %d predictions", project_id, created, len(predictions))
         done += len(chunk)
         if log:
             log.progress(done, len(missing))
     if missing:
-        _replace_refused(service, project_id, version, missing)
+        _replace_refused(service, project_id, version, missing, scores)
+    if client.model_versions(project_id).get(version, 0) > len(wanted):
+        # An import that broke off had gone on in Label Studio unseen, and its tasks have two predictions now.
+        logger.warning("project %s: %s was imported twice in part; it is imported anew", project_id, version)
+        client.delete_model_version(project_id, version)
+        return import_missing(service, project_key, version, log)
     return len(missing)
 
 
@@ -80,11 +87,33 @@ def queue_score(line: Json, *, validation_fraction: float, when_empty: float) ->
     return float(when_empty if line["score"] is None else line["score"])
 
 
+def score_when_empty(service: Service, project_key: str, version: str) -> float:
+    """The score that TSP_EMPTY_POLICY gives an image without detections, among those that the version has scored."""
+    lines = read_scores(service.scores_file(project_key, version))
+    scored = [line["score"] for line in lines if line.get("score") is not None]
+    return empty_image_score(scored, service.settings.empty_policy)
+
+
 def _prediction(service: Service, line: Json, version: str, when_empty: float) -> Json:
     score = queue_score(line, validation_fraction=service.settings.validation_fraction, when_empty=when_empty)
     if "problem" in line:
         return for_task(empty_prediction(version, score=score), line["task"])
     return for_task({"model_version": version, "score": score, "result": line["result"]}, line["task"])
+
+
+def _import_existing(service: Service, project_id: int, predictions: list[Json]) -> int:
+    """Import; if Label Studio refuses all because a task was deleted in this minute, import the others."""
+    client = service.label_studio
+    try:
+        return client.import_predictions(project_id, predictions)
+    except LabelStudioUnavailableError:
+        raise
+    except LabelStudioError:
+        there = {task.id for task in client.tasks(project_id)}
+        left = [prediction for prediction in predictions if prediction["task"] in there]
+        if len(left) == len(predictions):
+            raise
+        return client.import_predictions(project_id, left)
 
 
 def _settled_task_ids(service: Service, project_id: int, version: str) -> frozenset[int]:
@@ -99,8 +128,10 @@ def _settled_task_ids(service: Service, project_id: int, version: str) -> frozen
     return have
 
 
-def _replace_refused(service: Service, project_id: int, version: str, imported: set[int]) -> None:
-    """Label Studio drops what it finds invalid without a word; such a task gets an empty prediction, served last."""
+def _replace_refused(
+    service: Service, project_id: int, version: str, imported: set[int], scores: Mapping[int, float]
+) -> None:
+    """Label Studio drops what it finds invalid without a word; such a task gets a prediction without regions."""
     client = service.label_studio
     unpredicted = imported - client.predicted_task_ids(project_id, version)
     if not unpredicted:
@@ -109,7 +140,7 @@ def _replace_refused(service: Service, project_id: int, version: str, imported: 
     if not refused:
         return
     logger.error("project %s: Label Studio refused the predictions of tasks %s", project_id, _some(refused))
-    client.import_predictions(project_id, [for_task(empty_prediction(version, score=_LAST), t) for t in refused])
+    client.import_predictions(project_id, [for_task(empty_prediction(version, score=scores[t]), t) for t in refused])
     left = set(refused) - client.predicted_task_ids(project_id, version)
     left &= {task.id for task in client.tasks(project_id)}  # a task that was deleted meanwhile needs none
     if left:

@@ -4,12 +4,14 @@ Webhooks only make this happen sooner: lost, doubled or reordered, they change n
 """
 
 import logging
+from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
 from ml_backend import inbox
-from ml_backend.db import UNFINISHED, CycleRow, Database, ProjectRow, UsedTaskRow, utc_now
+from ml_backend.db import UNFINISHED, CycleRow, Database, EventRow, ProjectRow, UsedTaskRow, utc_now
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project
 from ml_backend.planner import Decision, Situation, plan
 from ml_backend.service import Service
 
@@ -19,7 +21,7 @@ logger = logging.getLogger(__name__)
 def reconcile(service: Service, project_key: str) -> Decision:
     """Look at the project in Label Studio; if the planner says so, a cycle row is planned when this returns."""
     events = inbox.unhandled(service.database, project_key)
-    project = service.label_studio.project(inbox.label_studio_id(project_key))
+    project = service.project(project_key)
     annotated = service.label_studio.annotated_task_ids(project.id)
     with service.database.session() as session:
         row = session.get_one(ProjectRow, project_key)
@@ -37,11 +39,13 @@ def reconcile(service: Service, project_key: str) -> Decision:
             requested=any(action == inbox.START_TRAINING for _, action in events),
         )
     )
-    if decision.start:
-        _plan_cycle(service.database, project_key, last + 1, decision.reason)
     # A wish to train that comes during a cycle is kept for afterwards.
     handled = [number for number, action in events if not (running and action == inbox.START_TRAINING)]
-    inbox.mark_handled(service.database, handled)
+    if decision.start:
+        _plan_cycle(service.database, project_key, last + 1, decision.reason, handled)
+    else:
+        inbox.mark_handled(service.database, handled)
+    _repair_queue(service, project_key, project)
     return decision
 
 
@@ -61,11 +65,28 @@ def _cycles(database: Database, project_key: str) -> tuple[int, bool]:
     return (cycles[-1].number if cycles else 0), any(cycle.status in UNFINISHED for cycle in cycles)
 
 
-def _plan_cycle(database: Database, project_key: str, number: int, reason: str) -> None:
-    """`number` follows the newest cycle that the decision knew of, so that two deciders cannot both plan one."""
+def _repair_queue(service: Service, project_key: str, project: Project) -> None:
+    """Random order before the first version (Label Studio's own default is the order of import), then the active
+    version's: somebody may have deleted a version, which makes Label Studio forget the one it showed."""
+    client, active = service.label_studio, service.registry.active(project_key)
+    if active is None:
+        if project.sampling != UNCERTAINTY_SAMPLING:
+            client.update_project(project.id, sampling=UNCERTAINTY_SAMPLING)
+    elif project.model_version != active and unfinished_cycle(service.database, project_key) is None:
+        versions = client.model_versions(project.id)
+        if active in versions and project.model_version not in versions:
+            client.set_model_version(project.id, active)
+
+
+def _plan_cycle(database: Database, project_key: str, number: int, reason: str, handled: Sequence[int] = ()) -> None:
+    """Plan a cycle and mark the events that led to it, in one transaction.
+
+    `number` follows the newest cycle that the decision knew of, so that two deciders cannot both plan one.
+    """
     try:
         with database.session() as session:
             session.add(CycleRow(project_key=project_key, number=number, reason=reason))
+            session.execute(update(EventRow).where(EventRow.id.in_(handled)).values(handled_at=utc_now()))
     except IntegrityError:
         logger.info("project %s: cycle %d is planned already", project_key, number)
     else:

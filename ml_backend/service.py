@@ -6,8 +6,10 @@ from typing import Self
 
 from ml_backend.db import Database
 from ml_backend.images import ImageLimits, ImageStore
-from ml_backend.ls_client import LabelStudioClient
+from ml_backend.inbox import ProjectName, label_studio_id
+from ml_backend.ls_client import LabelStudioClient, Project
 from ml_backend.settings import Settings
+from model.errors import TSPError
 from model.registry import Registry
 
 
@@ -42,6 +44,18 @@ class Service:
         self.images.close()
         self.label_studio.close()
         self.database.close()
+
+    def project(self, project_key: str) -> Project:
+        """The project in Label Studio; TSPError when its id belongs to another one by now."""
+        number = label_studio_id(project_key)
+        project = self.label_studio.project(number)
+        if ProjectName.from_uid(project.uid) != ProjectName(project_key, number):
+            raise TSPError(
+                f"project {number} of {self.settings.label_studio_url} is another one than the project {project_key} "
+                f"that was connected here: was Label Studio set up anew, or LABEL_STUDIO_URL changed? "
+                f"Use another MODEL_DIR and DATABASE_URL for the new one."
+            )
+        return project
 
     def cycle_folder(self, project_key: str, number: int) -> Path:
         """Where a cycle keeps its snapshot and its training checkpoint."""

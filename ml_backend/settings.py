@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     )
     basic_auth_user: str | None = _env("BASIC_AUTH_USER", None, "user name that Label Studio must send; none: no check")
     basic_auth_pass: SecretStr | None = _env("BASIC_AUTH_PASS", None, "password that Label Studio must send")
-    host: str = _env("HOST", "127.0.0.1", "address on which the web process listens")
+    host: str = _env("TSP_HOST", "127.0.0.1", "address on which the web process listens")
     port: int = _env("PORT", 9090, "port on which the web process listens", ge=0, le=65535)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _env("LOG_LEVEL", "INFO", "how much is logged")
     model_dir: Path = _env("MODEL_DIR", Path("data"), "folder of the model versions, checkpoints and cached images")
@@ -77,7 +77,14 @@ class Settings(BaseSettings):
     from_name: str | None = _env("TSP_FROM_NAME", None, "the PolygonLabels tag to use when a project has several")
     max_vertices: int = _env("TSP_MAX_VERTICES", 40, "most vertices of a pre-annotated polygon", ge=4)
     score_threshold: float = _env(
-        "TSP_SCORE_THRESHOLD", 0.05, "class score below which a detection counts for nothing", ge=0, le=1
+        "TSP_SCORE_THRESHOLD", 0.05, "class score below which a detection does not exist", ge=0, le=1
+    )
+    queue_threshold: float = _env(
+        "TSP_QUEUE_THRESHOLD",
+        0.2,
+        "class score from which a detection counts in S (eq. 3), the order of the queue",
+        ge=0,
+        le=1,
     )
     shown_threshold: float = _env(
         "TSP_SHOWN_THRESHOLD", 0.3, "class score from which annotators see a detection's polygon", ge=0, le=1
@@ -111,7 +118,9 @@ class Settings(BaseSettings):
     checkpoint_steps: int = _env("TSP_CHECKPOINT_STEPS", 50, "training steps between checkpoints", ge=1)
     seed: int = _env("TSP_SEED", 0, "seed of everything random in training", ge=0)
     device: str = _env("TSP_DEVICE", "auto", "cpu, cuda, cuda:1 ...; auto: cuda where there is one")
-    threads: int = _env("TSP_THREADS", 0, "CPU threads of the worker's network; 0: all but one", ge=0)
+    threads: int = _env(
+        "TSP_THREADS", 0, "CPU threads of the network; 0: all cores but one in the worker, one in the web process", ge=0
+    )
     niceness: int = _env(
         "TSP_NICENESS", 10, "how far the worker stands back behind other processes, 0 to 19", ge=0, le=19
     )
@@ -132,6 +141,8 @@ class Settings(BaseSettings):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("expected an address like http://localhost:8080")
+        if parts.username or parts.password:
+            raise ValueError("expected an address without user name and password: the token is LABEL_STUDIO_API_KEY")
         return url.rstrip("/")
 
     @field_validator("database_url")

@@ -4,11 +4,14 @@ Every step of a cycle is recorded when it ends; a worker that was killed goes on
 stopping needs no care: Ctrl-C and SIGTERM end the process at once.
 """
 
+import fcntl
 import logging
 import os
 import signal
+import sys
 import time
 from types import FrameType
+from typing import IO
 
 import torch
 from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, DBOSPortableJSONSerializer, SetWorkflowID
@@ -16,8 +19,8 @@ from sqlalchemy import select
 
 from ml_backend import cycle, inbox
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import CycleRow, ProjectRow
-from ml_backend.errors import LabelStudioUnavailableError
+from ml_backend.db import UNFINISHED, CycleRow, ProjectRow
+from ml_backend.errors import LabelStudioUnavailableError, SettingsError
 from ml_backend.pool import score_pool
 from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile, unfinished_cycle
@@ -30,6 +33,9 @@ logger = logging.getLogger(__name__)
 QUEUE = "cycles"
 _LOOK_EVERY_SECONDS = 1.0
 _WAIT_FOR_LABEL_STUDIO_SECONDS = 15.0
+_STILL_GOING = ("PENDING", "ENQUEUED", "DELAYED")  # of a workflow
+_CHANGE_THE_POOL = {"TASKS_CREATED", "ANNOTATIONS_DELETED"}  # what may leave a task without a prediction
+_TRY_AGAIN = "Press Start Training in Label Studio to try again."
 
 
 def _is_worth_waiting(error: BaseException) -> bool:
@@ -65,7 +71,7 @@ class DurableCycles(DBOSConfiguredInstance):
             self.publish(project_key, number, version)
         except Exception as error:  # whatever it was, people must see it
             logger.exception("project %s: cycle %d failed", project_key, number)
-            self._log(project_key, number).finish("failed", error=_in_words(error))
+            self._log(project_key, number).finish("failed", error=f"{_in_words(error)} {_TRY_AGAIN}")
         else:
             self._log(project_key, number).finish("done")
 
@@ -104,6 +110,7 @@ class Worker:
         self._service = service
         self._cycles = DurableCycles(service)
         self._next_look: dict[str, float] = {}
+        self._pause_until: dict[str, float] = {}  # after trouble, so that it is not asked for every second
         self._published: set[str] = set()  # projects in which every task that was scored has its prediction
 
     def run(self) -> None:
@@ -122,27 +129,41 @@ class Worker:
         due = time.monotonic() >= self._next_look.get(project_key, 0.0)
         if not due and not inbox.has_new(self._service.database, project_key):
             return
+        if time.monotonic() < self._pause_until.get(project_key, 0.0):
+            return
+        actions = {action for _, action in inbox.unhandled(self._service.database, project_key)}
         self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
         try:
             decision = reconcile(self._service, project_key)
             logger.debug("project %s: %s", project_key, decision.reason)
             self._resume_cycles(project_key)
-            if unfinished_cycle(self._service.database, project_key) is None:
+            if unfinished_cycle(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
                 self._predict_new_tasks(project_key)
         except Exception as error:  # whatever it was, people must see it, and the other projects have their turn
             logger.warning("project %s: %s", project_key, error, exc_info=not isinstance(error, TSPError))
             with self._service.database.session() as session:
                 session.get_one(ProjectRow, project_key).problem = _in_words(error)
+            self._pause_until[project_key] = time.monotonic() + _WAIT_FOR_LABEL_STUDIO_SECONDS
 
     def _resume_cycles(self, project_key: str) -> None:
-        """Hand planned cycles to the workflow engine; the id makes sure that each runs once, however often this is."""
+        """Hand unfinished cycles to the workflow engine, which runs each once by its id, however often this is done.
+
+        Running ones too, if the engine has lost its records of them.
+        """
         with self._service.database.session() as session:
-            numbers = session.scalars(
-                select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status == "planned")
-            ).all()
+            query = select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status.in_(UNFINISHED))
+            numbers = session.scalars(query).all()
         for number in numbers:
-            with SetWorkflowID(f"cycle-{project_key}-{number}"):
-                DBOS.enqueue_workflow(QUEUE, self._cycles.run, project_key, number)
+            workflow = f"cycle-{project_key}-{number}"
+            status = DBOS.get_workflow_status(workflow)
+            if status is None:
+                with SetWorkflowID(workflow):
+                    DBOS.enqueue_workflow(QUEUE, self._cycles.run, project_key, number)
+            elif status.status not in _STILL_GOING:
+                # It ended without a word in the row: the disk was full, or it was tried too often.
+                CycleLog(self._service.database, project_key, number).abandon(
+                    f"the cycle ended unexpectedly ({status.status}); the worker's log says more. {_TRY_AGAIN}"
+                )
 
     def _predict_new_tasks(self, project_key: str) -> None:
         """Tasks that were imported, or lost their annotation, since the last cycle join the queue of its version."""
@@ -166,16 +187,36 @@ def _in_words(error: Exception) -> str:
 
 def main() -> None:
     """Run the worker with the settings of the environment."""
-    settings = Settings.from_environment()
+    try:
+        settings = Settings.from_environment()
+        service = Service.connect(settings)
+        lock = _only_worker(settings)
+    except TSPError as error:
+        sys.exit(str(error))
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     os.nice(settings.niceness)  # annotators wait for the web process, nobody waits for this one
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    service = Service.connect(settings)
     DBOS(config=_workflow_engine(settings))
-    Worker(service).run()
+    with lock:
+        Worker(service).run()
+
+
+def _only_worker(settings: Settings) -> IO[bytes]:
+    """The open lock file; a second worker would train the same cycle on the same checkpoint."""
+    path = settings.model_dir / "worker.lock"
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise SettingsError(
+            f"a worker runs on {settings.model_dir} already: stop it (`fuser {path}` names the process) "
+            "or give this one another MODEL_DIR and DATABASE_URL"
+        ) from error
+    return file
 
 
 def _workflow_engine(settings: Settings) -> DBOSConfig:

@@ -1,6 +1,6 @@
 """Every knob of the learning core, frozen; the paper's values are the defaults where the paper gives one."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from model.errors import InvalidInputError
@@ -64,10 +64,6 @@ class NetworkConfig:
             key: tuple(value) if isinstance(value, list) else value for key, value in card.items()
         }
         return cls(**lists_as_tuples)
-
-    def resized(self, *, min_size: int, max_size: int) -> Self:
-        """The same network at another input size."""
-        return replace(self, min_size=min_size, max_size=max_size)
 
 
 _PROFILE_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -254,7 +254,7 @@ class _ScoringRoIHeads(RoIHeads):
             return result
 
         box_targets, mask_targets = self._iou_targets(
-            deltas[torch.cat(positive)], mask_logits, coverage, boxes, classes, matched, targets
+            deltas[torch.cat(positive)], mask_logits, coverage, boxes, classes, matched, targets, image_sizes
         )
         result["loss_box_iou"] = losses.iou_loss(self.box_iou_branch(box_features[torch.cat(positive)]), box_targets)
         result["loss_mask_iou"] = losses.iou_loss(self.mask_iou_branch(mask_features), mask_targets)
@@ -270,6 +270,7 @@ class _ScoringRoIHeads(RoIHeads):
         classes: Tensor,
         matched: list[Tensor],
         targets: list[Target],
+        image_sizes: list[tuple[int, int]],
     ) -> tuple[Tensor, Tensor]:
         """What the branches should say of the P positive RoIs: IoU of the predicted boxes, and of the masks, (P,) each.
 
@@ -279,7 +280,11 @@ class _ScoringRoIHeads(RoIHeads):
         gt_areas = torch.cat([t["masks"].flatten(1).sum(1)[index] for t, index in zip(targets, matched, strict=True)])
         rows = torch.arange(len(classes), device=classes.device)
         class_deltas = deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[rows, classes]  # -1 fails for P = 0
-        predicted_boxes = self.box_coder.decode(class_deltas, boxes).reshape(-1, 4)
+        decoded = torch.split(self.box_coder.decode(class_deltas, boxes).reshape(-1, 4), [len(box) for box in boxes])
+        # Clipped as in inference: the score is about the box that people get.
+        predicted_boxes = torch.cat(
+            [clip_boxes_to_image(box, hw) for box, hw in zip(decoded, image_sizes, strict=True)]
+        )
         mask_targets = losses.mask_iou_targets(
             mask_logits,
             coverage,

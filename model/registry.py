@@ -35,7 +35,7 @@ class ModelCard:
 
 
 class Registry:
-    """The versions under one folder. Every method takes the project's key, such as "localhost-8080-12"."""
+    """The versions under one folder. Every method takes the project's key, such as "12-1700000000"."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

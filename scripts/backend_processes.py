@@ -32,13 +32,21 @@ class BackendProcesses:
     def start(self) -> None:
         """Start both and wait until the web process answers."""
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        self.start_one("web")
-        self.start_one("worker")
+        answers = False
+        try:
+            self.start_one("web")
+            self.start_one("worker")
+            self._wait_until_it_answers()
+            answers = True
+        finally:
+            if not answers:  # Ctrl-C too must not leave them behind
+                self.stop()
+
+    def _wait_until_it_answers(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while not self._answers():
             self.check()
             if time.monotonic() > deadline:
-                self.stop()
                 raise BackendProcessError(f"the backend did not answer in {_START_SECONDS:.0f} s:\n{self._log('web')}")
             time.sleep(0.2)
 

@@ -46,7 +46,8 @@ class DemoImages:
 def main() -> None:
     """Start everything, say where it is, and stay until Ctrl-C."""
     options = _options()
-    signal.signal(signal.SIGTERM, _stop_in_order)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop_in_order)
     try:
         _run(options)
     except KeyboardInterrupt:

@@ -11,7 +11,6 @@ from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import LabelStudioClient, Project
 from ml_backend.pool import detections_for_people, is_validation, read_scores, score_pool
 from ml_backend.service import Service
-from model.registry import ModelCard
 from model.types import Detections
 from tests.label_studio import POLYGON_CONFIG, polygon_result
 from tests.ml_backend.examples import (
@@ -25,8 +24,6 @@ from tests.ml_backend.examples import (
     key_of,
     sha256,
 )
-
-CARD = ModelCard(version=VERSION, network={}, class_names=("lesion", "gone", "cell"), created_at="")
 
 
 def detections(labels: list[int], class_scores: list[float]) -> Detections:
@@ -75,7 +72,7 @@ def test_each_task_without_annotation_gets_one_line(
         assert {region["type"] for region in line["result"]} <= {"polygonlabels"}
     row = cycle_row(service, key)
     assert (row.stage, row.done, row.total) == ("scoring the unlabelled images", 3, 3)
-    assert row.facts == {"pool": 3, "pool_problems": [], "pool_problem_count": 0}
+    assert row.facts == {"pool": 3, "pool_without_detections": 0, "pool_problems": [], "pool_problem_count": 0}
 
 
 @pytest.mark.label_studio
@@ -160,7 +157,11 @@ def test_people_see_what_is_sure_enough_and_of_a_class_that_they_know(
 ) -> None:
     config = parse_label_config(POLYGON_CONFIG)  # cell is 1, lesion 2
     seen = detections_for_people(
-        detections(labels, class_scores), card=CARD, config=config, shown_threshold=float(np.float32(0.3))
+        detections(labels, class_scores),
+        config,
+        class_names=("lesion", "gone", "cell"),
+        shown_threshold=float(np.float32(0.3)),
+        mask_threshold=0.3,
     )
     assert seen.labels.tolist() == shown
     assert len(seen.roi_masks) == len(shown)

@@ -185,7 +185,7 @@ def test_a_prediction_that_label_studio_refuses_is_replaced_by_an_empty_one(
     found = [stored(label_studio, task) for task in tasks]
     assert [len(predictions) for predictions in found] == [1, 1, 1]
     assert [len(predictions[0]["result"]) for predictions in found] == [1, 0, 1]
-    assert served_order(client, project) == [tasks[0], tasks[2], tasks[1]]
+    assert served_order(client, project) == [tasks[1], tasks[0], tasks[2]]  # by its own score all the same
 
 
 @pytest.mark.label_studio

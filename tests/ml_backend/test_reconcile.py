@@ -14,7 +14,7 @@ from ml_backend.db import CycleRow, ProjectRow, UsedTaskRow
 from ml_backend.errors import LabelStudioError
 from ml_backend.inbox import START_TRAINING
 from ml_backend.ls_client import LabelStudioClient, Project
-from ml_backend.reconcile import reconcile, unfinished_cycle
+from ml_backend.reconcile import _plan_cycle, reconcile, unfinished_cycle
 from ml_backend.service import Service
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, raw_api
@@ -111,6 +111,12 @@ def test_those_who_look_at_the_same_time_plan_one_cycle(
         for looked in [pool.submit(look) for _ in range(4)]:
             looked.result()
     assert [cycle.number for cycle in cycles(service, key)] == [1]
+
+
+def test_two_who_decided_on_the_same_facts_plan_one_cycle(service: Service, key: str) -> None:
+    for reason in ("the first", "the second"):  # the threads above meet here only now and then
+        _plan_cycle(service.database, key, 1, reason)
+    assert [(cycle.number, cycle.reason) for cycle in cycles(service, key)] == [(1, "the first")]
 
 
 def test_start_training_plans_a_cycle_at_once_and_waits_for_one_that_runs(

@@ -39,7 +39,7 @@ def test_the_defaults_are_those_of_the_paper_where_it_gives_one(tmp_path: Path) 
 
 EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("LABEL_STUDIO_URL", "https://ls.example.com/label/", "label_studio_url", "https://ls.example.com/label"),
-    ("HOST", "0.0.0.0", "host", "0.0.0.0"),
+    ("TSP_HOST", "0.0.0.0", "host", "0.0.0.0"),
     ("PORT", "8000", "port", 8000),
     ("LOG_LEVEL", "DEBUG", "log_level", "DEBUG"),
     ("MODEL_DIR", "/srv/models", "model_dir", Path("/srv/models")),
@@ -56,6 +56,7 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("TSP_FROM_NAME", "outline", "from_name", "outline"),
     ("TSP_MAX_VERTICES", "12", "max_vertices", 12),
     ("TSP_SCORE_THRESHOLD", "0.1", "score_threshold", 0.1),
+    ("TSP_QUEUE_THRESHOLD", "0.1", "queue_threshold", 0.1),
     ("TSP_SHOWN_THRESHOLD", "0.4", "shown_threshold", 0.4),
     ("TSP_PROFILE", "resnet50_fpn", "profile", "resnet50_fpn"),
     ("TSP_WEIGHTS", "none", "weights", "none"),
