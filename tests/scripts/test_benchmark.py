@@ -172,7 +172,7 @@ def test_a_run_interrupted_everywhere_ends_as_if_it_had_not_been(tmp_path, sets,
     state, attempts = interrupted_at_every_write(
         monkeypatch, lambda: carry_out(tmp_path / "in pieces", sets, strategy, ssl=ssl), after=after
     )
-    # Two cycles, each with checkpoints and a result; stopped before the second file, each attempt repeats nothing.
+    # Two cycles, each of several files.
     assert attempts >= 5
     assert state == expected
 
