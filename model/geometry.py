@@ -327,7 +327,7 @@ def _resample_roi(roi_mask: FloatArray, box_xyxy: FloatArray, x_px: FloatArray, 
 def _hat_weights(positions_px: FloatArray, low: float, high: float, size: int) -> NDArray[np.float32]:
     """Weights (n, size) of the cells of a RoI side [low, high] at n positions.
 
-    The inverse of the mask targets, `roi_align(aligned=True)`: cell k has its centre at (k + 0.5) / size of the side.
+    The inverse of the mask targets, `losses.mask_coverage`: cell k has its centre at (k + 0.5) / size of the side.
     """
     cells = ((positions_px - low) / (high - low) * size - 0.5).astype(np.float32)
     distance = np.abs(cells[:, None] - np.arange(size, dtype=np.float32))

@@ -5,11 +5,12 @@ never pushed to the background. The IoU branches learn from annotated images alo
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_iou
 
 SEMI = "semi_"  # prefix of the losses that come from pseudo-labelled images
 _IOU_LOSSES = ("loss_box_iou", "loss_mask_iou")
@@ -84,15 +85,18 @@ def box_iou_targets(predicted_xyxy: Tensor, matched_xyxy: Tensor) -> Tensor:
 def mask_coverage(
     gt_masks: Sequence[Tensor], matched: Sequence[Tensor], boxes_xyxy: Sequence[Tensor], size: int
 ) -> Tensor:
-    """How much of each cell of each RoI the matched ground-truth mask covers, (P, size, size) in [0, 1].
+    """The share of each cell of each RoI that the matched ground-truth mask covers, (P, size, size) in [0, 1]; exact.
 
-    For each image: gt_masks (G, H, W), matched (P_i,) indices into them, boxes_xyxy (P_i, 4).
+    For each image: gt_masks (G, H, W) 0/1, matched (P_i,) indices into them, boxes_xyxy (P_i, 4). What lies outside
+    the image is not covered.
     """
-    per_image = []
-    for masks, index, boxes in zip(gt_masks, matched, boxes_xyxy, strict=True):
-        rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)
-        per_image.append(roi_align(masks[:, None].to(boxes), rois, size, aligned=True)[:, 0])
-    return torch.cat(per_image)
+    areas = [
+        _covered_areas(_AreaTables.of(masks), index, boxes.double(), size)
+        for masks, index, boxes in zip(gt_masks, matched, boxes_xyxy, strict=True)
+    ]
+    boxes = torch.cat(list(boxes_xyxy))
+    cell_areas = (boxes[:, 2:] - boxes[:, :2]).double().prod(dim=1) / size**2
+    return (torch.cat(areas) / cell_areas.clamp(min=1e-9)[:, None, None]).clamp(0, 1).to(boxes.dtype)
 
 
 def mask_iou_targets(
@@ -117,3 +121,59 @@ def _classification_mean(losses: Tensor, is_positive: Tensor, positives_only: bo
     if positives_only:
         losses = losses * is_positive
     return losses.sum() / max(losses.numel(), 1)
+
+
+class _AreaTables(NamedTuple):
+    """Summed-area tables of G masks: entry (y, x) counts the pixels above and left of a pixel's corner.
+
+    Each table covers the extent of its mask alone, which is what makes them cheap. They lie behind each other in
+    `entries`, int32, which is exact; `first` (G,) says where each starts, `origin_yx` and `size_yx` (G, 2) which pixels
+    it is of.
+    """
+
+    entries: Tensor
+    first: Tensor
+    origin_yx: Tensor
+    size_yx: Tensor
+
+    @classmethod
+    def of(cls, masks: Tensor) -> "_AreaTables":
+        """The tables of masks (G, H, W) 0/1."""
+        tables, windows = [], []
+        for mask, in_row, in_column in zip(masks, masks.any(dim=2), masks.any(dim=1), strict=True):
+            (y0, y1), (x0, x1) = _extent(in_row), _extent(in_column)
+            counts = mask[y0:y1, x0:x1].cumsum(dim=1, dtype=torch.int32).cumsum(dim=0, dtype=torch.int32)
+            tables.append(F.pad(counts, (1, 0, 1, 0)).flatten())
+            windows.append((y0, x0, y1 - y0, x1 - x0))
+        window = torch.tensor(windows, dtype=torch.int64, device=masks.device).reshape(-1, 4)
+        lengths = (window[:, 2] + 1) * (window[:, 3] + 1)
+        entries = torch.cat(tables) if tables else masks.new_zeros(0, dtype=torch.int32)
+        return cls(entries, lengths.cumsum(0) - lengths, window[:, :2], window[:, 2:])
+
+
+def _extent(occupied: Tensor) -> tuple[int, int]:
+    """The first and one past the last index that is set, in (n,); a single index when none is."""
+    indices = occupied.nonzero()
+    return (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 1)
+
+
+def _covered_areas(tables: _AreaTables, matched: Tensor, boxes_xyxy: Tensor, size: int) -> Tensor:
+    """The area in pixels that masks cover of each of size x size cells of boxes (P, 4) float64, (P, size, size).
+
+    The area above and left of a point is bilinear inside a pixel, so that the tables interpolated at the corners of the
+    cells, and differences of these, are exact. In float64: a cell is the difference of numbers in the millions.
+    """
+    steps = torch.linspace(0, 1, size + 1, dtype=boxes_xyxy.dtype, device=boxes_xyxy.device)
+    corners_xy = boxes_xyxy[:, :2, None] + (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2])[:, :, None] * steps
+    size_yx = tables.size_yx[matched][:, :, None]
+    position = (corners_xy.flip(1) - tables.origin_yx[matched][:, :, None]).clamp(min=0).minimum(size_yx)
+    pixel = position.long().minimum(size_yx - 1)
+    low_share, right_share = (position - pixel)[:, 0, :, None], (position - pixel)[:, 1, None, :]
+
+    row = size_yx[:, 1, :, None] + 1  # the length of a table's row
+    upper_left = tables.first[matched][:, None, None] + pixel[:, 0, :, None] * row + pixel[:, 1, None, :]
+    upper, lower = (
+        torch.lerp(tables.entries[corner].double(), tables.entries[corner + 1].double(), right_share)
+        for corner in (upper_left, upper_left + row)
+    )
+    return torch.lerp(upper, lower, low_share).diff(dim=1).diff(dim=2)

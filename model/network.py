@@ -277,7 +277,9 @@ class _ScoringRoIHeads(RoIHeads):
         deltas (P, 4C), mask_logits and coverage (P, M, M), classes (P,); by image: boxes, matched (indices of targets).
         """
         gt_boxes = torch.cat([t["boxes"][index] for t, index in zip(targets, matched, strict=True)])
-        gt_areas = torch.cat([t["masks"].flatten(1).sum(1)[index] for t, index in zip(targets, matched, strict=True)])
+        gt_areas = torch.cat(
+            [t["masks"].flatten(1).sum(1, dtype=torch.int32)[i] for t, i in zip(targets, matched, strict=True)]
+        )
         rows = torch.arange(len(classes), device=classes.device)
         class_deltas = deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)[rows, classes]  # -1 fails for P = 0
         decoded = torch.split(self.box_coder.decode(class_deltas, boxes).reshape(-1, 4), [len(box) for box in boxes])

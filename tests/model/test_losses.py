@@ -291,10 +291,10 @@ def test_box_head_losses_agree_with_torchvision():
     torch.testing.assert_close(ours, {"loss_classifier": classes, "loss_box_reg": boxes})
 
 
-def test_mask_loss_agrees_with_torchvision_on_boxes_that_are_half_a_pixel_further_up_and_left():
-    # torchvision samples masks with aligned=False, which reads pixel centres half a pixel too far down and right
+def test_mask_loss_agrees_with_torchvision_where_cells_are_whole_pixels():
+    # torchvision samples masks with aligned=False, half a pixel too far down and right, and blurs edges between pixels
     torch.manual_seed(0)
-    boxes = torch.tensor([[6.0, 7, 33, 30], [20.5, 30, 61, 58.25]])
+    boxes = torch.tensor([[4.0, 2, 32, 30], [28, 32, 56, 60]])
     masks = target(*OBJECTS)["masks"]
     logits, matched, labels = torch.randn(2, 3, 28, 28), torch.tensor([0, 1]), torch.tensor([1, 2])
     coverage = losses.mask_coverage([masks], [matched], [boxes], 28)
