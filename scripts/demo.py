@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
     images = _images(options, folder)
     if options.oracle and images.truth is None:
         raise TSPError(f"{options.data}: the simulated annotator needs a COCO annotations.json beside images/")
-    options.batch_size = _batch_size(options, len(images.paths))
+    options.batch_size = _batch_size(options.batch_size, options.cycles, len(images.paths))
     with ExitStack() as running:
         server = running.enter_context(
             LabelStudioServer(
@@ -106,12 +106,12 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _batch_size(options: argparse.Namespace, images: int) -> int:
-    """As asked for, but small enough that the images fill as many batches as the demo is to show."""
-    largest = max(1, images // options.cycles)
-    if options.batch_size > largest:
-        _say(f"{images} images do not fill {options.cycles} batches of {options.batch_size}: a batch is {largest}")
-    return min(options.batch_size, largest)
+def _batch_size(wanted: int, cycles: int, images: int) -> int:
+    """As wanted, but small enough that the images fill as many batches as the demo is to show."""
+    largest = max(1, images // cycles)
+    if wanted > largest:
+        _say(f"{images} images do not fill {cycles} batches of {wanted}: a batch is {largest}")
+    return min(wanted, largest)
 
 
 def _settings(options: argparse.Namespace, folder: Path, server: LabelStudioServer) -> dict[str, str]:
