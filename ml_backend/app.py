@@ -26,7 +26,7 @@ from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudi
 from ml_backend.inbox import ProjectName
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_format import Json
-from ml_backend.overview import overview
+from ml_backend.overview import overview, worker_overview
 from ml_backend.predictor import Predictor
 from ml_backend.service import Service
 from ml_backend.settings import Settings
@@ -136,14 +136,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @app.get("/status")
     def status() -> Json:
         """What the dashboard shows, as JSON."""
-        return {"projects": overview(service)}
+        return {"worker": worker_overview(service), "projects": overview(service)}
 
     page = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True).get_template("ui.html")
 
     @app.get("/ui", response_class=HTMLResponse)
     def ui() -> str:
         """The dashboard."""
-        return page.render(projects=overview(service))
+        return page.render(worker=worker_overview(service), projects=overview(service))
 
     return app
 

@@ -83,6 +83,17 @@ class UsedTaskRow(Base):
     first_cycle: Mapped[int]
 
 
+class WorkerRow(Base):
+    """A worker process: when it was last alive, and whether Label Studio lets it in."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    seen_at: Mapped[str] = mapped_column(default=utc_now)
+    label_studio_user: Mapped[str] = mapped_column(default="")  # whom Label Studio takes the token for
+    problem: Mapped[str] = mapped_column(default="")  # why Label Studio cannot be worked with
+
+
 class Database:
     """The engine and its sessions; the tables are made when they are missing."""
 

@@ -1,12 +1,30 @@
 """What people want to know of every project, gathered for the dashboard and for `/status`."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import select
 
 from ml_backend import inbox
-from ml_backend.db import CycleRow, ProjectRow
+from ml_backend.db import CycleRow, ProjectRow, WorkerRow
 from ml_backend.service import Service
+from ml_backend.sign_of_life import NAME
+
+_SILENT_SECONDS = 30.0  # without a sign of life
+
+
+def worker_overview(service: Service) -> dict[str, Any]:
+    """Whether the worker lives, and what keeps it from working ("" when nothing does)."""
+    with service.database.session() as session:
+        row = session.get(WorkerRow, NAME)
+    if row is None:
+        problem = "The worker was never here: start `python -m ml_backend.worker` with the same environment."
+        return {"seen_at": None, "label_studio_user": "", "problem": problem}
+    silent = (datetime.now(UTC) - datetime.fromisoformat(row.seen_at)).total_seconds()
+    problem = row.problem
+    if silent > _SILENT_SECONDS:
+        problem = f"The worker gave no sign of life since {row.seen_at[:19]} UTC: start it again, its log says why."
+    return {"seen_at": row.seen_at, "label_studio_user": row.label_studio_user, "problem": problem}
 
 
 def overview(service: Service) -> list[dict[str, Any]]:

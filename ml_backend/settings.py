@@ -1,7 +1,7 @@
 """The only reader of the environment. Names without a prefix are those that users of label-studio-ml know."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -34,7 +34,7 @@ class Settings(BaseSettings):
         case_sensitive=True,
         env_ignore_empty=True,
         allow_inf_nan=False,
-        hide_input_in_errors=True,  # an address may hold a password
+        hide_input_in_errors=True,  # it may be a secret; `from_environment` shows what is none
     )
 
     label_studio_url: str = _env(
@@ -178,10 +178,7 @@ class Settings(BaseSettings):
         try:
             settings = cls()
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
-                for problem in error.errors(include_input=False)
-            )
+            problems = "; ".join(_described(problem) for problem in error.errors())
             raise SettingsError(f"settings: {problems}. The README lists every setting.") from error
         try:
             NetworkConfig.for_profile(settings.profile, 2, **settings.network_options())
@@ -264,3 +261,13 @@ class Settings(BaseSettings):
             mask_threshold=self.mask_score_threshold,
             rule=self.pseudo_rule,
         )
+
+
+_MAY_HOLD_SECRETS = ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "BASIC_AUTH_PASS", "DATABASE_URL")
+
+
+def _described(problem: Mapping[str, Any]) -> str:
+    """One problem with one variable: what was expected, and what came unless it may be or hold a secret."""
+    name = ".".join(map(str, problem["loc"]))
+    expected = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {expected}" if name in _MAY_HOLD_SECRETS else f"{name}: {expected}, got {problem['input']!r}"

@@ -26,6 +26,7 @@ from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile, unfinished_cycle
 from ml_backend.service import Service
 from ml_backend.settings import Settings
+from ml_backend.sign_of_life import SignOfLife
 from model.errors import TSPError
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,11 @@ class Worker:
         """Never returns."""
         DBOS.launch()
         DBOS.register_queue(QUEUE, worker_concurrency=1)
-        logger.info("the worker is ready; it looks after %s", self._service.settings.label_studio_url)
+        settings = self._service.settings
+        SignOfLife(
+            self._service.database, self._service.label_studio, ask_every_seconds=settings.reconcile_seconds
+        ).start()
+        logger.info("the worker is ready; it looks after %s", settings.label_studio_url)
         while True:
             for project_key in self._projects():
                 self._look_after(project_key)

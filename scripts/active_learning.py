@@ -7,81 +7,74 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 
-from model.calibration import reliability, true_ious
-from model.config import PseudoLabelConfig, TrainingConfig
+from model.config import NetworkConfig, TrainingConfig
 from model.dataset import LabeledSet, fitting_anchors, image_tensor, input_hw, load_image
-from model.evaluate import evaluate
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.predict import detections_of
 from model.pseudo_labels import pseudo_labeled_image
 from model.strategies import STRATEGIES, Observation
 from model.strategies.base import Sight
-from model.train import train
+from model.strategies.core_set import k_centre_greedy
+from model.train import Progress, train
+from model.tsp import EmptyImagePolicy
 from model.types import Detections, LabeledImage
+from scripts.benchmark_lines import (
+    FULL,
+    Experiment,
+    RunName,
+    first_cycle_settings,
+    settings_of,
+    strategy_of,
+    without_semi_supervision,
+)
+from scripts.benchmark_measures import compare, measured, pseudo_quality
+from scripts.benchmark_sets import Data, at_input_size, fingerprint
 
-FULL = "full"  # not a strategy: everything is annotated at once, the line that the others are measured against
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """What all runs on a set share."""
-
-    profile: str
-    weights: str
-    network: dict[str, Any]
-    training: TrainingConfig
-    pseudo: PseudoLabelConfig = field(default_factory=PseudoLabelConfig)
-    first_batch: int
-    batch: int
-    cycles: int
+Plan = dict[str, Any]
+Seconds = dict[str, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunName:
-    """One line of the figure at one seed."""
+def run(
+    name: RunName,
+    experiment: Experiment,
+    data: Data,
+    folder: Path,
+    shared: Path,
+    *,
+    device: str = "cpu",
+    deadline: float = float("inf"),
+) -> None:
+    """Carry a run to its end from wherever it is; no new cycle starts after `deadline` (by `time.monotonic`).
 
-    strategy: str
-    semi_supervised: bool
-    seed: int
-
-    @property
-    def line(self) -> str:
-        return self.strategy + ("+ssl" if self.semi_supervised else "")
-
-    @property
-    def folder(self) -> str:
-        return f"{self.line}-seed{self.seed}"
-
-
-def run(name: RunName, experiment: Experiment, pool: LabeledSet, test: LabeledSet, folder: Path, shared: Path) -> None:
-    """Carry a run to its end from wherever it is. `shared` keeps first cycles, which many runs have in common."""
+    `shared` keeps what runs have in common: first cycles, and the pool at the size that the network sees.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    state = _load(folder, name, experiment, pool, test)
-    total = 1 if name.strategy == FULL else experiment.cycles
-    _checkpoint(folder, len(state["cycles"])).unlink(missing_ok=True)
-    while len(state["cycles"]) < total:
+    state = _load(folder, name, experiment, data)
+    cycles = _Cycles(name, experiment, data, folder, shared, device)
+    _remove_checkpoint(folder, len(state["cycles"]))
+    while len(state["cycles"]) < cycles.total and time.monotonic() < deadline:
         number = len(state["cycles"]) + 1
-        cycle, following = _cycle(number, name, experiment, pool, test, state.pop("next", None), folder, shared)
+        cycle, following = cycles.carry_out(number, state.pop("next", None))
         state["cycles"].append(cycle)
         if following is not None:
             state["next"] = following  # in the same file as the cycle that made it: never one without the other
         write_json(folder / "run.json", state)
-        _checkpoint(folder, number).unlink(missing_ok=True)
+        _remove_checkpoint(folder, number)
 
 
-def is_finished(name: RunName, experiment: Experiment, pool: LabeledSet, test: LabeledSet, folder: Path) -> bool:
-    """Whether nothing is left to do. Raises ValueError when the run was made with other settings or images."""
-    total = 1 if name.strategy == FULL else experiment.cycles
-    return len(_load(folder, name, experiment, pool, test)["cycles"]) >= total
+def cycles_done(name: RunName, experiment: Experiment, data: Data, folder: Path) -> tuple[int, int]:
+    """How many cycles are done, and of how many. ValueError when the run was made with other settings or images."""
+    return len(_load(folder, name, experiment, data)["cycles"]), _total(name, experiment)
 
 
 def first_batch(pool: LabeledSet, size: int, seed: int) -> list[str]:
@@ -90,209 +83,324 @@ def first_batch(pool: LabeledSet, size: int, seed: int) -> list[str]:
     return [pool.images[i].image_id for i in order[:size]]
 
 
-def _checkpoint(folder: Path, number: int) -> Path:
-    """Each cycle has its own, so that what an interrupted one leaves is never taken for the next one's."""
-    return folder / f"checkpoint-{number}.safetensors"
+def anchors_for(pool: LabeledSet, experiment: Experiment) -> tuple[int, ...]:
+    """Anchor sizes that fit the pool's instances."""
+    return fitting_anchors(pool.images, NetworkConfig.for_profile(experiment.profile, 2, **experiment.network))
 
 
-def _load(folder: Path, name: RunName, experiment: Experiment, pool: LabeledSet, test: LabeledSet) -> dict[str, Any]:
+def _total(name: RunName, experiment: Experiment) -> int:
+    return 1 if name.strategy == FULL else experiment.cycles
+
+
+def _load(folder: Path, name: RunName, experiment: Experiment, data: Data) -> dict[str, Any]:
     settings = {
         **asdict(experiment),
-        "pool": _fingerprint(pool),
-        "test": _fingerprint(test),
-        "pool_images": len(pool.images),
-        "test_images": len(test.images),
+        "data": data.name,
+        "pool": fingerprint(data.pool),
+        "test": fingerprint(data.test),
+        "pool_images": len(data.pool.images),
+        "pool_instances": sum(len(image.labels) for image in data.pool.images),
+        "test_images": len(data.test.images),
     }
     settings = json.loads(json.dumps(settings))
     path = folder / "run.json"
     if not path.exists():
-        return {**asdict(name), "line": name.line, "settings": settings, "cycles": []}
+        classes = enumerate(data.test.class_names, start=1)
+        return {
+            **asdict(name),
+            "options": dict(name.options),
+            "line": name.line,
+            "settings": settings,
+            "test_instances": {n: [int((i.labels == k).sum()) for i in data.test.images] for k, n in classes},
+            "cycles": [],
+        }
     state: dict[str, Any] = json.loads(path.read_text())
     if state["settings"] != settings:
         raise ValueError(f"{path} was made with other settings or images: choose another --out, or delete it")
     return state
 
 
-def _cycle(
-    number: int,
-    name: RunName,
-    experiment: Experiment,
-    pool: LabeledSet,
-    test: LabeledSet,
-    plan: dict[str, Any] | None,
-    folder: Path,
-    shared: Path,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Train on what is annotated (and pseudo-labelled), measure, and choose what comes next.
+class _Cycles:
+    """The cycles of one run."""
 
-    `plan` is what the cycle before has chosen; returns the measurements and the next cycle's plan, if there is one.
-    """
-    by_id = {image.image_id: image for image in pool.images}
-    plan = plan or _first_plan(number, name, experiment, pool)
-    annotated = [by_id[image_id] for image_id in plan["annotated"]]
-    pseudo = [_pseudo_from_json(item, by_id) for item in plan["pseudo"]]
-    started = time.process_time()
-    network = _trained(number, name, experiment, pool, annotated, pseudo, folder, shared)
-    seconds = time.process_time() - started
-    found = {image.image_id: _look(network, image)[1] for image in test.images}
-    result = {
-        "number": number,
-        "annotated_images": len(annotated),
-        "annotated_instances": sum(len(image.labels) for image in annotated),
-        "pseudo_images": len(pseudo),
-        "pseudo_quality": plan["pseudo_quality"],
-        "training_cpu_seconds": round(seconds, 1),
-        "annotated": plan["annotated"][len(plan["annotated"]) - plan["new"] :],
-        **_measured(network, found, test),
-    }
-    if name.strategy == FULL or number == experiment.cycles:
-        return result, None
-    return result, _next_plan(number, name, experiment, pool, network, plan["annotated"])
+    def __init__(
+        self, name: RunName, experiment: Experiment, data: Data, folder: Path, shared: Path, device: str
+    ) -> None:
+        self.name, self.data, self.folder, self.shared, self.device = name, data, folder, shared, device
+        self.settings = settings_of(name, experiment)
+        self.total = _total(name, experiment)
+        options = {} if name.strategy == FULL else STRATEGIES[name.strategy].network_options
+        self.network_options = {**experiment.network, **options}
+        network = NetworkConfig.for_profile(experiment.profile, len(data.pool.class_names) + 1, **self.network_options)
+        self.mask_threshold = network.mask_threshold
+        self.small, self.vertices = at_input_size(data, network, shared)
+        self.original = {image.image_id: image for image in data.pool.images}
 
+    def carry_out(self, number: int, plan: Plan | None) -> tuple[dict[str, Any], Plan | None]:
+        """Train on what is annotated (and pseudo-labelled), measure, and choose what comes next.
 
-def _first_plan(number: int, name: RunName, experiment: Experiment, pool: LabeledSet) -> dict[str, Any]:
-    """What the first cycle trains on."""
-    if number > 1:
-        raise ValueError(f"{name.folder}/run.json does not say what cycle {number} trains on: delete the folder")
-    if name.strategy == FULL:
-        chosen = [image.image_id for image in pool.images]
-    else:
-        chosen = first_batch(pool, experiment.first_batch, name.seed)
-    return {"annotated": chosen, "new": len(chosen), "pseudo": [], "pseudo_quality": None}
-
-
-def _trained(
-    number: int,
-    name: RunName,
-    experiment: Experiment,
-    pool: LabeledSet,
-    annotated: Sequence[LabeledImage],
-    pseudo: Sequence[LabeledImage],
-    folder: Path,
-    shared: Path,
-) -> MaskRCNNWithScores:
-    options = {} if name.strategy == FULL else STRATEGIES[name.strategy].network_options
-    torch.manual_seed(name.seed)
-    network = build_model(
-        experiment.profile,
-        len(pool.class_names) + 1,
-        weights=experiment.weights,
-        **{**experiment.network, **options},
-    )
-    config = replace(experiment.training, seed=name.seed)
-    if number > 1 or name.strategy == FULL:
-        train(network, [*annotated, *pseudo], config, checkpoint=_checkpoint(folder, number))
-        return network.eval()
-    digest = hashlib.sha256(json.dumps([asdict(experiment), options, name.seed, _fingerprint(pool)]).encode())
-    shared.mkdir(parents=True, exist_ok=True)
-    checkpoint = shared / f"{digest.hexdigest()[:16]}.safetensors"
-    with checkpoint.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and then has nothing left to train
-        train(network, annotated, config, checkpoint=checkpoint)
-    return network.eval()
-
-
-def _look(network: MaskRCNNWithScores, image: LabeledImage) -> tuple[Sight, Detections]:
-    pixels = load_image(image.path)
-    tensor = image_tensor(pixels, input_hw(image.image_hw, network.config))
-    with torch.inference_mode():
-        output = network([tensor])[0]
-    found = detections_of(output, input_hw=tensor.shape[-2:], image_hw=image.image_hw)
-    return Sight(network=network, image=tensor, output=output), found
-
-
-def _next_plan(
-    number: int,
-    name: RunName,
-    experiment: Experiment,
-    pool: LabeledSet,
-    network: MaskRCNNWithScores,
-    annotated_ids: list[str],
-) -> dict[str, Any]:
-    """Algorithm 1, lines 7 to 10: score D_u, choose b, pseudo-label the rest."""
-    strategy = STRATEGIES[name.strategy]
-    annotated = set(annotated_ids)
-    unlabelled = [image for image in pool.images if image.image_id not in annotated]
-    torch.manual_seed(name.seed * 1000 + number)  # MC dropout draws; how the training went must not matter
-    observations: list[Observation] = []
-    pseudo: dict[str, LabeledImage] = {}
-    for image in unlabelled:
-        sight, found = _look(network, image)
-        observations.append(strategy.observe(sight))
-        if name.semi_supervised:
-            labeled = pseudo_labeled_image(
-                found,
-                experiment.pseudo,
-                image_id=image.image_id,
-                path=image.path,
-                mask_threshold=network.config.mask_threshold,
+        `plan` is what the cycle before has chosen; returns the measurements and the next cycle's plan, if there is one.
+        """
+        plan = plan or self._first_plan(number)
+        images = [self.small[image_id] for image_id in plan["annotated"]]
+        if number == 1 and self.name.strategy != FULL:
+            network, measurements, seconds = self._shared_first_cycle(images)
+        else:
+            pseudo = [self._pseudo_from_json(item) for item in plan["pseudo"]]
+            network, training = self._trained(
+                [*images, *pseudo], self.settings.training, _checkpoint(self.folder, number)
             )
-            if labeled is not None:
-                pseudo[image.image_id] = labeled
-    labelled = [strategy.observe(_look(network, i)[0]) for i in pool.images if i.image_id in annotated]
-    chosen = strategy.choose(observations, labelled, experiment.batch, seed=name.seed * 1000 + number)
-    new_ids = [unlabelled[i].image_id for i in chosen]
-    rest = [
-        pseudo[image.image_id] for image in unlabelled if image.image_id in pseudo and image.image_id not in new_ids
-    ]
-    return {
-        "annotated": [*annotated_ids, *new_ids],
-        "new": len(new_ids),
-        "pseudo": [{"image_id": p.image_id, "labels": p.labels.tolist(), "rles": list(p.rles)} for p in rest],
-        "pseudo_quality": _pseudo_quality(rest, unlabelled, new_ids),
-    }
+            measurements, evaluation = self._measured(network)
+            seconds = {"training": training, "evaluation": evaluation}
+        result = {"number": number, **self._counts(plan), **measurements, "seconds": seconds}
+        if number == self.total:
+            return result, None
+        with _timed(seconds, "scoring"):
+            following, result["queue"] = self._next_plan(number, network, plan["annotated"])
+        return result, following
+
+    def _first_plan(self, number: int) -> Plan:
+        """What the first cycle trains on."""
+        if number > 1:
+            raise ValueError(f"{self.folder}/run.json does not say what cycle {number} trains on: delete the folder")
+        if self.name.strategy == FULL:
+            chosen = list(self.original)
+        elif self.settings.selection.first == "spread":
+            chosen = self._spread_batch()
+        else:
+            chosen = first_batch(self.data.pool, self.settings.first_batch, self.name.seed)
+        return {"annotated": chosen, "new": len(chosen), "pseudo": [], "pseudo_quality": None}
+
+    def _spread_batch(self) -> list[str]:
+        """One random image, then each the farthest from those before it, by the pretrained body's features."""
+        # What the untrained heads find does not matter.
+        few = {"proposals_inference": 1, "detections_per_image": 1}
+        network = self._built({**self.network_options, **few}).to(self.device).eval()
+        features = np.stack([self._look(network, image)[0].feature for image in self.small.values()])
+        [start] = first_batch(self.data.pool, 1, self.name.seed)
+        ids = list(self.small)
+        centre = ids.index(start)
+        others = [i for i in range(len(ids)) if i != centre]
+        farthest = k_centre_greedy(features[others], features[[centre]], self.settings.first_batch - 1)
+        return [start, *(ids[others[i]] for i in farthest)]
+
+    def _built(self, options: dict[str, Any]) -> MaskRCNNWithScores:
+        torch.manual_seed(self.name.seed)
+        classes = len(self.data.pool.class_names) + 1
+        return build_model(self.settings.profile, classes, weights=self.settings.weights, **options)
+
+    def _trained(
+        self, images: Sequence[LabeledImage], config: TrainingConfig, checkpoint: Path
+    ) -> tuple[MaskRCNNWithScores, Seconds | None]:
+        network = self._built(self.network_options)
+        stopwatch = _Stopwatch(checkpoint.with_suffix(".json"), config.checkpoint_every_steps)
+        train(network, images, config, checkpoint=checkpoint, device=self.device, on_step=stopwatch.on_step)
+        return network.eval(), stopwatch.seconds()
+
+    def _shared_first_cycle(
+        self, images: Sequence[LabeledImage]
+    ) -> tuple[MaskRCNNWithScores, dict[str, Any], dict[str, Any]]:
+        """The network, measurements and seconds of the first cycle, which whoever comes first makes for all."""
+        described = [
+            first_cycle_settings(self.settings),
+            self.network_options,
+            [image.image_id for image in images],
+            fingerprint(self.data.pool),
+            fingerprint(self.data.test),
+        ]
+        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+        checkpoint, record = self.shared / f"{digest}.safetensors", self.shared / f"{digest}-measured.json"
+        with checkpoint.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and then has nothing left to do
+            config = without_semi_supervision(self.settings.training)
+            network, training = self._trained(images, config, checkpoint)
+            if not record.exists():
+                measurements, evaluation = self._measured(network)
+                seconds = {"training": training, "evaluation": evaluation}
+                write_json(record, {"measurements": measurements, "seconds": seconds})
+            known = json.loads(record.read_text())
+        return network, known["measurements"], known["seconds"]
+
+    def _counts(self, plan: Plan) -> dict[str, Any]:
+        """What people have annotated until now, and what the model has labelled itself for this training."""
+        annotated = [self.original[image_id] for image_id in plan["annotated"]]
+        new = annotated[len(annotated) - plan["new"] :]
+        classes = enumerate(self.data.pool.class_names, start=1)
+        return {
+            "annotated_images": len(annotated),
+            "annotated_instances": sum(len(image.labels) for image in annotated),
+            "annotated_vertices": sum(self.vertices[image.image_id] for image in annotated),
+            "annotated_by_class": {n: int(sum((i.labels == k).sum() for i in annotated)) for k, n in classes},
+            "new_images": len(new),
+            "new_empty_images": sum(len(image.labels) == 0 for image in new),
+            "annotated": [image.image_id for image in new],
+            "pseudo_images": len(plan["pseudo"]),
+            "pseudo_quality": plan["pseudo_quality"],
+        }
+
+    def _measured(self, network: MaskRCNNWithScores) -> tuple[dict[str, Any], Seconds]:
+        """Against the ground truth at the images' own size."""
+        seconds: dict[str, Any] = {}
+        with _timed(seconds, "evaluation"):
+            found = {image.image_id: self._look(network, image)[1] for image in self.data.test.images}
+            names = self.data.test.class_names
+            compared = compare(found, self.data.test.images, len(names), mask_threshold=self.mask_threshold)
+            measurements = measured(compared, names)
+        return measurements, seconds["evaluation"]
+
+    def _look(self, network: MaskRCNNWithScores, image: LabeledImage) -> tuple[Sight, Detections]:
+        tensor = image_tensor(load_image(image.path), input_hw(image.image_hw, network.config)).to(self.device)
+        with torch.inference_mode():
+            output = network([tensor])[0]
+        found = detections_of(output, input_hw=tensor.shape[-2:], image_hw=image.image_hw)
+        return Sight(network=network, image=tensor, output=output), found
+
+    def _next_plan(
+        self, number: int, network: MaskRCNNWithScores, annotated_ids: list[str]
+    ) -> tuple[Plan, dict[str, Any]]:
+        """Algorithm 1, lines 7 to 10: score D_u, choose b, pseudo-label the rest. Also a summary of the scores."""
+        strategy, selection = strategy_of(self.name, self.settings.selection), self.settings.selection
+        annotated = set(annotated_ids)
+        unlabelled = [image for image_id, image in self.small.items() if image_id not in annotated]
+        labelled = [image for image_id, image in self.small.items() if image_id in annotated]
+        seed = self.name.seed * 1000 + number
+        torch.manual_seed(seed)  # MC dropout draws; how the training went must not matter
+        pseudo: dict[str, LabeledImage] = {}
+
+        def observe(image: LabeledImage) -> Observation:
+            sight, found = self._look(network, image)
+            if self.name.semi_supervised and image.image_id not in annotated:
+                labeled = pseudo_labeled_image(
+                    found,
+                    self.settings.pseudo,
+                    image_id=image.image_id,
+                    path=image.path,
+                    mask_threshold=self.mask_threshold,
+                )
+                if labeled is not None:
+                    pseudo[image.image_id] = labeled
+            return strategy.observe(replace(sight, output=_counting(sight.output, selection.queue_threshold)))
+
+        pool = _Observations(unlabelled, observe)
+        if self.name.semi_supervised:
+            pool.look_at_all()
+        chosen = strategy.choose(
+            pool,
+            _Observations(labelled, observe),
+            self.settings.batch,
+            seed=seed,
+            empty_policy=EmptyImagePolicy(selection.empty_policy),
+        )
+        new_ids = [unlabelled[i].image_id for i in chosen]
+        rest = {image.image_id: image for image in unlabelled if image.image_id not in new_ids}
+        kept = [pseudo[image_id] for image_id in rest if image_id in pseudo]
+        plan = {
+            "annotated": [*annotated_ids, *new_ids],
+            "new": len(new_ids),
+            "pseudo": [{"image_id": p.image_id, "labels": p.labels.tolist(), "rles": list(p.rles)} for p in kept],
+            "pseudo_quality": pseudo_quality(kept, rest) if self.name.semi_supervised else None,
+        }
+        return plan, pool.summary(set(chosen.tolist()))
+
+    def _pseudo_from_json(self, item: dict[str, Any]) -> LabeledImage:
+        image = self.small[item["image_id"]]
+        return replace(image, labels=np.array(item["labels"], dtype=np.int64), rles=tuple(item["rles"]), pseudo=True)
 
 
-def _pseudo_quality(pseudo: Sequence[LabeledImage], unlabelled: Sequence[LabeledImage], new_ids: list[str]) -> Any:
-    """Precision and recall of the pseudo labels against the hidden ground truth, at mask IoU 0.5 and equal class."""
-    from pycocotools import mask as coco_mask
+class _Observations(Sequence[Observation]):
+    """What a strategy keeps of images, made when it asks: nothing is looked at that it does not need."""
 
-    truth = {image.image_id: image for image in unlabelled if image.image_id not in new_ids}
-    hits = made = 0
-    for image in pseudo:
-        true = truth[image.image_id]
-        made += len(image.labels)
-        free = set(range(len(true.labels)))
-        ious = coco_mask.iou([dict(r) for r in image.rles], [dict(r) for r in true.rles], [0] * len(true.rles))
-        for i, label in enumerate(image.labels):
-            fitting = [j for j in free if true.labels[j] == label and ious[i][j] >= 0.5]
-            if fitting:
-                hits += 1
-                free.remove(max(fitting, key=lambda j: ious[i][j]))
-    hidden = sum(len(image.labels) for image in truth.values())
-    return {
-        "instances": made,
-        "precision": hits / made if made else None,
-        "recall": hits / hidden if hidden else None,
-    }
+    def __init__(self, images: Sequence[LabeledImage], observe: Callable[[LabeledImage], Observation]) -> None:
+        self._images, self._observe = images, observe
+        self._known: dict[int, Observation] = {}
 
+    def __len__(self) -> int:
+        return len(self._images)
 
-def _measured(network: MaskRCNNWithScores, found: dict[str, Detections], test: LabeledSet) -> dict[str, Any]:
-    threshold = network.config.mask_threshold
-    by_class_score = evaluate(found, test.images, test.class_names, mask_threshold=threshold)
-    rescored = {k: replace(d, class_scores=d.class_scores * d.mask_scores) for k, d in found.items()}
-    by_product = evaluate(rescored, test.images, test.class_names, mask_threshold=threshold)
-    ious = true_ious(found, test.images, mask_threshold=threshold)
-    return {
-        **asdict(by_class_score),
-        "rescored_map_50": by_product.map_50,
-        "rescored_map_50_95": by_product.map_50_95,
-        "box_reliability": asdict(reliability(ious["box_scores"], ious["box_ious"])),
-        "mask_reliability": asdict(reliability(ious["mask_scores"], ious["mask_ious"])),
-    }
+    @overload
+    def __getitem__(self, index: int) -> Observation: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Observation]: ...
+    def __getitem__(self, index: int | slice) -> Observation | Sequence[Observation]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index not in self._known:
+            self._known[index] = self._observe(self._images[index])
+        return self._known[index]
+
+    def look_at_all(self) -> None:
+        """Look at every image."""
+        for _ in self:
+            pass
+
+    def summary(self, chosen: set[int]) -> dict[str, Any]:
+        """The scores of the chosen and of the other images that were looked at, if the strategy gives any."""
+        parts: dict[str, list[float | None]] = {"chosen": [], "rest": []}
+        for index, observation in self._known.items():
+            parts["chosen" if index in chosen else "rest"].append(observation.score)
+        return {part: _summary(scores) for part, scores in parts.items()}
 
 
-def _pseudo_from_json(item: dict[str, Any], by_id: dict[str, LabeledImage]) -> LabeledImage:
-    image = by_id[item["image_id"]]
-    return replace(image, labels=np.array(item["labels"], dtype=np.int64), rles=tuple(item["rles"]), pseudo=True)
+def _summary(scores: list[float | None]) -> dict[str, Any]:
+    known = [score for score in scores if score is not None]
+    result: dict[str, Any] = {"images": len(scores), "without_score": len(scores) - len(known)}
+    if known:
+        quantiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1])
+        result |= {"mean": float(np.mean(known)), "quartiles": [float(value) for value in quantiles]}
+    return result
 
 
-def _fingerprint(dataset: LabeledSet) -> str:
-    content = json.dumps([[i.image_id, i.labels.tolist(), [r["counts"] for r in i.rles]] for i in dataset.images])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def _counting(output: dict[str, torch.Tensor], threshold: float) -> dict[str, torch.Tensor]:
+    """The output with only those detections that count in an image's score (decision 005)."""
+    keep = output["scores"] >= threshold
+    by_detection = ("boxes", "labels", "scores", "box_scores", "mask_scores", "roi_masks", "class_probabilities")
+    return {name: tensor[keep] if name in by_detection else tensor for name, tensor in output.items()}
 
 
-def anchors_for(pool: LabeledSet, experiment: Experiment) -> tuple[int, ...]:
-    """Anchor sizes that fit the pool's instances."""
-    network = build_model(experiment.profile, 2, **experiment.network)
-    return fitting_anchors(pool.images, network.config)
+@dataclass
+class _Stopwatch:
+    """The seconds of a training's steps, kept beside its checkpoint, so that they outlive an interruption."""
+
+    path: Path
+    every_steps: int
+
+    def __post_init__(self) -> None:
+        self._known = json.loads(self.path.read_text()) if self.path.exists() else {"measured": 0, "wall": 0, "cpu": 0}
+        self._last = time.perf_counter(), time.process_time()
+
+    def on_step(self, progress: Progress) -> None:
+        """Count a step; write when the training has written its checkpoint."""
+        now = time.perf_counter(), time.process_time()
+        self._known["wall"] += now[0] - self._last[0]
+        self._known["cpu"] += now[1] - self._last[1]
+        self._known["measured"] += 1
+        self._known["steps"] = progress.steps
+        self._last = now
+        if progress.step % self.every_steps == 0 or progress.step == progress.steps:
+            write_json(self.path, self._known)
+
+    def seconds(self) -> Seconds | None:
+        """Of the whole training; steps whose time was lost when the process was killed count like the others."""
+        if not self._known["measured"]:
+            return None
+        scale = self._known["steps"] / self._known["measured"]
+        return {clock: round(self._known[clock] * scale, 3) for clock in ("wall", "cpu")}
+
+
+@contextmanager
+def _timed(seconds: dict[str, Any], name: str) -> Iterator[None]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    seconds[name] = {"wall": round(time.perf_counter() - wall, 3), "cpu": round(time.process_time() - cpu, 3)}
+
+
+def _checkpoint(folder: Path, number: int) -> Path:
+    """Each cycle has its own, so that what an interrupted one leaves is never taken for the next one's."""
+    return folder / f"checkpoint-{number}.safetensors"
+
+
+def _remove_checkpoint(folder: Path, number: int) -> None:
+    for suffix in (".safetensors", ".json"):
+        _checkpoint(folder, number).with_suffix(suffix).unlink(missing_ok=True)

@@ -4,50 +4,69 @@
     python -m scripts.benchmark report --out <folder> [--json]
 
 A line is a strategy (`model.strategies.STRATEGIES`), with "+ssl" if it also learns from pseudo labels, or "full": all
-images annotated at once. Runs at the same seed start with the same random images. Each run is one folder with one
-`run.json`; what is finished is not done again, and several processes may work on one --out.
+images annotated at once; options of its own follow, as in "tsp+ssl@beta=0.05" (`scripts.benchmark_lines`). Runs at the
+same seed start with the same random images. Each run is one folder with one `run.json`; what is finished is not done
+again, and several processes may work on one --out, also under torchrun, each on a GPU of its own.
 """
 
 import argparse
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import FrameType
 
-import numpy as np
 import torch
 
 from model.config import PROFILES, PseudoLabelConfig, TrainingConfig
-from model.dataset import LabeledSet, read_coco
 from model.errors import TSPError
-from model.strategies import STRATEGIES
-from scripts.active_learning import FULL, Experiment, RunName, anchors_for, is_finished, run
+from scripts.active_learning import anchors_for, cycles_done, run
+from scripts.benchmark_lines import Experiment, RunName, Selection, parse_line
 from scripts.benchmark_report import write_report
+from scripts.benchmark_sets import Data, read_data
 
-PROFILES_OF_EFFORT = {
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """A profile of the command: the experiment, how much of a set it uses, and its defaults."""
+
+    experiment: Experiment
+    pool: int | None = None
+    test: int | None = None
+
+
+EFFORTS = {
     # The paper's own settings (section 4.2); wants GPUs.
-    "paper": Experiment(
-        profile="resnet50_fpn",
-        weights="coco",
-        network={"min_size": 512, "max_size": 512},
-        training=TrainingConfig(batch_size=8),
-        first_batch=500,
-        batch=500,
-        cycles=6,
+    "paper": Effort(
+        experiment=Experiment(
+            profile="resnet50_fpn",
+            weights="coco",
+            network={"min_size": 512, "max_size": 512, "detections_per_image": 100},
+            training=TrainingConfig(batch_size=8, loader_workers=2),
+            first_batch=500,
+            batch=500,
+            cycles=6,
+        )
     ),
-    # A run of five cycles in a few minutes on one core.
-    "cpu": Experiment(
-        profile="efficientnet_lite0_fpn",
-        weights="imagenet",
-        network={"min_size": 160, "max_size": 256},
-        training=TrainingConfig.for_cpu(epochs=10, min_steps=200, checkpoint_every_steps=100),
-        first_batch=20,
-        batch=20,
-        cycles=5,
+    # A run of five cycles in about six minutes on one core: eight lines and three seeds fit into three hours on two.
+    "cpu": Effort(
+        experiment=Experiment(
+            profile="efficientnet_lite0_fpn",
+            weights="imagenet",
+            network={"min_size": 160, "max_size": 256, "detections_per_image": 30},
+            training=TrainingConfig.for_cpu(epochs=10, min_steps=200, checkpoint_every_steps=100),
+            first_batch=20,
+            batch=20,
+            cycles=5,
+        ),
+        pool=300,
+        test=120,
     ),
 }
 
@@ -58,16 +77,15 @@ def main() -> None:
     try:
         if options.command == "report":
             report = write_report(options.out)
-            if options.json:
-                print(json.dumps(report))
-            else:
-                print((options.out / "report.md").read_text())
+            print(json.dumps(report) if options.json else (options.out / "report.md").read_text())
         elif options.jobs > 1:
-            _share(options.jobs)
+            _share(options)
         else:
             _run(options)
     except (TSPError, ValueError) as error:
         sys.exit(f"The benchmark cannot go on: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # nothing is lost: the same command goes on from the last checkpoint
 
 
 def _options() -> argparse.Namespace:
@@ -79,18 +97,23 @@ def _options() -> argparse.Namespace:
     runner.add_argument("--lines", default="random,tsp,random+ssl,tsp+ssl,full", help="by commas")
     runner.add_argument("--seeds", default="0,1,2", help="by commas")
     runner.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
-    runner.add_argument("--profile", choices=PROFILES_OF_EFFORT, default="cpu")
+    runner.add_argument("--max-minutes", type=float, help="start no new cycle after so many minutes")
+    runner.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
+    runner.add_argument("--profile", choices=EFFORTS, default="cpu")
     runner.add_argument("--network", choices=PROFILES, help="another network than the profile's")
     runner.add_argument("--size", type=int, help="shorter side the network sees, in pixels")
-    runner.add_argument("--pool", type=int, help="images of the pool (a fixed random subset); default: all")
-    runner.add_argument("--test", type=int, help="images of the test set (a fixed random subset); default: all")
+    runner.add_argument("--pool", type=int, help="images of the pool (a fixed random subset); cpu: 300, paper: all")
+    runner.add_argument("--test", type=int, help="images of the test set (a fixed random subset); cpu: 120, paper: all")
     runner.add_argument("--first-batch", type=int)
     runner.add_argument("--batch", type=int)
     runner.add_argument("--cycles", type=int)
     runner.add_argument("--epochs", type=int)
     runner.add_argument("--min-steps", type=int)
+    runner.add_argument("--learning-rate", type=float)
     runner.add_argument("--beta", type=float)
     runner.add_argument("--thresholds", help="sigma_c,sigma_b,sigma_m of the pseudo labels")
+    runner.add_argument("--queue-threshold", type=float, help="class score from which detections count in the queue")
+    runner.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     reporter = commands.add_parser("report", help="table, curves and statistics of the runs that are there")
     reporter.add_argument("--out", type=Path, required=True)
     reporter.add_argument("--json", action="store_true", help="print the results as JSON instead")
@@ -98,12 +121,14 @@ def _options() -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
+    deadline = time.monotonic() + 60 * (float("inf") if options.max_minutes is None else options.max_minutes)
+    device = _device(options.device)
     torch.set_num_threads(1)
-    pool, test = _split(options.data, options.pool, options.test)
-    experiment = _experiment(options, pool)
-    for name in _names(options):
+    data, experiment, names = _task(options)
+    for name in names:
         folder = options.out / name.folder
-        if is_finished(name, experiment, pool, test, folder):
+        done, total = cycles_done(name, experiment, data, folder)
+        if done >= total or time.monotonic() >= deadline:
             continue
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
@@ -112,57 +137,67 @@ def _run(options: argparse.Namespace) -> None:
             except BlockingIOError:
                 continue  # another process is at it
             print(f"{folder} ...", flush=True)
-            run(name, experiment, pool, test, folder, options.out / "shared")
+            run(name, experiment, data, folder, options.out / "shared", device=device, deadline=deadline)
         # The lock file stays: another process may have it open, and a new one would be a second lock.
+    if not options.worker:
+        _print_what_is_left(names, experiment, data, options.out)
 
 
-def _share(jobs: int) -> None:
-    """The same command in several processes; each takes the runs that no other one works on."""
-    arguments = [*sys.argv[1:], "--jobs", "1"]
+def _task(options: argparse.Namespace) -> tuple[Data, Experiment, list[RunName]]:
+    names = _names(options)
+    effort = EFFORTS[options.profile]
+    data = read_data(options.data, pool_size=options.pool or effort.pool, test_size=options.test or effort.test)
+    return data, _experiment(options, data), names
+
+
+def _print_what_is_left(names: list[RunName], experiment: Experiment, data: Data, out: Path) -> None:
+    progress = {name.folder: cycles_done(name, experiment, data, out / name.folder) for name in names}
+    left = [f"  {folder}: {done} of {total} cycles" for folder, (done, total) in progress.items() if done < total]
+    if left:
+        print("\n".join([f"{len(left)} of {len(names)} runs are not finished; the same command goes on:", *left]))
+
+
+def _device(wanted: str | None) -> str:
+    """Under torchrun each process has a GPU of its own."""
+    if wanted is not None:
+        return wanted
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _share(options: argparse.Namespace) -> None:
+    """The same command in several processes; each takes the runs that no other one works on. They end with this one."""
+    command = [sys.executable, "-m", "scripts.benchmark", *sys.argv[1:], "--jobs", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, "-m", "scripts.benchmark", *arguments], env=environment) for _ in range(jobs)
-    ]
-    if failed := [code for code in [worker.wait() for worker in workers] if code]:
+    signal.signal(signal.SIGTERM, _stop)
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        workers.extend(subprocess.Popen([*command, "--worker"], env=environment) for _ in range(options.jobs))
+        failed = [code for code in [worker.wait() for worker in workers] if code]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+        for worker in workers:
+            worker.wait()
+    if failed:
         sys.exit(failed[0])
+    data, experiment, names = _task(options)
+    _print_what_is_left(names, experiment, data, options.out)
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signal_number)
 
 
 def _names(options: argparse.Namespace) -> list[RunName]:
     """Seeds outermost, so that an unfinished benchmark has all lines at the first seeds."""
-    names = []
-    for seed, line in product(options.seeds.split(","), options.lines.split(",")):
-        strategy, plus, ssl = line.partition("+")
-        if strategy not in {*STRATEGIES, FULL} or (plus and (ssl != "ssl" or strategy == FULL)):
-            known = ", ".join(STRATEGIES)
-            raise ValueError(f"--lines: expected {known}, with or without +ssl, or {FULL}, got {line!r}")
-        names.append(RunName(strategy=strategy, semi_supervised=bool(plus), seed=int(seed)))
-    return names
+    return [parse_line(line, int(seed)) for seed, line in product(options.seeds.split(","), options.lines.split(","))]
 
 
-def _split(data: Path, pool_size: int | None, test_size: int | None) -> tuple[LabeledSet, LabeledSet]:
-    """The set's own split ("train" and "test" on its images), or a random fourth of the images, for testing."""
-    file = data / "annotations.json"
-    pool, test = read_coco(file, split="train"), read_coco(file, split="test")
-    if not pool.images or not test.images:
-        everything = read_coco(file)
-        order = np.random.default_rng(0).permutation(len(everything.images))
-        images = [everything.images[i] for i in order]
-        quarter = len(images) // 4
-        test, pool = (replace(everything, images=tuple(part)) for part in (images[:quarter], images[quarter:]))
-    return _subset(pool, pool_size), _subset(test, test_size)
-
-
-def _subset(dataset: LabeledSet, size: int | None) -> LabeledSet:
-    if size is None or size >= len(dataset.images):
-        return dataset
-    order = np.random.default_rng(0).permutation(len(dataset.images))[:size]
-    return replace(dataset, images=tuple(dataset.images[i] for i in sorted(order)))
-
-
-def _experiment(options: argparse.Namespace, pool: LabeledSet) -> Experiment:
-    base = PROFILES_OF_EFFORT[options.profile]
-    training = {"epochs": options.epochs, "min_steps": options.min_steps, "beta": options.beta}
-    sizes = {"first_batch": options.first_batch, "batch": options.batch, "cycles": options.cycles}
+def _experiment(options: argparse.Namespace, data: Data) -> Experiment:
+    base = EFFORTS[options.profile].experiment
+    training = {name: getattr(options, name) for name in ("epochs", "min_steps", "learning_rate", "beta")}
+    sizes = {name: getattr(options, name) for name in ("first_batch", "batch", "cycles")}
     experiment = replace(
         base,
         profile=options.network or base.profile,
@@ -170,14 +205,19 @@ def _experiment(options: argparse.Namespace, pool: LabeledSet) -> Experiment:
         **{k: v for k, v in sizes.items() if v is not None},
     )
     if options.size:
-        experiment = replace(experiment, network={"min_size": options.size, "max_size": 2 * options.size})
+        sides = {"min_size": options.size, "max_size": 2 * options.size}
+        experiment = replace(experiment, network={**experiment.network, **sides})
     if options.thresholds:
         c, b, m = (float(value) for value in options.thresholds.split(","))
         pseudo = PseudoLabelConfig(class_threshold=c, box_threshold=b, mask_threshold=m)
         experiment = replace(experiment, pseudo=pseudo)
-    most = max(len(image.labels) for image in pool.images)
-    network = {**experiment.network, "anchor_sizes": anchors_for(pool, experiment)}
-    return replace(experiment, network={**network, "detections_per_image": max(100, 2 * most)})
+    if options.queue_threshold is not None:
+        experiment = replace(experiment, selection=Selection(queue_threshold=options.queue_threshold))
+    most = max(len(image.labels) for image in data.pool.images)
+    detections = max(experiment.network["detections_per_image"], 2 * most)
+    anchors = anchors_for(data.pool, experiment)
+    network = {**experiment.network, "anchor_sizes": anchors, "detections_per_image": detections}
+    return replace(experiment, network=network)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from scripts.active_learning import FULL
+from scripts.benchmark_lines import FULL
 
 Run = dict[str, Any]
 _RESAMPLES = 10_000
@@ -67,7 +67,9 @@ def _line(runs: list[Run], full: list[float]) -> dict[str, Any]:
         "annotation_minutes": images[-1] * _MINUTES_AN_IMAGE,
         "annotation_dollars": images[-1] * _DOLLARS_AN_IMAGE,
         "annotated_instances": float(np.mean([cycle["annotated_instances"] for cycle in last])),
-        "training_cpu_seconds": float(np.mean([sum(c["training_cpu_seconds"] for c in r["cycles"]) for r in runs])),
+        "training_cpu_seconds": float(
+            np.mean([sum((c["seconds"]["training"] or {"cpu": 0})["cpu"] for c in r["cycles"]) for r in runs])
+        ),
         "map_50_95": _mean([cycle["map_50_95"] for cycle in last]),
         "rescored_map_50_95": _mean([cycle["rescored_map_50_95"] for cycle in last]),
         "box_spearman": _mean([cycle["box_reliability"]["spearman"] for cycle in last]),

@@ -46,8 +46,10 @@ class DemoImages:
 def main() -> None:
     """Start everything, say where it is, and stay until Ctrl-C."""
     options = _options()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, _stop_in_order)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup wants it to go on
+        signal.signal(signal.SIGHUP, _stop_in_order)
     try:
         _run(options)
     except KeyboardInterrupt:
@@ -61,6 +63,7 @@ def _run(options: argparse.Namespace) -> None:
     images = _images(options, folder)
     if options.oracle and images.truth is None:
         raise TSPError(f"{options.data}: the simulated annotator needs a COCO annotations.json beside images/")
+    options.batch_size = _batch_size(options.batch_size, options.cycles, len(images.paths))
     with ExitStack() as running:
         server = running.enter_context(
             LabelStudioServer(
@@ -101,6 +104,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8080, help="Label Studio's port")
     parser.add_argument("--backend-port", type=int, default=9090, help="our port")
     return parser.parse_args()
+
+
+def _batch_size(wanted: int, cycles: int, images: int) -> int:
+    """As wanted, but small enough that the images fill as many batches as the demo is to show."""
+    largest = max(1, images // cycles)
+    if wanted > largest:
+        _say(f"{images} images do not fill {cycles} batches of {wanted}: a batch is {largest}")
+    return min(wanted, largest)
 
 
 def _settings(options: argparse.Namespace, folder: Path, server: LabelStudioServer) -> dict[str, str]:

@@ -258,6 +258,12 @@ def test_the_dashboard_draws_the_map_of_each_measured_cycle(page: Page) -> None:
     assert all(a and b and a["x"] + a["width"] < b["x"] for a, b in pairwise(labels))
 
 
-def _show(page: Page, projects: list[dict[str, Any]]) -> None:
+def test_the_dashboard_tells_that_the_worker_is_missing(page: Page) -> None:
+    _show(page, [], worker={"problem": "The worker was never here"})
+    assert "The worker was never here" in page.locator(".problem").inner_text()
+
+
+def _show(page: Page, projects: list[dict[str, Any]], worker: dict[str, Any] | None = None) -> None:
     """Without the page's refresh: there is no server to ask again."""
-    page.set_content(DASHBOARD.render(projects=projects).replace('http-equiv="refresh"', ""))
+    content = DASHBOARD.render(worker=worker or {"problem": ""}, projects=projects)
+    page.set_content(content.replace('http-equiv="refresh"', ""))

@@ -150,6 +150,12 @@ def test_a_value_that_cannot_be_used_is_an_error_that_names_the_variable(
     assert SECRET not in f"{caught.value} {caught.value.__cause__}"
 
 
+@pytest.mark.parametrize(("name", "text"), [("TSP_BATCH_SIZE", "many"), ("TSP_DEVICE", "gpu"), ("TSP_BETA", "-1")])
+def test_an_error_shows_the_value_that_came(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}: .*, got '{text}'"):
+        read(monkeypatch, {name: text})
+
+
 @pytest.mark.parametrize("name", ["BASIC_AUTH_USER", "BASIC_AUTH_PASS"])
 def test_half_of_the_basic_authentication_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(SettingsError, match="BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither") as caught:
