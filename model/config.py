@@ -101,6 +101,12 @@ class TrainingConfig:
     gradient_clip: float | None = None  # largest gradient norm
     iou_loss_weight: float = 1.0  # lambda of eq. 1
     beta: float = 0.01  # eq. 5
+    # Beyond the paper, all off: eq. 4 and 5 are as they stand (docs/decisions/010-semi-supervision.md).
+    ramp_up: float = 0.0  # share of the run over which beta rises from almost 0
+    soft_weights: bool = False  # pseudo labels count by their c, b and m instead of 1
+    pseudo_negatives: Literal["none", "outside_ignored"] = "none"  # background that counts in pseudo-labelled images
+    ema_decay: float = 0.0  # of a teacher, the moving average of the weights, which remakes the pseudo labels
+    ema_burn_in: float = 0.2  # share of the run before the teacher does so
     horizontal_flip: float = 0.5  # probability; the paper's only augmentation
     seed: int = 0
     checkpoint_every_steps: int = 50
@@ -112,6 +118,15 @@ class TrainingConfig:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.schedule not in ("step", "one_cycle"):
             raise InvalidInputError(f"schedule: expected 'step' or 'one_cycle', got {self.schedule!r}")
+        if self.pseudo_negatives not in ("none", "outside_ignored"):
+            raise InvalidInputError(
+                f"pseudo_negatives: expected 'none' or 'outside_ignored', got {self.pseudo_negatives!r}"
+            )
+        for name in ("ramp_up", "ema_burn_in"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidInputError(f"{name}: expected a share of the run in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise InvalidInputError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
 
     @classmethod
     def for_cpu(cls, **options: Any) -> Self:
@@ -128,7 +143,15 @@ class PseudoLabelConfig:
     box_threshold: float = 0.9  # sigma_b
     mask_threshold: float = 0.8  # sigma_m
     rule: Literal["and", "or"] = "and"
+    class_wise_thresholds: bool = False  # beyond the paper: sigma_c by class, `pseudo_labels.class_thresholds`
+    class_threshold_floor: float = 0.5  # below which no class's sigma_c falls
+    ignore_threshold: float = 0.1  # what is not trusted, but has a larger c, is kept as a box to ignore
 
     def __post_init__(self) -> None:
         if self.rule not in ("and", "or"):
             raise InvalidInputError(f"rule: expected 'and' or 'or', got {self.rule!r}")
+        if self.class_wise_thresholds and not 0 <= self.class_threshold_floor <= self.class_threshold:
+            raise InvalidInputError(
+                f"class_threshold_floor: expected a number from 0 to class_threshold ({self.class_threshold}), "
+                f"got {self.class_threshold_floor}"
+            )

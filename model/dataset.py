@@ -1,9 +1,10 @@
 """COCO files and images in, training batches out."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,10 @@ def read_coco(annotations: Path, images_folder: Path | None = None, *, split: st
 
 
 def write_coco(path: Path, dataset: LabeledSet) -> None:
-    """Write a COCO instance file (compressed RLE); `file_name` is the image's absolute path. `read_coco` reads it."""
+    """Write a COCO instance file (compressed RLE); `file_name` is the image's absolute path. `read_coco` reads it.
+
+    What the model said of its own labels stands beside the image, triplets in the order of its annotations.
+    """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, image in enumerate(dataset.images, start=1):
@@ -75,6 +79,10 @@ def write_coco(path: Path, dataset: LabeledSet) -> None:
             {"id": number, "key": image.image_id, "file_name": str(image.path.absolute()),
              "height": height, "width": width, "pseudo": image.pseudo}
         )  # fmt: skip
+        if image.ignored_boxes_xyxy is not None:
+            images[-1]["ignored_boxes_xyxy"] = image.ignored_boxes_xyxy.tolist()
+        if image.triplets is not None:
+            images[-1]["triplets"] = image.triplets.tolist()
         for label, rle in zip(image.labels.tolist(), image.rles, strict=True):
             area, bbox = float(coco_mask.area(dict(rle))), coco_mask.toBbox(dict(rle)).tolist()
             annotations.append(
@@ -128,15 +136,21 @@ def fitting_anchors(images: Sequence[LabeledImage], config: NetworkConfig) -> tu
 
 
 class TrainingSteps(Dataset[Batch]):
-    """Item i is the whole batch of training step i: pure in (images, configs, i), so that runs can resume."""
+    """Item i is the whole batch of training step i: pure in (images, configs, i), so that runs can resume.
+
+    From step `teacher_from` on, a teacher makes the pseudo labels, and images without any may be drawn too.
+    """
 
     def __init__(self, images: Sequence[LabeledImage], *, network: NetworkConfig, training: TrainingConfig) -> None:
         self.annotated = [image for image in images if not image.pseudo]
-        self.pseudo = [image for image in images if image.pseudo]
+        self.pseudo = [used_fields(image, training) for image in images if image.pseudo]
+        self.labeled_pseudo = [image for image in self.pseudo if len(image.labels)]  # D_semi
         if not self.annotated:
             raise DatasetError("training needs at least one annotated image, got none")
         self.network, self.training = network, training
         self.steps_per_epoch = -(-len(self.annotated) // training.batch_size)
+        steps = len(self)
+        self.teacher_from = math.ceil(training.ema_burn_in * steps) if training.ema_decay else steps
 
     def __len__(self) -> int:
         """Whole epochs: as many as the config says, or more until there are `min_steps`."""
@@ -145,8 +159,8 @@ class TrainingSteps(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         chosen = self._chosen(self.annotated, step, self.training.batch_size, stream=0)
-        if self.pseudo:
-            chosen += self._chosen(self.pseudo, step, self.training.pseudo_batch_size, stream=1)
+        if pseudo := self.pseudo if step >= self.teacher_from else self.labeled_pseudo:
+            chosen += self._chosen(pseudo, step, self.training.pseudo_batch_size, stream=1)
         flips = np.random.default_rng((self.training.seed, 2, step)).random(len(chosen)) < self.training.horizontal_flip
         samples = [training_sample(image, self.network, flip=bool(f)) for image, f in zip(chosen, flips, strict=True)]
         return [image for image, _ in samples], [target for _, target in samples]
@@ -156,6 +170,25 @@ class TrainingSteps(Dataset[Batch]):
         epoch, position = divmod(step, -(-len(images) // count))
         order = np.random.default_rng((self.training.seed, stream, epoch)).permutation(len(images))
         return [images[order[(position * count + i) % len(images)]] for i in range(min(count, len(images)))]
+
+
+def used_fields(image: LabeledImage, training: TrainingConfig) -> LabeledImage:
+    """A pseudo-labelled image with those of its optional fields that the settings use; DatasetError if one is missing.
+
+    An image without labels waits for its teacher and needs none.
+    """
+    weighed, ignored = training.soft_weights, training.pseudo_negatives == "outside_ignored"
+    for used, name in ((weighed, "triplets"), (ignored, "ignored_boxes_xyxy")):
+        if used and len(image.labels) and getattr(image, name) is None:
+            raise DatasetError(
+                f"image {image.image_id}: soft_weights and pseudo_negatives need pseudo labels with {name}; "
+                "make them anew or leave these settings off"
+            )
+    return replace(
+        image,
+        triplets=image.triplets if weighed else None,
+        ignored_boxes_xyxy=image.ignored_boxes_xyxy if ignored else None,
+    )
 
 
 def training_sample(image: LabeledImage, config: NetworkConfig, *, flip: bool) -> tuple[Tensor, dict[str, Any]]:
@@ -169,18 +202,34 @@ def training_sample(image: LabeledImage, config: NetworkConfig, *, flip: bool) -
             f"{image.path}: its annotations are for size {image.image_hw}, the file has {pixels.shape[:2]}"
         )
     hw = input_hw(image.image_hw, config)
-    masks = _resized_masks(image.rles, hw)
     tensor = image_tensor(pixels, hw)
+    return tensor.flip(2) if flip else tensor, training_target(image, hw, flip=flip)
+
+
+def training_target(image: LabeledImage, hw: tuple[int, int], *, flip: bool) -> dict[str, Any]:
+    """The target (see MaskRCNNWithScores) for an image that the network sees at size `hw`.
+
+    With `weights` (N, 3) and `ignored` (K, 4) if the image has triplets and ignored boxes.
+    """
+    masks = _resized_masks(image.rles, hw)
     if flip:
-        masks, tensor = np.ascontiguousarray(masks[:, :, ::-1]), tensor.flip(2)
+        masks = np.ascontiguousarray(masks[:, :, ::-1])
     visible = masks.any(axis=(1, 2))
     masks = masks[visible]
-    return tensor, {
+    target = {
         "boxes": torch.from_numpy(_boxes_xyxy(masks)),
         "labels": torch.from_numpy(image.labels[visible].astype(np.int64)),
         "masks": torch.from_numpy(masks),
         "pseudo": image.pseudo,
     }
+    if image.triplets is not None:
+        target["weights"] = torch.from_numpy(image.triplets[visible].astype(np.float32))
+    if image.ignored_boxes_xyxy is not None:
+        ignored = image.ignored_boxes_xyxy * np.array([hw[1] / image.image_hw[1], hw[0] / image.image_hw[0]] * 2)
+        if flip:
+            ignored[:, [0, 2]] = hw[1] - ignored[:, [2, 0]]
+        target["ignored"] = torch.from_numpy(ignored.astype(np.float32))
+    return target
 
 
 def _resized_masks(rles: Sequence[Rle], hw: tuple[int, int]) -> NDArray[np.uint8]:
@@ -219,7 +268,13 @@ def _coco_image(
         labels=np.array([labels[annotation["category_id"]] for annotation in annotations], dtype=np.int64),
         rles=tuple(_coco_rle(annotation, hw) for annotation in annotations),
         pseudo=bool(image.get("pseudo", False)),
+        triplets=_columns(image.get("triplets"), 3),
+        ignored_boxes_xyxy=_columns(image.get("ignored_boxes_xyxy"), 4),
     )
+
+
+def _columns(rows: Sequence[Sequence[float]] | None, width: int) -> NDArray[np.float64] | None:
+    return None if rows is None else np.array(rows, dtype=np.float64).reshape(-1, width)
 
 
 def _coco_rle(annotation: Mapping[str, Any], hw: tuple[int, int]) -> Rle:

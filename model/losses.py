@@ -1,7 +1,8 @@
 """Eq. 1, 4 and 5: the losses of Mask R-CNN with two IoU branches, on annotated and on pseudo-labelled images.
 
-`positives_only` is eq. 4: the factor p* in front of the classification loss, so that an object nobody labelled is
-never pushed to the background. The IoU branches learn from annotated images alone.
+`weights` (n, 3) say what each anchor or RoI of pseudo-labelled images counts in the classification, box and mask terms
+(`model.pseudo_weights`): by eq. 4 (p*, 1, 1), so that an object nobody labelled is never pushed to the background; in
+eq. 1 all count alike, None. The IoU branches learn from annotated images alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,41 +33,50 @@ def rpn_losses(
     labels: Tensor,
     delta_targets: Tensor,
     sampled: Tensor,
-    positives_only: bool,
+    weights: Tensor | None,
 ) -> dict[str, Tensor]:
     """Objectness and box losses over the A anchors of a batch.
 
-    objectness (A,) logits; deltas, delta_targets (A, 4); labels (A,) 1 object, 0 background; sampled (n,) indices.
+    objectness (A,) logits; deltas, delta_targets (A, 4); labels (A,) 1 object, 0 background; sampled (n,) indices;
+    weights (n, 3) of those.
     """
     logits, labels_sampled = objectness[sampled], labels[sampled]
     entropy = F.binary_cross_entropy_with_logits(logits, labels_sampled, reduction="none")
-    positive = sampled[labels_sampled == 1]
+    is_positive = labels_sampled == 1
+    positive = sampled[is_positive]
     return {
-        "loss_objectness": _classification_mean(entropy, labels_sampled > 0, positives_only),
-        "loss_rpn_box_reg": F.smooth_l1_loss(deltas[positive], delta_targets[positive], beta=1 / 9, reduction="sum")
-        / max(sampled.numel(), 1),
+        "loss_objectness": _mean(entropy, _column(weights, 0), count=len(sampled)),
+        "loss_rpn_box_reg": _mean(
+            F.smooth_l1_loss(deltas[positive], delta_targets[positive], beta=1 / 9, reduction="none"),
+            _column(weights, 1, is_positive),
+            count=len(sampled),
+        ),
     }
 
 
 def box_head_losses(
-    class_logits: Tensor, box_deltas: Tensor, *, labels: Tensor, delta_targets: Tensor, positives_only: bool
+    class_logits: Tensor, box_deltas: Tensor, *, labels: Tensor, delta_targets: Tensor, weights: Tensor | None
 ) -> dict[str, Tensor]:
-    """Class and box losses over R RoIs: class_logits (R, C), box_deltas (R, 4C), labels (R,), delta_targets (R, 4)."""
+    """Class and box losses over R RoIs: class_logits (R, C), box_deltas (R, 4C), labels (R,), delta_targets (R, 4),
+    weights (R, 3)."""
     entropy = F.cross_entropy(class_logits, labels, reduction="none")
     positive = torch.nonzero(labels > 0).squeeze(1)
     deltas = box_deltas.reshape(len(labels), -1, 4)[positive, labels[positive]]
     return {
-        "loss_classifier": _classification_mean(entropy, labels > 0, positives_only),
-        "loss_box_reg": F.smooth_l1_loss(deltas, delta_targets[positive], beta=1 / 9, reduction="sum")
-        / max(labels.numel(), 1),
+        "loss_classifier": _mean(entropy, _column(weights, 0), count=len(labels)),
+        "loss_box_reg": _mean(
+            F.smooth_l1_loss(deltas, delta_targets[positive], beta=1 / 9, reduction="none"),
+            _column(weights, 1, positive),
+            count=len(labels),
+        ),
     }
 
 
-def mask_loss(mask_logits: Tensor, coverage: Tensor) -> Tensor:
-    """Binary cross entropy of P positive RoIs: logits of the true class and ground-truth coverage, both (P, M, M)."""
-    if mask_logits.numel() == 0:
-        return mask_logits.sum()  # zero, with a gradient
-    return F.binary_cross_entropy_with_logits(mask_logits, coverage)
+def mask_loss(mask_logits: Tensor, coverage: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """Binary cross entropy of P positive RoIs: logits of the true class and ground-truth coverage, both (P, M, M);
+    weights (P, 3)."""
+    entropy = F.binary_cross_entropy_with_logits(mask_logits, coverage, reduction="none")
+    return _mean(entropy, _column(weights, 2), count=entropy.numel())
 
 
 def iou_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -116,11 +126,21 @@ def mask_iou_targets(
     return (intersections / unions.clamp(min=1e-6)).clamp(0, 1)
 
 
-def _classification_mean(losses: Tensor, is_positive: Tensor, positives_only: bool) -> Tensor:
-    """`1/N_cls sum_i L_i` (eq. 1), or `1/N_cls sum_i p*_i L_i` (eq. 4); the same N_cls, all that were sampled."""
-    if positives_only:
-        losses = losses * is_positive
-    return losses.sum() / max(losses.numel(), 1)
+def _column(weights: Tensor | None, term: int, chosen: Tensor | None = None) -> Tensor | None:
+    """The weights of one of the three terms, of all or some rows."""
+    if weights is None:
+        return None
+    return weights[:, term] if chosen is None else weights[chosen, term]
+
+
+def _mean(losses: Tensor, weights: Tensor | None, *, count: int) -> Tensor:
+    """`1/count sum_i w_i L_i` over losses (n, ...), weights (n,); zero, with a gradient, for n = 0.
+
+    The count is the same N_cls, N_box and N_mask in eq. 1 and in eq. 4: all that were sampled, whatever they weigh.
+    """
+    if weights is not None:
+        losses = losses * weights.reshape(-1, *[1] * (losses.ndim - 1))
+    return losses.sum() / max(count, 1)
 
 
 class _AreaTables(NamedTuple):

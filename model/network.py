@@ -5,32 +5,29 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import (
-    FeaturePyramidNetwork,
-    FrozenBatchNorm2d,
     MultiScaleRoIAlign,
     batched_nms,
     clip_boxes_to_image,
     remove_small_boxes,
 )
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from model import losses
+from model.backbones import Backbone, normalisation
 from model.config import NetworkConfig
 from model.errors import InvalidInputError
 from model.loss_prediction import LossPredictor, ranking_loss
 from model.pretrained import load_pretrained
+from model.pseudo_weights import pseudo_weights
 
 Target = dict[str, Any]
 
@@ -53,7 +50,8 @@ class MaskRCNNWithScores(nn.Module):
     """Takes what torchvision's detectors take: a list of images (3, H, W) in [0, 1] and, in training, targets.
 
     Targets: `boxes` (N, 4) xyxy pixels, `labels` (N,) int64 from 1, `masks` (N, H, W) uint8, and optionally
-    `pseudo` (bool): the image was labelled by the model, so that eq. 4 applies to it.
+    `pseudo` (bool): the image was labelled by the model, so that eq. 4 applies to it, with `weights` (N, 3) and
+    `ignored` (K, 4) if these are there (`model.pseudo_weights`).
 
     Training returns the losses of eq. 1 by name, those of eq. 4 with the prefix "semi_". Evaluation returns for each
     image `boxes` (N, 4), `labels` (N,), `scores` (N,) = c, `box_scores` (N,) = b, `mask_scores` (N,) = m, and
@@ -65,9 +63,9 @@ class MaskRCNNWithScores(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        mean, std = _normalisation(config.profile)
+        mean, std = normalisation(config.profile)
         self.transform = GeneralizedRCNNTransform(config.min_size, config.max_size, mean, std)
-        self.backbone = _Backbone(config)
+        self.backbone = Backbone(config)
         self.rpn = _rpn(config)
         self.roi_heads = _roi_heads(config)
         self.loss_predictor = LossPredictor(config.fpn_channels) if config.learning_loss else None
@@ -118,20 +116,23 @@ class MaskRCNNWithScores(nn.Module):
     def _losses(self, images: Sequence[Tensor], targets: list[Target]) -> dict[str, Tensor]:
         """One pass through the body for all images; then the annotated and the pseudo-labelled ones part ways."""
         batch, targets = self.transform(list(images), targets)
+        for image, hw, target in zip(images, batch.image_sizes, targets, strict=True):
+            if "ignored" in target:  # torchvision resizes what it knows
+                target["ignored"] = resize_boxes(target["ignored"], image.shape[-2:], hw)
         features = self.backbone(batch.tensors)
         pseudo = [i for i, target in enumerate(targets) if target.get("pseudo", False)]
         annotated = [i for i in range(len(targets)) if i not in pseudo]
         result: dict[str, Tensor] = {}
         if annotated and self.loss_predictor is None:
-            result = self._group_losses(batch, features, targets, annotated, positives_only=False)
+            result = self._group_losses(batch, features, targets, annotated, pseudo=False)
         elif annotated and self.loss_predictor is not None:
-            each = [self._group_losses(batch, features, targets, [i], positives_only=False) for i in annotated]
+            each = [self._group_losses(batch, features, targets, [i], pseudo=False) for i in annotated]
             result = {name: torch.stack([image[name] for image in each]).mean() for name in each[0]}
             predicted = self.loss_predictor({level: feature[annotated] for level, feature in features.items()})
             true = torch.stack([torch.stack(list(image.values())).sum() for image in each])
             result["loss_ranking"] = ranking_loss(predicted, true)
         if pseudo:
-            semi = self._group_losses(batch, features, targets, pseudo, positives_only=True)
+            semi = self._group_losses(batch, features, targets, pseudo, pseudo=True)
             result.update({losses.SEMI + name: loss for name, loss in semi.items()})
         return result
 
@@ -142,16 +143,14 @@ class MaskRCNNWithScores(nn.Module):
         targets: list[Target],
         chosen: list[int],
         *,
-        positives_only: bool,
+        pseudo: bool,
     ) -> dict[str, Tensor]:
         """The losses of some images of the batch, normalised among themselves."""
         part = ImageList(batch.tensors[chosen], [batch.image_sizes[i] for i in chosen])
         part_features = OrderedDict((level, feature[chosen]) for level, feature in features.items())
         part_targets = [targets[i] for i in chosen]
-        proposals, rpn = self.rpn(part, part_features, part_targets, positives_only=positives_only)
-        heads = self.roi_heads.losses(
-            part_features, proposals, part.image_sizes, part_targets, positives_only=positives_only
-        )
+        proposals, rpn = self.rpn(part, part_features, part_targets, pseudo=pseudo)
+        heads = self.roi_heads.losses(part_features, proposals, part.image_sizes, part_targets, pseudo=pseudo)
         return {**rpn, **heads}
 
 
@@ -181,7 +180,7 @@ class _ScoringRPN(RegionProposalNetwork):
         features: dict[str, Tensor],
         targets: list[Target] | None = None,
         *,
-        positives_only: bool = False,
+        pseudo: bool = False,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         objectness_by_level, deltas_by_level = self.head(list(features.values()))
         anchors = self.anchor_generator(images, list(features.values()))
@@ -200,8 +199,19 @@ class _ScoringRPN(RegionProposalNetwork):
             labels=torch.cat(labels),
             delta_targets=torch.cat(self.box_coder.encode(matched_boxes, anchors)),
             sampled=sampled,
-            positives_only=positives_only,
+            weights=self._weights(anchors, labels, targets, sampled) if pseudo else None,
         )
+
+    def _weights(self, anchors: list[Tensor], labels: list[Tensor], targets: list[Target], sampled: Tensor) -> Tensor:
+        """What the sampled anchors, indices (n,) into those of all images, count in eq. 4, (n, 3)."""
+        weights = anchors[0].new_ones((len(sampled), 3))
+        first = 0
+        for boxes, label, target in zip(anchors, labels, targets, strict=True):
+            here = (sampled >= first) & (sampled < first + len(boxes))
+            index = sampled[here] - first
+            weights[here] = pseudo_weights(boxes[index], label[index] == 1, target)
+            first += len(boxes)
+        return weights
 
 
 class _ScoringRoIHeads(RoIHeads):
@@ -229,19 +239,22 @@ class _ScoringRoIHeads(RoIHeads):
         image_sizes: list[tuple[int, int]],
         targets: list[Target],
         *,
-        positives_only: bool,
+        pseudo: bool,
     ) -> dict[str, Tensor]:
         proposals, matched, labels, delta_targets = self.select_training_samples(proposals, targets)
         box_features = self.box_roi_pool(features, proposals, image_sizes)
         class_logits, deltas = self._box_outputs(box_features)
+        positive = [label > 0 for label in labels]
+        weights = None
+        if pseudo:
+            weights = torch.cat([pseudo_weights(*roi) for roi in zip(proposals, positive, targets, strict=True)])
         result = losses.box_head_losses(
             class_logits,
             deltas,
             labels=torch.cat(labels),
             delta_targets=torch.cat(delta_targets),
-            positives_only=positives_only,
+            weights=weights,
         )
-        positive = [label > 0 for label in labels]
         boxes = [box[keep] for box, keep in zip(proposals, positive, strict=True)]
         matched = [index[keep] for index, keep in zip(matched, positive, strict=True)]
         classes = torch.cat(labels)[torch.cat(positive)]
@@ -249,8 +262,10 @@ class _ScoringRoIHeads(RoIHeads):
         mask_features = self.mask_roi_pool(features, boxes, image_sizes)
         mask_logits = self._mask_logits(mask_features, classes)
         coverage = losses.mask_coverage([t["masks"] for t in targets], matched, boxes, mask_logits.shape[-1])
-        result["loss_mask"] = losses.mask_loss(mask_logits, coverage)
-        if positives_only:
+        result["loss_mask"] = losses.mask_loss(
+            mask_logits, coverage, weights=None if weights is None else weights[torch.cat(positive)]
+        )
+        if pseudo:
             return result
 
         box_targets, mask_targets = self._iou_targets(
@@ -348,61 +363,6 @@ class _ScoringRoIHeads(RoIHeads):
         return logits[torch.arange(len(classes), device=classes.device), classes]
 
 
-class _Backbone(nn.Module):
-    """A convolutional body and a feature pyramid with five levels."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        self.frozen_batch_norm = config.frozen_batch_norm
-        if config.profile == "efficientnet_lite0_fpn":
-            body: Any = timm.create_model("efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4))
-            channels = body.feature_info.channels()
-            self.stages = [f"blocks.{i}." for i in (6, 5, 4, 3, 2, 1, 0)] + ["conv_stem.", "bn1."]
-        else:
-            body, channels = _resnet_body(config)
-            self.stages = ["layer4.", "layer3.", "layer2.", "layer1.", "conv1."]
-        self.body: nn.Module = body
-        self.fpn = FeaturePyramidNetwork(channels, config.fpn_channels, LastLevelMaxPool())
-        self.train()  # modules are made in training mode, a frozen body must not be
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.pyramid(self.body(images))
-
-    def pyramid(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The five levels of the pyramid over the body's four stages."""
-        return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))  # type: ignore[no-any-return]
-
-    def train(self, mode: bool = True) -> "_Backbone":
-        super().train(mode)
-        if self.frozen_batch_norm:
-            self.body.eval()  # batch norm keeps its statistics; nothing else in a body depends on the mode
-        return self
-
-
-class _ResNetBody(nn.Module):
-    """The four stages of a ResNet, strides 4 to 32."""
-
-    def __init__(self, net: resnet.ResNet) -> None:
-        super().__init__()
-        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        features = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            features.append(x)
-        return features
-
-
-def _resnet_body(config: NetworkConfig) -> tuple[nn.Module, list[int]]:
-    norm_layer = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
-    if config.profile == "resnet50_fpn":
-        return _ResNetBody(resnet.resnet50(weights=None, norm_layer=norm_layer)), [256, 512, 1024, 2048]
-    return _ResNetBody(resnet.resnet18(weights=None, norm_layer=norm_layer)), [64, 128, 256, 512]
-
-
 def _rpn(config: NetworkConfig) -> _ScoringRPN:
     ratios = (0.5, 1.0, 2.0)
     return _ScoringRPN(
@@ -441,13 +401,6 @@ def _roi_heads(config: NetworkConfig) -> _ScoringRoIHeads:
         mask_threshold=config.mask_threshold,
         dropout=config.dropout,
     )
-
-
-def _normalisation(profile: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the body's ImageNet training, for images in [0, 1]."""
-    if profile == "efficientnet_lite0_fpn":
-        return [127 / 255] * 3, [128 / 255] * 3
-    return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def _mean_inside(stage: Tensor, image_hw: tuple[int, int], padded_hw: tuple[int, ...]) -> Tensor:

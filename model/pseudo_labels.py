@@ -5,19 +5,31 @@ from pathlib import Path
 import numpy as np
 
 from model.config import PseudoLabelConfig
+from model.errors import InvalidInputError
 from model.geometry import rle_area, roi_mask_to_rle
-from model.types import BoolArray, Detections, LabeledImage
+from model.types import BoolArray, Detections, FloatArray, IntArray, LabeledImage
 
 
-def trusted(detections: Detections, config: PseudoLabelConfig) -> BoolArray:
+def trusted(
+    detections: Detections, config: PseudoLabelConfig, *, class_thresholds: FloatArray | None = None
+) -> BoolArray:
     """Which of the N instances become pseudo labels, (N,) bool.
 
     Rule "and": c > sigma_c and b > sigma_b and m > sigma_m, the text of section 3.2. Rule "or": Algorithm 1, line 10
-    removes an instance only when all three scores are below their thresholds.
+    removes an instance only when all three scores are below their thresholds. `class_thresholds` (C,) are the sigma_c
+    of each class, for label l at l - 1.
     """
+    if config.class_wise_thresholds and class_thresholds is None:
+        raise InvalidInputError("class_wise_thresholds: expected class_thresholds (C,), got none; see that function")
+    if class_thresholds is not None and detections.labels.max(initial=0) > len(class_thresholds):
+        raise InvalidInputError(
+            f"class_thresholds: expected {detections.labels.max()} or more, one for each label, "
+            f"got {len(class_thresholds)}"
+        )
+    by_instance = config.class_threshold if class_thresholds is None else class_thresholds[detections.labels - 1]
     passed = np.stack(
         [
-            detections.class_scores > config.class_threshold,
+            detections.class_scores > by_instance,
             detections.box_scores > config.box_threshold,
             detections.mask_scores > config.mask_threshold,
         ]
@@ -26,23 +38,78 @@ def trusted(detections: Detections, config: PseudoLabelConfig) -> BoolArray:
     return chosen
 
 
+def class_thresholds(
+    class_scores: FloatArray, labels: IntArray, config: PseudoLabelConfig, *, num_classes: int
+) -> FloatArray:
+    """Sigma_c by class, (C,), from the scores (N,) and labels (N,) in 1..C of all detections of a pool.
+
+    A class of which the model is less sure gets a lower threshold, in proportion (the rule of FreeMatch, which goes
+    back to FlexMatch): `sigma_c(k) = max(floor, sigma_c * mean_k / max_j mean_j)`, where mean_k is the mean class score
+    of those detections of class k that reach the floor. Means, not counts, so that a rare class is not taken for a
+    difficult one. A class without such a detection keeps sigma_c.
+    """
+    counted = class_scores >= config.class_threshold_floor
+    index, scores = labels[counted] - 1, class_scores[counted]
+    sums, counts = (np.bincount(index, weights=w, minlength=num_classes) for w in (scores, None))
+    means = np.divide(sums, counts, out=np.zeros(num_classes), where=counts > 0)
+    thresholds: FloatArray = np.full(num_classes, config.class_threshold)
+    adapted = config.class_threshold * means / max(means.max(initial=0), 1e-9)
+    thresholds[counts > 0] = np.maximum(config.class_threshold_floor, adapted)[counts > 0]
+    return thresholds
+
+
 def pseudo_labeled_image(
-    detections: Detections, config: PseudoLabelConfig, *, image_id: str, path: Path, mask_threshold: float
+    detections: Detections,
+    config: PseudoLabelConfig,
+    *,
+    image_id: str,
+    path: Path,
+    mask_threshold: float,
+    class_thresholds: FloatArray | None = None,
 ) -> LabeledImage | None:
     """The image with its trusted instances as labels, or None when none survives: then it is not in D_semi."""
-    chosen = detections.select(trusted(detections, config))
-    rles = [
-        roi_mask_to_rle(mask, box, detections.image_hw, mask_threshold=mask_threshold)
-        for mask, box in zip(chosen.roi_masks, chosen.boxes_xyxy, strict=True)
-    ]
-    visible = [i for i, rle in enumerate(rles) if rle_area(rle) > 0]
-    if not visible:
-        return None
+    image = image_with_trusted(
+        detections,
+        config,
+        image_id=image_id,
+        path=path,
+        mask_threshold=mask_threshold,
+        class_thresholds=class_thresholds,
+    )
+    return image if len(image.labels) else None
+
+
+def image_with_trusted(
+    detections: Detections,
+    config: PseudoLabelConfig,
+    *,
+    image_id: str,
+    path: Path,
+    mask_threshold: float,
+    class_thresholds: FloatArray | None = None,
+) -> LabeledImage:
+    """The image with its trusted instances as labels, of which there may be none: a teacher will look at it again.
+
+    What is not trusted, but has a class score above `ignore_threshold`, goes into the ignored boxes.
+    """
+    chosen = trusted(detections, config, class_thresholds=class_thresholds)
+    rles = {
+        int(i): roi_mask_to_rle(
+            detections.roi_masks[i], detections.boxes_xyxy[i], detections.image_hw, mask_threshold=mask_threshold
+        )
+        for i in np.flatnonzero(chosen)
+    }
+    visible = [i for i, rle in rles.items() if rle_area(rle) > 0]
+    uncertain = detections.class_scores > config.ignore_threshold
+    uncertain[visible] = False
+    triplets = np.stack([detections.class_scores, detections.box_scores, detections.mask_scores], axis=1)
     return LabeledImage(
         image_id=image_id,
         path=path,
         image_hw=detections.image_hw,
-        labels=chosen.labels[visible],
+        labels=detections.labels[visible],
         rles=tuple(rles[i] for i in visible),
         pseudo=True,
+        triplets=triplets[visible].astype(np.float64),
+        ignored_boxes_xyxy=detections.boxes_xyxy[uncertain].astype(np.float64),
     )

@@ -6,18 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from model.config import TrainingConfig
-from model.dataset import TrainingSteps
-from model.errors import CheckpointError, NonFiniteLossError
+from model.augment import strong_view
+from model.config import PseudoLabelConfig, TrainingConfig
+from model.dataset import Batch, TrainingSteps
+from model.errors import CheckpointError, InvalidInputError, NonFiniteLossError
 from model.files import read_tensors, write_tensors
 from model.losses import total_loss
 from model.network import MaskRCNNWithScores
-from model.types import LabeledImage
+from model.teacher import Teacher
+from model.types import FloatArray, LabeledImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ def train(
     images: Sequence[LabeledImage],
     config: TrainingConfig,
     *,
+    pseudo: PseudoLabelConfig | None = None,
+    class_thresholds: FloatArray | None = None,
     checkpoint: Path | None = None,
     device: str = "cpu",
     on_step: Callable[[Progress], None] | None = None,
@@ -43,6 +49,9 @@ def train(
 
     With `checkpoint` (a file), the state is kept every `checkpoint_every_steps`; called again with the same arguments,
     training goes on from there and ends with the same weights (on the same kind of device, with as many threads).
+    With `ema_decay`, a teacher labels each step's unlabelled images anew after the burn-in, by `pseudo` and
+    `class_thresholds` (`model.pseudo_labels`), and its weights are what is left in `network`. These images may come
+    without labels (N = 0, pseudo).
     Raises NonFiniteLossError, CheckpointError (the file is another run's or damaged), DatasetError.
     """
     steps = TrainingSteps(images, network=network.config, training=config)
@@ -51,19 +60,27 @@ def train(
     optimizer = torch.optim.SGD(
         [p for _, p in parameters], lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    run = _fingerprint(network, images, config)
-    first = _resume(checkpoint, run, network, optimizer) if checkpoint else 0
+    teacher = Teacher(network, config.ema_decay) if config.ema_decay else None
+    if teacher and steps.pseudo and pseudo is None:
+        raise InvalidInputError("ema_decay: a teacher needs to know what it may trust, pass `pseudo` to train()")
+    run = _fingerprint(network, images, config, (pseudo, class_thresholds) if teacher else (None, None))
+    first = _resume(checkpoint, run, network, optimizer, teacher) if checkpoint else 0
 
     progress = None
     batches = DataLoader(
         steps, batch_size=None, sampler=range(first, len(steps)), num_workers=config.loader_workers
     )  # an item is a whole batch; workers prepare the next ones
-    for step, (batch_images, batch_targets) in enumerate(batches, start=first):
+    for step, batch in enumerate(batches, start=first):
+        batch_images, batch_targets = _on(batch, device)
+        if teacher and pseudo and step >= steps.teacher_from:
+            batch_images, batch_targets = _relabeled(
+                (batch_images, batch_targets), teacher, config, pseudo, class_thresholds, step
+            )
         torch.manual_seed(config.seed * 1_000_003 + step)  # RoI sampling depends on the step alone, not on the past
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, len(steps))
-        losses = network([image.to(device) for image in batch_images], [_to(t, device) for t in batch_targets])
-        loss = total_loss(losses, beta=config.beta, iou_weight=config.iou_loss_weight)
+        losses = network(batch_images, batch_targets)
+        loss = total_loss(losses, beta=beta(config, step, len(steps)), iou_weight=config.iou_loss_weight)
         progress = Progress(
             step=step + 1,
             steps=len(steps),
@@ -80,12 +97,16 @@ def train(
         if config.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.gradient_clip)
         optimizer.step()
+        if teacher:
+            teacher.follow(step + 1)
         if (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == len(steps):
             _check_weights(network, step + 1)
             if checkpoint:
-                _save(checkpoint, run, step + 1, network, optimizer)
+                _save(checkpoint, run, step + 1, network, optimizer, teacher)
         if on_step:
             on_step(progress)
+    if teacher:
+        network.load_state_dict(teacher.network.state_dict())
     network.eval()
     return progress
 
@@ -104,16 +125,68 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * (1 - math.cos(math.pi * share)) / 2)
 
 
-def _to(target: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
+def beta(config: TrainingConfig, step: int, steps: int) -> float:
+    """Beta of eq. 5 at one of `steps` steps; with `ramp_up` it is beta exp(-5 (1 - t)^2) while t rises from 0 to 1.
+
+    t is the share of the ramp that has passed. Laine and Aila, "Temporal ensembling", ICLR 2017.
+    """
+    if step >= config.ramp_up * steps:
+        return config.beta
+    return config.beta * math.exp(-5 * (1 - step / (config.ramp_up * steps)) ** 2)
 
 
-def _fingerprint(network: MaskRCNNWithScores, images: Sequence[LabeledImage], config: TrainingConfig) -> str:
+def _on(batch: Batch, device: str) -> Batch:
+    images, targets = batch
+    return [image.to(device) for image in images], [
+        {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
+        for target in targets
+    ]
+
+
+def _relabeled(
+    batch: Batch,
+    teacher: Teacher,
+    config: TrainingConfig,
+    pseudo: PseudoLabelConfig,
+    class_thresholds: FloatArray | None,
+    step: int,
+) -> Batch:
+    """The step's batch with its unlabelled images labelled by the teacher and shown to the student in strong views."""
+    images, targets = list(batch[0]), list(batch[1])
+    unlabelled = [i for i, target in enumerate(targets) if target["pseudo"]]
+    labels = teacher.targets([images[i] for i in unlabelled], config, pseudo, class_thresholds=class_thresholds)
+    for i, target in zip(unlabelled, labels, strict=True):
+        images[i] = strong_view(images[i], np.random.default_rng((config.seed, 3, step, i)))
+        targets[i] = target
+    return _on((images, targets), str(images[0].device))
+
+
+def _fingerprint(
+    network: MaskRCNNWithScores,
+    images: Sequence[LabeledImage],
+    config: TrainingConfig,
+    teaching: tuple[PseudoLabelConfig | None, FloatArray | None],
+) -> str:
     """Tells one run from another: the network, what of the settings changes the weights, and the labels."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("loader_workers", "checkpoint_every_steps")}
-    labels = [(image.image_id, image.pseudo, image.labels.tolist(), image.rles) for image in images]
-    description = json.dumps([network.config.to_json(), settings, labels])
+    labels = [
+        (
+            image.image_id,
+            image.pseudo,
+            image.labels.tolist(),
+            image.rles,
+            _rows(image.triplets),
+            _rows(image.ignored_boxes_xyxy),
+        )
+        for image in images
+    ]
+    trust = (asdict(teaching[0]) if teaching[0] else None, _rows(teaching[1]))
+    description = json.dumps([network.config.to_json(), settings, labels, trust])
     return hashlib.sha256(description.encode()).hexdigest()
+
+
+def _rows(array: FloatArray | None) -> Any:
+    return None if array is None else array.tolist()
 
 
 def _check_weights(network: MaskRCNNWithScores, step: int) -> None:
@@ -126,8 +199,17 @@ def _check_weights(network: MaskRCNNWithScores, step: int) -> None:
             )
 
 
-def _save(path: Path, run: str, step: int, network: MaskRCNNWithScores, optimizer: torch.optim.Optimizer) -> None:
+def _save(
+    path: Path,
+    run: str,
+    step: int,
+    network: MaskRCNNWithScores,
+    optimizer: torch.optim.Optimizer,
+    teacher: Teacher | None,
+) -> None:
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    if teacher:
+        tensors |= {f"teacher.{name}": tensor for name, tensor in teacher.network.state_dict().items()}
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
@@ -135,7 +217,13 @@ def _save(path: Path, run: str, step: int, network: MaskRCNNWithScores, optimize
     write_tensors(path, tensors, {"run": run, "step": str(step)})
 
 
-def _resume(path: Path, run: str, network: MaskRCNNWithScores, optimizer: torch.optim.Optimizer) -> int:
+def _resume(
+    path: Path,
+    run: str,
+    network: MaskRCNNWithScores,
+    optimizer: torch.optim.Optimizer,
+    teacher: Teacher | None,
+) -> int:
     """Load the checkpoint, if there is one; returns the number of steps that are done."""
     if not path.exists():
         return 0
@@ -147,9 +235,11 @@ def _resume(path: Path, run: str, network: MaskRCNNWithScores, optimizer: torch.
         raise CheckpointError(
             f"{path} belongs to another run (other settings, network or labels). Delete it to train from the start."
         )
-    network.load_state_dict(
-        {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
-    )
+    for prefix, part in (("network.", network), ("teacher.", teacher.network if teacher else None)):
+        if part is not None:
+            part.load_state_dict(
+                {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            )
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
         if (momentum := tensors.get(f"momentum.{index}")) is not None:
             optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)

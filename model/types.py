@@ -27,6 +27,9 @@ class LabeledImage:
 
     `labels` (N,) int64 in 1..C, where 0 would be background; `rles` N masks of the image's own size `image_hw`.
     N = 0 says that somebody looked and found nothing.
+
+    Only a pseudo-labelled image may have `triplets` (N, 3), the scores c, b, m in [0, 1] of its instances, and
+    `ignored_boxes_xyxy` (K, 4), pixels, what the model also saw there but not surely enough for a label.
     """
 
     image_id: str
@@ -35,6 +38,8 @@ class LabeledImage:
     labels: IntArray
     rles: tuple[Rle, ...]
     pseudo: bool = False
+    triplets: FloatArray | None = None
+    ignored_boxes_xyxy: FloatArray | None = None
 
     def __post_init__(self) -> None:
         if self.labels.shape != (len(self.rles),):
@@ -51,6 +56,25 @@ class LabeledImage:
                 raise InvalidInputError(
                     f"image {self.image_id}: its size is {self.image_hw} (height, width), a mask has {rle['size']}"
                 )
+        self._check_what_the_model_said()
+
+    def _check_what_the_model_said(self) -> None:
+        triplets, ignored = self.triplets, self.ignored_boxes_xyxy
+        if not self.pseudo and (triplets is not None or ignored is not None):
+            raise InvalidInputError(
+                f"image {self.image_id}: only pseudo-labelled images have triplets or ignored boxes, this is people's"
+            )
+        if triplets is not None:
+            if triplets.shape != (len(self.rles), 3):
+                raise InvalidInputError(
+                    f"image {self.image_id}: expected triplets of shape ({len(self.rles)}, 3), got {triplets.shape}"
+                )
+            if not ((triplets >= 0) & (triplets <= 1)).all():
+                raise InvalidInputError(f"image {self.image_id}: expected triplets in [0, 1], got {triplets.tolist()}")
+        if ignored is not None and (ignored.ndim != 2 or ignored.shape[1] != 4 or not np.isfinite(ignored).all()):
+            raise InvalidInputError(
+                f"image {self.image_id}: expected ignored boxes (K, 4), finite, got shape {ignored.shape}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

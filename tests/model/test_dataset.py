@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -53,6 +54,12 @@ def written(folder, content):
     path = folder / "annotations.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
+
+
+def scored(image):
+    """The same with triplets and two ignored boxes."""
+    triplets = np.linspace(0.5, 0.9, 3 * len(image.labels)).reshape(-1, 3)
+    return replace(image, triplets=triplets, ignored_boxes_xyxy=np.array([[4.0, 6, 20, 10], [1 / 3, 0, 2, 64]]))
 
 
 # --- reading and writing COCO
@@ -113,6 +120,8 @@ def test_what_is_written_is_read_back_the_same(tmp_path, monkeypatch):
         labeled_image(tmp_path, "first", (1, rectangle(1, 2, 30, 40)), (2, ellipse(10, 10, 50, 40))),
         labeled_image(tmp_path, "nothing in it"),
         labeled_image(tmp_path, "seen by the model", (2, MASK), pseudo=True),
+        scored(labeled_image(tmp_path, "seen and scored", (2, MASK), (1, MASK), pseudo=True)),
+        scored(labeled_image(tmp_path, "looked at, nothing trusted", pseudo=True)),
     )
     monkeypatch.chdir(tmp_path)
     no_labels = np.zeros(0, dtype=np.int64)
@@ -125,6 +134,9 @@ def test_what_is_written_is_read_back_the_same(tmp_path, monkeypatch):
         assert (a.image_id, a.path, a.image_hw, a.pseudo) == (b.image_id, tmp_path / b.path, b.image_hw, b.pseudo)
         assert a.labels.tolist() == b.labels.tolist()
         assert a.rles == b.rles
+        for ours, theirs in ((a.triplets, b.triplets), (a.ignored_boxes_xyxy, b.ignored_boxes_xyxy)):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or np.array_equal(ours, theirs)
 
 
 def test_others_can_read_what_is_written(tmp_path):
@@ -244,6 +256,28 @@ def test_an_image_of_another_size_than_its_annotations_is_refused_by_name(tmp_pa
 )
 def test_labels_and_masks_of_an_image_must_agree(changes, message):
     fields = {"image_id": "a", "path": Path("a"), "image_hw": HW, "labels": np.array([1]), "rles": (COMPRESSED,)}
+    with pytest.raises(InvalidInputError, match=message):
+        LabeledImage(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"pseudo": False}, "only pseudo-labelled images", id="people's"),
+        pytest.param({"triplets": np.ones((2, 3))}, r"shape \(1, 3\), got \(2, 3\)", id="two for one"),
+        pytest.param({"triplets": np.ones(3)}, r"shape \(1, 3\), got \(3,\)", id="a single row"),
+        pytest.param({"triplets": np.array([[0.5, 1.1, 0.5]])}, r"in \[0, 1\]", id="above one"),
+        pytest.param({"triplets": np.array([[0.5, np.nan, 0.5]])}, r"in \[0, 1\]", id="no number"),
+        pytest.param(
+            {"ignored_boxes_xyxy": np.zeros((2, 3))}, r"\(K, 4\), finite, got shape \(2, 3\)", id="boxes of 3"
+        ),
+        pytest.param({"ignored_boxes_xyxy": np.full((1, 4), np.inf)}, "finite", id="infinite box"),
+    ],
+)
+def test_what_the_model_says_of_its_labels_must_agree_with_them(changes, message):
+    fields = {"image_id": "a", "path": Path("a"), "image_hw": HW, "labels": np.array([1]), "rles": (COMPRESSED,),
+              "pseudo": True, "triplets": np.full((1, 3), 0.9), "ignored_boxes_xyxy": np.zeros((0, 4))}  # fmt: skip
+    LabeledImage(**fields)
     with pytest.raises(InvalidInputError, match=message):
         LabeledImage(**{**fields, **changes})
 
@@ -404,6 +438,51 @@ def test_the_same_step_is_always_the_same_and_another_seed_another(pictures):
 def test_images_are_flipped_with_the_given_probability(probability, flipped, pictures):
     batches = steps(pictures[:5], horizontal_flip=probability, epochs=4, batch_size=5)
     assert {bool(t["boxes"][0, 0] > 2) for step in range(4) for t in batches[step][1]} == flipped
+
+
+def test_weights_and_ignored_boxes_follow_flips_sizes_and_vanished_instances(tmp_path):
+    speck, block = rectangle(100, 100, 101, 101, hw=(128, 128)), rectangle(0, 0, 80, 80, hw=(128, 128))
+    image = scored(labeled_image(tmp_path, "a", (1, speck), (2, block), pseudo=True))
+    _, plain = training_sample(image, CONFIG, flip=False)
+    _, flipped = training_sample(image, CONFIG, flip=True)
+    for sample in (plain, flipped):  # at half the size the speck is gone
+        np.testing.assert_allclose(sample["weights"], image.triplets[1:].astype(np.float32))
+    np.testing.assert_allclose(plain["ignored"], [[2, 3, 10, 5], [1 / 6, 0, 1, 32]], rtol=1e-6)
+    np.testing.assert_allclose(flipped["ignored"], [[54, 3, 62, 5], [63, 0, 64 - 1 / 6, 32]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ({}, set()),
+        ({"soft_weights": True}, {"weights"}),
+        ({"pseudo_negatives": "outside_ignored"}, {"ignored"}),
+    ],
+    ids=["eq. 4", "soft weights", "negatives"],
+)
+def test_targets_carry_what_the_settings_use(options, fields, pictures):
+    batches = steps([*pictures[:5], *map(scored, pictures[5:])], **options)
+    for target in batches[0][1]:
+        extra = set(target) - {"boxes", "labels", "masks", "pseudo"}
+        assert extra == (fields if target["pseudo"] else set())
+
+
+@pytest.mark.parametrize("options", [{"soft_weights": True}, {"pseudo_negatives": "outside_ignored"}], ids=str)
+def test_pseudo_labels_that_lack_what_the_settings_use_are_refused(options, pictures):
+    with pytest.raises(DatasetError, match=r"image 74: .* make them anew"):
+        steps(pictures, **options)
+
+
+def test_images_in_which_nothing_was_trusted_wait_for_the_teacher(pictures, tmp_path):
+    waiting = labeled_image(tmp_path, "waiting", pseudo=True)  # 64 wide
+    without = steps([*pictures[:6], waiting])
+    assert {widths(without[step])[-1] for step in range(len(without))} == {74}
+    taught = steps([*pictures[:6], waiting], ema_decay=0.9, ema_burn_in=0.5, soft_weights=False, epochs=10)
+    first = taught.teacher_from
+    assert first == len(taught) // 2
+    assert {widths(taught[step])[-1] for step in range(first)} == {74}
+    assert {widths(taught[step])[-1] for step in range(first, len(taught))} == {64, 74}
+    assert len(steps([*pictures[:5], waiting])[0][0]) == 2  # nobody waits for images that never come
 
 
 def test_there_is_nothing_to_train_on_without_annotated_images(pictures):

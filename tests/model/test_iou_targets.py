@@ -241,9 +241,7 @@ def network_that_says(*, box_deltas=None, mask_logits=None, **options):
 def branch_losses(network, label):
     """The losses of both branches on one image whose RoIs are ROI and, appended in training, the true box."""
     features = network.backbone(image()[None])
-    result = network.roi_heads.losses(
-        features, [torch.tensor([ROI])], [HW], [target((label, TRUTH))], positives_only=False
-    )
+    result = network.roi_heads.losses(features, [torch.tensor([ROI])], [HW], [target((label, TRUTH))], pseudo=False)
     return result["loss_box_iou"].item(), result["loss_mask_iou"].item()
 
 
@@ -290,7 +288,7 @@ def test_the_mask_target_is_binarised_at_the_threshold_of_the_network(threshold,
 def test_targets_are_not_differentiated():
     network = network_that_says()
     features = network.backbone(image()[None])
-    result = network.roi_heads.losses(features, [torch.tensor([ROI])], [HW], [target((1, TRUTH))], positives_only=False)
+    result = network.roi_heads.losses(features, [torch.tensor([ROI])], [HW], [target((1, TRUTH))], pseudo=False)
     (result["loss_box_iou"] + result["loss_mask_iou"]).backward()
     assert network.roi_heads.box_predictor.bbox_pred.bias.grad is None
     assert network.roi_heads.mask_predictor.mask_fcn_logits.bias.grad is None

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
@@ -20,6 +21,11 @@ SUPERVISED = {
 }
 SEMI = {"semi_" + name for name in SUPERVISED - {"loss_box_iou", "loss_mask_iou"}}
 OBJECTS = ((1, rectangle(8, 8, 30, 28)), (2, ellipse(24, 32, 60, 60)))
+
+
+def eq_4(labels):
+    """The factor p* in front of the classification loss, (R,) -> (R, 3)."""
+    return torch.stack([(labels > 0).float(), torch.ones(len(labels)), torch.ones(len(labels))], dim=1)
 
 
 def total(result):
@@ -73,7 +79,7 @@ def test_objectness_gradient_by_hand(positives_only):
         labels=torch.tensor([1.0, 0, 0, 1, 0, 1]),
         delta_targets=torch.zeros(6, 4),
         sampled=torch.tensor([0, 3, 1, 4]),  # N_cls = 4; anchors 2 and 5 are not sampled
-        positives_only=positives_only,
+        weights=eq_4(torch.tensor([1, 1, 0, 0])) if positives_only else None,
     )
     result["loss_objectness"].backward()
     # entropy of a logit 0 is ln 2, its gradient (0.5 - label) / N_cls = -+ 0.5 / 4
@@ -91,7 +97,7 @@ def test_class_gradient_by_hand(positives_only):
         torch.zeros(5, 12),
         labels=torch.tensor([0, 2, 0, 1, 0]),
         delta_targets=torch.zeros(5, 4),
-        positives_only=positives_only,
+        weights=eq_4(torch.tensor([0, 2, 0, 1, 0])) if positives_only else None,
     )
     result["loss_classifier"].backward()
     # softmax of equal logits is 1/3; (1/3 - one hot) / N_cls with N_cls = 5 for both kinds of image
@@ -105,24 +111,61 @@ def test_class_gradient_by_hand(positives_only):
     assert result["loss_classifier"].item() == pytest.approx(counted * math.log(3) / 5)
 
 
-def test_box_losses_do_not_depend_on_the_kind_of_image():
+@pytest.mark.parametrize("pseudo", [False, True], ids=["annotated", "pseudo-labelled"])
+def test_box_and_mask_losses_do_not_depend_on_the_kind_of_image(pseudo):
+    torch.manual_seed(0)
+    logits, coverage = torch.randn(3, 28, 28), torch.rand(3, 28, 28)
     deltas, targets = torch.randn(6, 4), torch.randn(6, 4)
     labels, sampled = torch.tensor([1.0, 0, 0, 1, 0, 1]), torch.tensor([0, 3, 1, 4])
-    rpn = [
-        losses.rpn_losses(
-            torch.zeros(6), deltas, labels=labels, delta_targets=targets, sampled=sampled, positives_only=pseudo
-        )["loss_rpn_box_reg"]
-        for pseudo in (False, True)
-    ]
-    heads = [
-        losses.box_head_losses(
-            torch.zeros(6, 3), deltas.repeat(1, 3), labels=labels.long(), delta_targets=targets, positives_only=pseudo
-        )["loss_box_reg"]
-        for pseudo in (False, True)
-    ]
-    assert torch.equal(*rpn)
-    assert torch.equal(*heads)
-    assert min(*rpn, *heads) > 0
+
+    def weights(labels):
+        return eq_4(labels) if pseudo else None
+
+    rpn = losses.rpn_losses(
+        torch.zeros(6),
+        deltas,
+        labels=labels,
+        delta_targets=targets,
+        sampled=sampled,
+        weights=weights(labels[sampled]),
+    )
+    heads = losses.box_head_losses(
+        torch.zeros(6, 3), deltas.repeat(1, 3), labels=labels.long(), delta_targets=targets, weights=weights(labels)
+    )
+    torch.testing.assert_close(rpn["loss_rpn_box_reg"], huber(deltas[[0, 3]], targets[[0, 3]]) / 4)
+    torch.testing.assert_close(heads["loss_box_reg"], huber(deltas[[0, 3, 5]], targets[[0, 3, 5]]) / 6)
+    torch.testing.assert_close(
+        losses.mask_loss(logits, coverage, weights=weights(torch.ones(3))),
+        F.binary_cross_entropy_with_logits(logits, coverage),
+    )
+
+
+def huber(deltas, targets):
+    return F.smooth_l1_loss(deltas, targets, beta=1 / 9, reduction="sum")
+
+
+def test_every_term_is_weighed_by_its_own_column():
+    torch.manual_seed(0)
+    logits, coverage = torch.randn(2, 28, 28), torch.rand(2, 28, 28)
+    deltas, targets, nothing = torch.randn(3, 4), torch.randn(3, 4), torch.zeros(3, 4)
+    weights = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.0, 0.3], [0.25, 0.7, 0.7]])
+    labels = torch.tensor([1, 2, 0])  # two objects and one background
+    rpn = losses.rpn_losses(
+        torch.zeros(3), deltas, labels=labels.clamp(max=1).float(), delta_targets=nothing,
+        sampled=torch.arange(3), weights=weights,
+    )  # fmt: skip
+    heads = losses.box_head_losses(
+        torch.zeros(3, 3), deltas.repeat(1, 3), labels=labels, delta_targets=targets, weights=weights
+    )
+    counted = 0.9 + 0.8 + 0.25
+    assert rpn["loss_objectness"].item() == pytest.approx(counted * math.log(2) / 3)
+    assert heads["loss_classifier"].item() == pytest.approx(counted * math.log(3) / 3)
+    torch.testing.assert_close(rpn["loss_rpn_box_reg"], 0.5 * huber(deltas[0], nothing[0]) / 3)
+    torch.testing.assert_close(heads["loss_box_reg"], 0.5 * huber(deltas[0], targets[0]) / 3)
+    each = F.binary_cross_entropy_with_logits(logits, coverage, reduction="none").mean(dim=(1, 2))
+    torch.testing.assert_close(
+        losses.mask_loss(logits, coverage, weights=weights[:2]), (0.1 * each[0] + 0.3 * each[1]) / 2
+    )
 
 
 # --- eq. 4 through the whole network
@@ -162,7 +205,7 @@ def test_which_rois_of_a_pseudo_labelled_image_count_follows_from_their_overlap_
     on_nothing = torch.tensor([[40.0, 0, 60, 20], [0, 40, 20, 60], [45, 5, 63, 20]])
     features = network.backbone(image()[None])
     result = network.roi_heads.losses(
-        features, [torch.cat([on_object, on_nothing])], [HW], [target(OBJECTS[0], pseudo=True)], positives_only=True
+        features, [torch.cat([on_object, on_nothing])], [HW], [target(OBJECTS[0], pseudo=True)], pseudo=True
     )
     sum(result.values()).backward()
     # all six RoIs fit into the sample and keep their order; the labelled box itself is appended
@@ -246,13 +289,13 @@ def test_iou_loss_is_the_mean_squared_difference():
         pytest.param(lambda x: losses.mask_loss(x[:0, :, None], torch.zeros(0, 12, 1)), id="masks"),
         pytest.param(
             lambda x: losses.box_head_losses(
-                x[:, :3], x, labels=torch.zeros(4).long(), delta_targets=torch.zeros(4, 4), positives_only=True
+                x[:, :3], x, labels=torch.zeros(4).long(), delta_targets=torch.zeros(4, 4), weights=eq_4(torch.zeros(4))
             )["loss_classifier"],
             id="classes of a pseudo-labelled image",
         ),
         pytest.param(
             lambda x: losses.box_head_losses(
-                x[:, :3], x, labels=torch.zeros(4).long(), delta_targets=torch.zeros(4, 4), positives_only=False
+                x[:, :3], x, labels=torch.zeros(4).long(), delta_targets=torch.zeros(4, 4), weights=None
             )["loss_box_reg"],
             id="boxes",
         ),
@@ -264,7 +307,7 @@ def test_iou_loss_is_the_mean_squared_difference():
                     labels=torch.zeros(4),
                     delta_targets=torch.full((4, 4), -math.inf),  # what encoding against no box gives
                     sampled=torch.tensor([0, 1]),
-                    positives_only=True,
+                    weights=eq_4(torch.zeros(2)),
                 ).values()
             ),
             id="RPN of a pseudo-labelled image",
@@ -286,7 +329,7 @@ def test_box_head_losses_agree_with_torchvision():
     torch.manual_seed(0)
     logits, deltas, targets = torch.randn(40, 4), torch.randn(40, 16), torch.randn(40, 4)
     labels = torch.randint(0, 4, (40,))
-    ours = losses.box_head_losses(logits, deltas, labels=labels, delta_targets=targets, positives_only=False)
+    ours = losses.box_head_losses(logits, deltas, labels=labels, delta_targets=targets, weights=None)
     classes, boxes = fastrcnn_loss(logits, deltas, [labels], [targets])
     torch.testing.assert_close(ours, {"loss_classifier": classes, "loss_box_reg": boxes})
 
@@ -322,7 +365,7 @@ def test_losses_of_the_heads_agree_with_torchvision():
     features = network.backbone(batch)
     proposals, _ = network.rpn(ImageList(batch, [HW, HW]), features, targets)
     torch.manual_seed(1)
-    ours = network.roi_heads.losses(features, list(proposals), [HW, HW], targets, positives_only=False)
+    ours = network.roi_heads.losses(features, list(proposals), [HW, HW], targets, pseudo=False)
     torch.manual_seed(1)
     _, theirs = RoIHeads.forward(network.roi_heads, features, list(proposals), [HW, HW], targets)
     for name in ("loss_classifier", "loss_box_reg"):

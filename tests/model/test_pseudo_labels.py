@@ -6,7 +6,7 @@ import pytest
 from model.config import PseudoLabelConfig
 from model.errors import InvalidInputError
 from model.geometry import rle_to_mask
-from model.pseudo_labels import pseudo_labeled_image, trusted
+from model.pseudo_labels import class_thresholds, image_with_trusted, pseudo_labeled_image, trusted
 from tests.model.examples import detections, rectangle
 
 BOX = [10.0, 10.0, 40.0, 40.0]
@@ -100,3 +100,78 @@ def test_an_instance_without_a_pixel_is_left_out_of_an_image_that_has_others():
 def test_an_unknown_rule_is_refused():
     with pytest.raises(InvalidInputError, match="'and' or 'or', got 'xor'"):
         PseudoLabelConfig(rule="xor")
+
+
+# --- beyond the paper: what a pseudo label carries, what is ignored, thresholds by class
+
+
+def test_labels_carry_their_triplets_and_what_is_not_trusted_is_ignored():
+    found = detections(
+        [BOX, [5, 5, 20, 20], [30.0, 20.0, 60.0, 50.0], [0, 0, 9, 9]],
+        class_scores=[0.99, 0.5, 0.95, 0.1],
+        box_scores=[0.98, 0.97, 0.2, 0.9],
+        mask_scores=[0.85, 0.9, 0.9, 0.9],
+    )
+    image = pseudo(found)
+    assert image.triplets.tolist() == [[0.99, 0.98, 0.85]]
+    assert image.ignored_boxes_xyxy.tolist() == [[5, 5, 20, 20], [30, 20, 60, 50]]  # 0.1 is not above 0.1
+    assert len(pseudo(found, ignore_threshold=0.5).ignored_boxes_xyxy) == 1
+
+
+def test_a_trusted_instance_without_a_pixel_is_ignored():
+    roi_masks = np.ones((2, 28, 28), dtype=np.float32)
+    roi_masks[0] = 0
+    image = pseudo(detections([BOX, [0, 0, 9, 9]], roi_masks=roi_masks))
+    assert image.ignored_boxes_xyxy.tolist() == [BOX]
+    assert len(image.triplets) == 1
+
+
+def test_for_a_teacher_an_image_without_a_trusted_instance_stays():
+    image = image_with_trusted(
+        one_instance(c=0.5), PseudoLabelConfig(), image_id="7", path=Path("7.png"), mask_threshold=0.3
+    )
+    assert (image.labels.shape, image.rles, image.triplets.shape) == ((0,), (), (0, 3))
+    assert image.ignored_boxes_xyxy.tolist() == [BOX]
+
+
+BY_CLASS = PseudoLabelConfig(class_wise_thresholds=True, class_threshold_floor=0.6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "expected"),
+    [
+        # means 0.9 and 0.72: 0.9 and 0.9 * 0.72 / 0.9
+        pytest.param([0.95, 0.85, 0.72], [1, 1, 2], [0.9, 0.72, 0.9], id="in proportion, none of class 3"),
+        pytest.param([0.9, 0.9, 0.9, 0.9, 0.72], [1, 1, 1, 1, 2], [0.9, 0.72, 0.9], id="counts do not matter"),
+        pytest.param([0.9, 0.72, 0.1, 0.59], [1, 2, 1, 2], [0.9, 0.72, 0.9], id="below the floor nothing counts"),
+        pytest.param([1.0, 0.62], [1, 3], [0.9, 0.9, 0.6], id="never below the floor"),
+        pytest.param([0.7, 0.7], [1, 3], [0.9, 0.9, 0.9], id="equally unsure"),
+        pytest.param([], [], [0.9, 0.9, 0.9], id="nothing seen"),
+        pytest.param([0.3], [2], [0.9, 0.9, 0.9], id="nothing above the floor"),
+    ],
+)
+def test_thresholds_by_class_by_hand(scores, labels, expected):
+    result = class_thresholds(np.array(scores), np.array(labels, dtype=np.int64), BY_CLASS, num_classes=3)
+    assert result.tolist() == pytest.approx(expected)
+
+
+def test_each_instance_is_measured_by_the_threshold_of_its_class():
+    found = detections([BOX] * 4, labels=[1, 2, 1, 2], class_scores=[0.91, 0.8, 0.8, 0.7])
+    assert trusted(found, BY_CLASS, class_thresholds=np.array([0.9, 0.75])).tolist() == [True, True, False, False]
+    image = pseudo_labeled_image(
+        found, BY_CLASS, image_id="7", path=Path("7.png"), mask_threshold=0.3, class_thresholds=np.array([0.9, 0.75])
+    )
+    assert image.labels.tolist() == [1, 2]
+
+
+def test_thresholds_by_class_must_be_there_and_enough():
+    with pytest.raises(InvalidInputError, match="expected class_thresholds"):
+        trusted(one_instance(), BY_CLASS)
+    with pytest.raises(InvalidInputError, match="expected 3 or more"):
+        trusted(detections([BOX], labels=[3]), BY_CLASS, class_thresholds=np.array([0.9, 0.9]))
+
+
+@pytest.mark.parametrize("floor", [-0.1, 0.91])
+def test_a_floor_above_the_threshold_or_below_zero_is_refused(floor):
+    with pytest.raises(InvalidInputError, match="from 0 to class_threshold"):
+        PseudoLabelConfig(class_wise_thresholds=True, class_threshold_floor=floor)

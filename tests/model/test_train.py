@@ -16,7 +16,7 @@ from model.errors import CheckpointError, DatasetError, InvalidInputError, NonFi
 from model.evaluate import evaluate
 from model.files import read_tensors, write_tensors
 from model.predict import detect
-from model.train import learning_rate, train
+from model.train import beta, learning_rate, train
 from tests.model.examples import ellipse, labeled_image, rectangle, tiny_network
 
 CONFIG = TrainingConfig(epochs=2, batch_size=1, learning_rate=0.005, checkpoint_every_steps=2)  # 3 steps an epoch
@@ -297,6 +297,37 @@ def test_every_rate_of_a_run_lies_between_zero_and_the_given_one(schedule):
         assert all(0 < rate <= 0.01 + 1e-12 for rate in rates)
 
 
+@pytest.mark.parametrize(
+    ("ramp_up", "step", "share"),
+    [
+        pytest.param(0.0, 0, 1.0, id="no ramp"),
+        pytest.param(0.4, 0, math.exp(-5), id="start"),
+        pytest.param(0.4, 20, math.exp(-5 / 4), id="half way"),
+        pytest.param(0.4, 40, 1.0, id="end of the ramp"),
+        pytest.param(0.4, 99, 1.0, id="after it"),
+        pytest.param(1.0, 50, math.exp(-5 / 4), id="over the whole run"),
+    ],
+)
+def test_beta_rises_along_a_sigmoid_ramp(ramp_up, step, share):
+    assert beta(TrainingConfig(beta=0.05, ramp_up=ramp_up), step, 100) == pytest.approx(0.05 * share)
+
+
+def test_the_options_beyond_the_paper_are_off():
+    config = TrainingConfig()
+    assert (config.ramp_up, config.soft_weights, config.pseudo_negatives, config.ema_decay) == (0, False, "none", 0)
+
+
+def test_the_loss_of_a_step_uses_its_own_beta(images):
+    config = TrainingConfig(epochs=2, batch_size=1, beta=0.5, ramp_up=1.0)
+    seen = []
+    train(tiny_network(), images, config, on_step=seen.append)
+    for progress in seen:
+        semi = sum(value for name, value in progress.losses.items() if name.startswith("semi_"))
+        supervised = sum(progress.losses.values()) - semi
+        expected = supervised + beta(config, progress.step - 1, progress.steps) * semi
+        assert progress.loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_progress_counts_steps_and_sums_the_losses_by_equation_5(images):
     seen = []
     last = train(tiny_network(), images, CONFIG, on_step=seen.append)
@@ -329,6 +360,10 @@ def test_beta_zero_makes_pseudo_labels_weightless(images):
         ({"pseudo_batch_size": 0}, "pseudo_batch_size: expected at least 1"),
         ({"checkpoint_every_steps": 0}, "checkpoint_every_steps: expected at least 1"),
         ({"schedule": "cosine"}, "'step' or 'one_cycle', got 'cosine'"),
+        ({"pseudo_negatives": "all"}, "'none' or 'outside_ignored', got 'all'"),
+        ({"ramp_up": 1.1}, r"ramp_up: expected a share of the run in \[0, 1\], got 1.1"),
+        ({"ema_burn_in": -0.1}, "ema_burn_in: expected a share"),
+        ({"ema_decay": 1.0}, r"ema_decay: expected a number in \[0, 1\), got 1.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
