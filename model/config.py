@@ -93,10 +93,11 @@ class TrainingConfig:
     min_steps: int = 0  # a small set gets more epochs, until it has so many steps; schedules stretch with them
     batch_size: int = 2
     pseudo_batch_size: int = 1  # pseudo-labelled images added to each step while there are any
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["step", "one_cycle"] = "step"
     learning_rate: float = 0.001
     milestones: tuple[int, ...] = (45, 49)  # epochs after which "step" divides the learning rate by 10
-    momentum: float = 0.9
+    momentum: float = 0.9  # of "sgd"
     weight_decay: float = 1e-4
     gradient_clip: float | None = None  # largest gradient norm
     iou_loss_weight: float = 1.0  # lambda of eq. 1
@@ -116,12 +117,13 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "pseudo_batch_size", "checkpoint_every_steps"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.schedule not in ("step", "one_cycle"):
-            raise InvalidInputError(f"schedule: expected 'step' or 'one_cycle', got {self.schedule!r}")
-        if self.pseudo_negatives not in ("none", "outside_ignored"):
-            raise InvalidInputError(
-                f"pseudo_negatives: expected 'none' or 'outside_ignored', got {self.pseudo_negatives!r}"
-            )
+        for name, values in (
+            ("optimizer", ("sgd", "adamw")),
+            ("schedule", ("step", "one_cycle")),
+            ("pseudo_negatives", ("none", "outside_ignored")),
+        ):
+            if getattr(self, name) not in values:
+                raise InvalidInputError(f"{name}: expected {values[0]!r} or {values[1]!r}, got {getattr(self, name)!r}")
         for name in ("ramp_up", "ema_burn_in"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(f"{name}: expected a share of the run in [0, 1], got {getattr(self, name)}")
@@ -130,8 +132,15 @@ class TrainingConfig:
 
     @classmethod
     def for_cpu(cls, **options: Any) -> Self:
-        """What learns well in few steps without a GPU: one-cycle schedule, higher rate, clipped gradients."""
-        defaults: dict[str, Any] = {"epochs": 15, "schedule": "one_cycle", "learning_rate": 0.02, "gradient_clip": 5.0}
+        """What learns well in few steps without a GPU: AdamW, one-cycle schedule, clipped gradients."""
+        defaults: dict[str, Any] = {
+            "epochs": 15,
+            "optimizer": "adamw",
+            "schedule": "one_cycle",
+            "learning_rate": 0.001,
+            "weight_decay": 0.01,
+            "gradient_clip": 5.0,
+        }
         return cls(**{**defaults, **options})
 
 

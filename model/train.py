@@ -57,9 +57,7 @@ def train(
     steps = TrainingSteps(images, network=network.config, training=config)
     network.to(device).train()
     parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        [p for _, p in parameters], lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = _optimizer([p for _, p in parameters], config)
     teacher = Teacher(network, config.ema_decay) if config.ema_decay else None
     if teacher and steps.pseudo and pseudo is None:
         raise InvalidInputError("ema_decay: a teacher needs to know what it may trust, pass `pseudo` to train()")
@@ -109,6 +107,14 @@ def train(
         network.load_state_dict(teacher.network.state_dict())
     network.eval()
     return progress
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
@@ -210,10 +216,8 @@ def _save(
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     if teacher:
         tensors |= {f"teacher.{name}": tensor for name, tensor in teacher.network.state_dict().items()}
-    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        momentum = optimizer.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{index}"] = momentum
+    for index, state in optimizer.state_dict()["state"].items():  # momentum, or both moments and the step
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
     write_tensors(path, tensors, {"run": run, "step": str(step)})
 
 
@@ -240,7 +244,11 @@ def _resume(
             part.load_state_dict(
                 {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             )
-    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        if (momentum := tensors.get(f"momentum.{index}")) is not None:
-            optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+    parameters = optimizer.param_groups[0]["params"]
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, field = name.split(".")
+            # The step's count stays where AdamW keeps it, on the CPU.
+            device = "cpu" if field == "step" else parameters[int(index)].device
+            optimizer.state[parameters[int(index)]][field] = tensor.to(device)
     return int(metadata["step"])

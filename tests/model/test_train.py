@@ -97,6 +97,17 @@ def test_training_that_is_interrupted_again_and_again_ends_with_the_same_bits(im
     assert_same_bits(network.state_dict(), uninterrupted)
 
 
+def test_adamw_resumes_with_the_same_bits(images, tmp_path):
+    config = TrainingConfig.for_cpu(epochs=2, batch_size=1, checkpoint_every_steps=2)
+    network = tiny_network()
+    train(network, images, config)
+    with pytest.raises(InterruptionError):
+        train(tiny_network(), images, config, checkpoint=tmp_path / "c", on_step=interrupt_after(3))
+    resumed = tiny_network(seed=1)
+    train(resumed, images, config, checkpoint=tmp_path / "c")
+    assert_same_bits(resumed.state_dict(), network.state_dict())
+
+
 def test_another_seed_gives_other_weights(images, uninterrupted):
     network = tiny_network()
     train(network, images, TrainingConfig(epochs=1, batch_size=1, learning_rate=0.005, seed=1))
@@ -284,8 +295,7 @@ def test_the_rate_is_divided_by_ten_at_the_papers_milestones(epoch, expected):
     ],
 )
 def test_one_cycle_rises_and_falls_along_cosines(step, expected):
-    config = TrainingConfig.for_cpu()
-    assert config.learning_rate == 0.02
+    config = TrainingConfig.for_cpu(learning_rate=0.02)
     assert learning_rate(config, step, 101) == pytest.approx(expected)
 
 
