@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from model.calibration import reliability, true_ious
+from model.calibration import Calibration, calibrated, fit_calibration, reliability, true_ious
 from model.errors import InvalidInputError
 from tests.model.examples import detections, labeled_image, rectangle
 
@@ -128,3 +128,73 @@ def test_images_without_instances_or_detections_add_nothing(tmp_path):
     assert {name: column.shape for name, column in columns.items()} == dict.fromkeys(
         ("box_scores", "mask_scores", "box_ious", "mask_ious"), (0,)
     )
+
+
+# --- calibration after the fact
+
+
+def pairs(count, slope, intercept, *, noise=0.05, seed=0):
+    """Predicted IoUs and true ones that follow a known map of them, with noise."""
+    rng = np.random.default_rng(seed)
+    predicted = rng.uniform(0.3, 0.99, count)
+    true = Calibration(slope=slope, intercept=intercept)(predicted)
+    return predicted, np.clip(true + rng.normal(0, noise, count), 0, 1)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (0.5, -0.7), (2.0, 1.0)])
+def test_a_known_map_is_found_again(slope, intercept):
+    found = fit_calibration(*pairs(4000, slope, intercept, noise=0))
+    assert found.slope == pytest.approx(slope, abs=0.06)
+    assert found.intercept == pytest.approx(intercept, abs=0.06)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(0.5, -0.7), (2.0, 1.0), (1.0, -1.5)])
+def test_on_other_images_the_error_falls_and_the_order_stays(slope, intercept):
+    calibration = fit_calibration(*pairs(60, slope, intercept))
+    predicted, true = pairs(500, slope, intercept, seed=1)
+    before, after = reliability(predicted, true), reliability(calibration(predicted), true)
+    assert after.calibration_error < 0.5 * before.calibration_error
+    assert after.spearman == pytest.approx(before.spearman)
+
+
+def test_by_default_and_without_pairs_nothing_changes():
+    scores = np.array([0.01, 0.3, 0.99])
+    assert Calibration()(scores) == pytest.approx(scores)
+    assert fit_calibration(np.array([]), np.array([])) == Calibration()
+
+
+def test_the_minimum_is_where_the_gradient_vanishes():
+    predicted, true = pairs(40, 0.6, 0.4)
+    found = fit_calibration(predicted, true, prior=2.0)
+    residual = found(predicted) - true
+    logits = np.log(predicted / (1 - predicted))
+    assert (residual * logits).sum() + 2 * (found.slope - 1) == pytest.approx(0, abs=1e-3)
+    assert residual.sum() + 2 * found.intercept == pytest.approx(0, abs=1e-3)
+
+
+def test_few_pairs_change_little():
+    one = fit_calibration(np.array([0.9]), np.array([0.1]))
+    assert 0.4 < one(np.array([0.9]))[0] < 0.9
+
+
+def test_an_order_that_is_wrong_is_flattened_and_ends_stay_finite():
+    predicted = np.linspace(0, 1, 50)
+    calibration = fit_calibration(predicted, 1 - predicted)
+    assert calibration.slope == pytest.approx(0.05)
+    result = calibration(predicted)
+    assert ((result > 0) & (result < 1)).all()
+    assert (np.diff(result) >= 0).all()
+
+
+def test_detections_get_their_b_and_m_calibrated_each_by_its_own_map():
+    found = detections([[0, 0, 9, 9], [5, 5, 20, 20]], box_scores=[0.5, 0.8], mask_scores=[0.5, 0.9])
+    box, mask = Calibration(slope=1, intercept=1.0), Calibration(slope=2, intercept=-1.0)
+    result = calibrated(found, box=box, mask=mask)
+    assert result.box_scores.tolist() == box(found.box_scores).tolist()
+    assert result.mask_scores.tolist() == mask(found.mask_scores).tolist()
+    assert result.class_scores is found.class_scores
+
+
+def test_calibration_refuses_columns_that_do_not_fit():
+    with pytest.raises(InvalidInputError, match="same shape"):
+        fit_calibration(np.zeros(2), np.zeros(3))
