@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,13 +21,13 @@ from model.dataset import LabeledSet, fitting_anchors, image_tensor, input_hw, l
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.predict import detections_of
-from model.pseudo_labels import pseudo_labeled_image
+from model.pseudo_labels import class_thresholds, image_with_trusted
 from model.strategies import STRATEGIES, Observation
 from model.strategies.base import Sight
 from model.strategies.core_set import k_centre_greedy
 from model.train import Progress, train
 from model.tsp import EmptyImagePolicy
-from model.types import Detections, LabeledImage
+from model.types import Detections, FloatArray, LabeledImage
 from scripts.benchmark_lines import (
     FULL,
     Experiment,
@@ -148,7 +148,10 @@ class _Cycles:
         else:
             pseudo = [self._pseudo_from_json(item) for item in plan["pseudo"]]
             network, training = self._trained(
-                [*images, *pseudo], self.settings.training, _checkpoint(self.folder, number)
+                [*images, *pseudo],
+                self.settings.training,
+                _checkpoint(self.folder, number),
+                thresholds=plan.get("class_thresholds"),
             )
             measurements, evaluation = self._measured(network)
             seconds = {"training": training, "evaluation": evaluation}
@@ -190,11 +193,25 @@ class _Cycles:
         return build_model(self.settings.profile, classes, weights=self.settings.weights, **options)
 
     def _trained(
-        self, images: Sequence[LabeledImage], config: TrainingConfig, checkpoint: Path
+        self,
+        images: Sequence[LabeledImage],
+        config: TrainingConfig,
+        checkpoint: Path,
+        *,
+        thresholds: list[float] | None = None,
     ) -> tuple[MaskRCNNWithScores, Seconds | None]:
         network = self._built(self.network_options)
         stopwatch = _Stopwatch(checkpoint.with_suffix(".json"), config.checkpoint_every_steps)
-        train(network, images, config, checkpoint=checkpoint, device=self.device, on_step=stopwatch.on_step)
+        train(
+            network,
+            images,
+            config,
+            pseudo=self.settings.pseudo,
+            class_thresholds=None if thresholds is None else np.array(thresholds),
+            checkpoint=checkpoint,
+            device=self.device,
+            on_step=stopwatch.on_step,
+        )
         return network.eval(), stopwatch.seconds()
 
     def _shared_first_cycle(
@@ -265,20 +282,12 @@ class _Cycles:
         labelled = [image for image_id, image in self.small.items() if image_id in annotated]
         seed = self.name.seed * 1000 + number
         torch.manual_seed(seed)  # MC dropout draws; how the training went must not matter
-        pseudo: dict[str, LabeledImage] = {}
+        detections: dict[str, Detections] = {}
 
         def observe(image: LabeledImage) -> Observation:
             sight, found = self._look(network, image)
             if self.name.semi_supervised and image.image_id not in annotated:
-                labeled = pseudo_labeled_image(
-                    found,
-                    self.settings.pseudo,
-                    image_id=image.image_id,
-                    path=image.path,
-                    mask_threshold=self.mask_threshold,
-                )
-                if labeled is not None:
-                    pseudo[image.image_id] = labeled
+                detections[image.image_id] = found
             return strategy.observe(replace(sight, output=_counting(sight.output, selection.queue_threshold)))
 
         pool = _Observations(unlabelled, observe)
@@ -293,18 +302,51 @@ class _Cycles:
         )
         new_ids = [unlabelled[i].image_id for i in chosen]
         rest = {image.image_id: image for image in unlabelled if image.image_id not in new_ids}
-        kept = [pseudo[image_id] for image_id in rest if image_id in pseudo]
+        thresholds = self._class_thresholds(detections)
+        pseudo = self._pseudo_labeled([(rest[i], found) for i, found in detections.items() if i in rest], thresholds)
         plan = {
             "annotated": [*annotated_ids, *new_ids],
             "new": len(new_ids),
-            "pseudo": [{"image_id": p.image_id, "labels": p.labels.tolist(), "rles": list(p.rles)} for p in kept],
-            "pseudo_quality": pseudo_quality(kept, rest) if self.name.semi_supervised else None,
+            "pseudo": [_pseudo_to_json(image) for image in pseudo],
+            "class_thresholds": None if thresholds is None else thresholds.tolist(),
+            "pseudo_quality": pseudo_quality(pseudo, rest) if self.name.semi_supervised else None,
         }
         return plan, pool.summary(set(chosen.tolist()))
 
+    def _class_thresholds(self, detections: Mapping[str, Detections]) -> FloatArray | None:
+        """Sigma_c by class from all that was found in D_u, if the line wants that."""
+        if not self.settings.pseudo.class_wise_thresholds or not detections:
+            return None
+        scores = np.concatenate([found.class_scores for found in detections.values()])
+        labels = np.concatenate([found.labels for found in detections.values()])
+        return class_thresholds(scores, labels, self.settings.pseudo, num_classes=len(self.data.pool.class_names))
+
+    def _pseudo_labeled(
+        self, seen: Sequence[tuple[LabeledImage, Detections]], thresholds: FloatArray | None
+    ) -> list[LabeledImage]:
+        """D_semi: the images with trusted instances; with a teacher, which looks again, also those without."""
+        images = [
+            image_with_trusted(
+                found,
+                self.settings.pseudo,
+                image_id=image.image_id,
+                path=image.path,
+                mask_threshold=self.mask_threshold,
+                class_thresholds=thresholds,
+            )
+            for image, found in seen
+        ]
+        return [image for image in images if len(image.labels) or self.settings.training.ema_decay]
+
     def _pseudo_from_json(self, item: dict[str, Any]) -> LabeledImage:
-        image = self.small[item["image_id"]]
-        return replace(image, labels=np.array(item["labels"], dtype=np.int64), rles=tuple(item["rles"]), pseudo=True)
+        return replace(
+            self.small[item["image_id"]],
+            labels=np.array(item["labels"], dtype=np.int64),
+            rles=tuple(item["rles"]),
+            pseudo=True,
+            triplets=np.array(item["triplets"], dtype=np.float64).reshape(-1, 3),
+            ignored_boxes_xyxy=np.array(item["ignored"], dtype=np.float64).reshape(-1, 4),
+        )
 
 
 class _Observations(Sequence[Observation]):
@@ -341,6 +383,17 @@ class _Observations(Sequence[Observation]):
         for index, observation in self._known.items():
             parts["chosen" if index in chosen else "rest"].append(observation.score)
         return {part: _summary(scores) for part, scores in parts.items()}
+
+
+def _pseudo_to_json(image: LabeledImage) -> dict[str, Any]:
+    triplets, ignored = image.triplets, image.ignored_boxes_xyxy
+    return {
+        "image_id": image.image_id,
+        "labels": image.labels.tolist(),
+        "rles": list(image.rles),
+        "triplets": [] if triplets is None else triplets.tolist(),
+        "ignored": [] if ignored is None else ignored.tolist(),
+    }
 
 
 def _summary(scores: list[float | None]) -> dict[str, Any]:
