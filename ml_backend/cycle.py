@@ -26,11 +26,11 @@ from model.config import TrainingConfig
 from model.dataset import LabeledSet, load_image, read_coco, write_coco
 from model.errors import DatasetError, TSPError
 from model.evaluate import evaluate
-from model.files import read_tensors, write_json
+from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.predict import detect
 from model.registry import ModelCard
-from model.train import Progress, train
+from model.train import Progress, load_trained, train
 from model.types import Detections, LabeledImage
 
 
@@ -236,6 +236,5 @@ def _recipe(folder: Path) -> tuple[MaskRCNNWithScores, TrainingConfig]:
 
 def _trained_network(service: Service, folder: Path) -> MaskRCNNWithScores:
     network, _ = _recipe(folder)
-    tensors, _ = read_tensors(folder / "checkpoint.safetensors")
-    network.load_state_dict({k.removeprefix("network."): t for k, t in tensors.items() if k.startswith("network.")})
-    return network.eval().to(service.settings.torch_device())
+    load_trained(network, folder / "checkpoint.safetensors")
+    return network.to(service.settings.torch_device())

@@ -109,10 +109,15 @@ class Settings(BaseSettings):
     )
     epochs: int = _env("TSP_EPOCHS", 50, "passes over the annotated images in a cycle", ge=1)
     min_steps: int = _env("TSP_MIN_STEPS", 0, "a small set gets more epochs, until it has so many training steps", ge=0)
+    optimizer: Literal["adamw", "sgd"] = _env(
+        "TSP_OPTIMIZER", "adamw", "`sgd` is the paper's; `adamw` needs far fewer steps (docs/decisions/006)"
+    )
     schedule: Literal["step", "one_cycle"] = _env(
         "TSP_SCHEDULE", "one_cycle", "learning rate over time: `step` is the paper's, `one_cycle` needs fewer epochs"
     )
-    learning_rate: float = _env("TSP_LEARNING_RATE", 0.02, "peak learning rate (the paper: 0.001 with `step`)", gt=0)
+    learning_rate: float = _env(
+        "TSP_LEARNING_RATE", 0.001, "peak learning rate (the paper: 0.001 with `sgd` and `step`)", gt=0
+    )
     gradient_clip: float = _env("TSP_GRADIENT_CLIP", 5.0, "largest gradient norm; 0: gradients are not clipped", ge=0)
     images_per_step: int = _env("TSP_IMAGES_PER_STEP", 2, "annotated images in a training step", ge=1)
     checkpoint_steps: int = _env("TSP_CHECKPOINT_STEPS", 50, "training steps between checkpoints", ge=1)
@@ -244,6 +249,8 @@ class Settings(BaseSettings):
             epochs=self.epochs,
             min_steps=self.min_steps,
             batch_size=self.images_per_step,
+            optimizer=self.optimizer,
+            weight_decay=0.01 if self.optimizer == "adamw" else 1e-4,  # AdamW's is decoupled from the gradient
             schedule=self.schedule,
             learning_rate=self.learning_rate,
             milestones=(round(self.epochs * 0.9), round(self.epochs * 0.98)),  # the paper's 45 and 49 of 50

@@ -117,6 +117,14 @@ def _optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> 
     )
 
 
+def load_trained(network: MaskRCNNWithScores, checkpoint: Path) -> None:
+    """Load what a finished `train` left in its network from its checkpoint: the teacher's weights if there was one."""
+    tensors, _ = read_tensors(checkpoint)
+    prefix = "teacher." if any(name.startswith("teacher.") for name in tensors) else "network."
+    network.load_state_dict({n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)})
+    network.eval()
+
+
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
     """The rate of one of `steps` steps.
 

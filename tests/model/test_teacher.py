@@ -10,7 +10,7 @@ from model.config import PseudoLabelConfig, TrainingConfig
 from model.errors import CheckpointError, InvalidInputError
 from model.files import read_tensors
 from model.teacher import Teacher
-from model.train import train
+from model.train import load_trained, train
 from tests.model.examples import ellipse, image, labeled_image, rectangle, tiny_network
 from tests.model.test_train import InterruptionError, assert_same_bits, interrupt_after
 
@@ -129,6 +129,15 @@ def test_the_teacher_is_what_is_left_in_the_network(images, tmp_path):
     name = "roi_heads.box_predictor.cls_score.weight"
     assert torch.equal(network.state_dict()[name], tensors[f"teacher.{name}"])
     assert not torch.equal(tensors[f"network.{name}"], tensors[f"teacher.{name}"])
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, ema_decay=0.0)], ids=["a teacher", "no teacher"])
+def test_the_checkpoint_gives_the_network_that_training_left(images, tmp_path, config):
+    network, other = tiny_network(), tiny_network(seed=1)
+    train(network, images, config, pseudo=EVERYTHING, checkpoint=tmp_path / "c")
+    load_trained(other, tmp_path / "c")
+    assert_same_bits(other.state_dict(), network.state_dict())
+    assert not other.training
 
 
 def test_what_the_teacher_trusts_changes_the_weights(images, uninterrupted):
