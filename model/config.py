@@ -92,7 +92,8 @@ class TrainingConfig:
     epochs: int = 50
     min_steps: int = 0  # a small set gets more epochs, until it has so many steps; schedules stretch with them
     batch_size: int = 2
-    pseudo_batch_size: int = 1  # pseudo-labelled images added to each step while there are any
+    pseudo_batch_size: int = 1  # pseudo-labelled images added to a step while there are any ...
+    pseudo_every_steps: int = 1  # ... every so many steps; they count that many times, so that eq. 5 holds on average
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["step", "one_cycle"] = "step"
     learning_rate: float = 0.001
@@ -114,7 +115,7 @@ class TrainingConfig:
     loader_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "pseudo_batch_size", "checkpoint_every_steps"):
+        for name in ("epochs", "batch_size", "pseudo_batch_size", "pseudo_every_steps", "checkpoint_every_steps"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name, values in (

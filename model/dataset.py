@@ -159,8 +159,10 @@ class TrainingSteps(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         chosen = self._chosen(self.annotated, step, self.training.batch_size, stream=0)
-        if pseudo := self.pseudo if step >= self.teacher_from else self.labeled_pseudo:
-            chosen += self._chosen(pseudo, step, self.training.pseudo_batch_size, stream=1)
+        turn, waits = divmod(step, self.training.pseudo_every_steps)
+        pseudo = self.pseudo if step >= self.teacher_from else self.labeled_pseudo
+        if pseudo and not waits:
+            chosen += self._chosen(pseudo, turn, self.training.pseudo_batch_size, stream=1)
         flips = np.random.default_rng((self.training.seed, 2, step)).random(len(chosen)) < self.training.horizontal_flip
         samples = [training_sample(image, self.network, flip=bool(f)) for image, f in zip(chosen, flips, strict=True)]
         return [image for image, _ in samples], [target for _, target in samples]

@@ -142,11 +142,13 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
 def beta(config: TrainingConfig, step: int, steps: int) -> float:
     """Beta of eq. 5 at one of `steps` steps; with `ramp_up` it is beta exp(-5 (1 - t)^2) while t rises from 0 to 1.
 
-    t is the share of the ramp that has passed. Laine and Aila, "Temporal ensembling", ICLR 2017.
+    t is the share of the ramp that has passed. When only each n-th step has pseudo-labelled images, there it is n times
+    as large. Laine and Aila, "Temporal ensembling", ICLR 2017.
     """
+    full = config.beta * config.pseudo_every_steps
     if step >= config.ramp_up * steps:
-        return config.beta
-    return config.beta * math.exp(-5 * (1 - step / (config.ramp_up * steps)) ** 2)
+        return full
+    return full * math.exp(-5 * (1 - step / (config.ramp_up * steps)) ** 2)
 
 
 def _on(batch: Batch, device: str) -> Batch:

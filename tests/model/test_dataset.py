@@ -424,6 +424,12 @@ def test_each_step_is_joined_by_pseudo_labelled_images_that_take_turns(pictures)
     assert [Counter(seen[i : i + 3]) for i in (0, 3, 6)] == [Counter([74, 76, 78])] * 3
 
 
+def test_pseudo_labelled_images_may_join_only_some_steps_and_all_have_their_turn(pictures):
+    batches = steps(pictures, batch_size=2, pseudo_every_steps=3)
+    assert [len(batches[step][1]) for step in range(9)] == [3, 2, 2] * 3
+    assert Counter(widths(batches[step])[-1] for step in (0, 3, 6)) == Counter([74, 76, 78])
+
+
 def test_the_same_step_is_always_the_same_and_another_seed_another(pictures):
     def content(batch):
         return [tensor.numpy().tobytes() for tensor in batch[0]], [t["masks"].numpy().tobytes() for t in batch[1]]

@@ -320,6 +320,8 @@ def test_every_rate_of_a_run_lies_between_zero_and_the_given_one(schedule):
 )
 def test_beta_rises_along_a_sigmoid_ramp(ramp_up, step, share):
     assert beta(TrainingConfig(beta=0.05, ramp_up=ramp_up), step, 100) == pytest.approx(0.05 * share)
+    rare = TrainingConfig(beta=0.05, ramp_up=ramp_up, pseudo_every_steps=4)
+    assert beta(rare, step, 100) == pytest.approx(4 * 0.05 * share)
 
 
 def test_the_options_beyond_the_paper_are_off():
