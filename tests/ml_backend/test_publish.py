@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
+from ml_backend.order import queue_score
 from ml_backend.pool import read_scores, score_pool
-from ml_backend.publish import import_missing, publish, queue_score
+from ml_backend.publish import import_missing, publish
 from ml_backend.service import Service
 from model.tsp import EmptyImagePolicy
 from scripts.label_studio_server import LabelStudioServer
