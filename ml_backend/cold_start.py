@@ -173,7 +173,9 @@ def _features_file(service: Service, project_key: str) -> Path:
     """Its name tells what the features depend on, so that other settings do not find them."""
     settings = service.settings
     depends_on = json.dumps([settings.profile, settings.weights, settings.image_size])
-    return service.scores_folder(project_key) / f"cold-start-{hashlib.sha256(depends_on.encode()).hexdigest()[:8]}.jsonl"
+    return (
+        service.scores_folder(project_key) / f"cold-start-{hashlib.sha256(depends_on.encode()).hexdigest()[:8]}.jsonl"
+    )
 
 
 def _batch_file(service: Service, project_key: str) -> Path:

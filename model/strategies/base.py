@@ -112,9 +112,7 @@ class Strategy(ABC):
         """
         if not pool or count == 0:
             return np.array([], dtype=np.int64)
-        return self._choose(
-            Candidates(pool=pool, labelled=labelled, count=count, seed=seed, empty_policy=empty_policy)
-        )
+        return self._choose(Candidates(pool=pool, labelled=labelled, count=count, seed=seed, empty_policy=empty_policy))
 
     def _choose(self, candidates: Candidates) -> IntArray:
         """By score; strategies that choose a set override this. At least one image is in the pool and wanted."""
