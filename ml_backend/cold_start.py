@@ -119,7 +119,7 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
 
 
 def _choose(service: Service, project_key: str, tasks: Sequence[Task]) -> FirstBatch:
-    """Choose and freeze. Tasks that are annotated already count towards the batch, and the others keep away from them."""
+    """Choose and freeze. Tasks that are annotated already count towards the batch; the others keep away from them."""
     settings = service.settings
     annotated_tasks = {task.id for task in tasks if task.is_annotated}
     waiting = {task.id for task in tasks if not task.is_annotated and not task.skip_count}

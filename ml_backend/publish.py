@@ -146,8 +146,9 @@ def _replace_refused(
     left &= {task.id for task in client.tasks(project_id)}  # a task that was deleted meanwhile needs none
     if left:
         raise LabelStudioError(
-            f"project {project_id}: Label Studio stored no prediction of {order.version} for tasks {_some(sorted(left))}; "
-            "the old version stays. Look at Label Studio's log for the reason and start training again."
+            f"project {project_id}: Label Studio stored no prediction of {order.version} for tasks "
+            f"{_some(sorted(left))}; the old version stays. Look at Label Studio's log for the reason and start "
+            "training again."
         )
 
 
