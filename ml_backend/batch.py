@@ -7,7 +7,7 @@ import numpy as np
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.ls_format import Json
-from ml_backend.order import order_of
+from ml_backend.order import frozen_batch
 from ml_backend.pool import append_line, cut_unfinished_line, feature_of, is_validation, look_at, packed, read_scores
 from ml_backend.service import Service
 from model.dataset import read_coco
@@ -25,8 +25,8 @@ def choose_batch(service: Service, project_key: str, number: int, version: str, 
     log.facts({"strategy": strategy.name})
     if not strategy.chooses_a_set:
         return
-    path = service.batch_file(project_key, version)
-    if not path.exists():
+    batch = frozen_batch(service, project_key, version)
+    if batch is None:
         annotated = read_coco(service.cycle_folder(project_key, number) / "training.json", Path("/")).images
         labelled = _annotated(service, project_key, version, annotated, log) if strategy.compares_images else []
         log.stage("choosing the next batch")
@@ -38,8 +38,9 @@ def choose_batch(service: Service, project_key: str, number: int, version: str, 
             seed=_seed(service.settings.seed, version),
             empty_policy=service.settings.empty_policy,
         )
-        write_json(path, {"tasks": [pool[i]["task"] for i in chosen]})
-    log.facts({"batch": len(order_of(service, project_key, version).batch)})
+        batch = tuple(pool[i]["task"] for i in chosen)
+        write_json(service.batch_file(project_key, version), {"tasks": batch})
+    log.facts({"batch": len(batch)})
 
 
 def _candidates(service: Service, project_key: str, version: str, annotated: set[str]) -> list[Json]:

@@ -50,9 +50,11 @@ def prepare_first_batch(service: Service, project_key: str) -> Iterator[None]:
 
     Called again, it goes on where it was, and does nothing once the batch is published. Unreadable images are left out.
     """
+    batch = first_batch(service, project_key)
+    if batch is not None and batch.is_full and batch.is_published:
+        return
     project = service.project(project_key)
     tasks = list(service.label_studio.tasks(project.id))
-    batch = first_batch(service, project_key)
     if batch is None or (not batch.is_full and any(task.id > batch.newest_task for task in tasks)):
         yield from _observe(service, project_key, project, tasks)
         batch = _choose(service, project_key, tasks)

@@ -56,15 +56,20 @@ class QueueOrder:
 
 def order_of(service: Service, project_key: str, version: str) -> QueueOrder:
     """The order that a version makes of what it has scored, with the batch that was frozen for it, if one was."""
-    path = service.batch_file(project_key, version)
     lines = read_scores(service.scores_file(project_key, version))
     scored = [line["score"] for line in lines if line.get("score") is not None]
     return QueueOrder(
         version=version,
         validation_fraction=service.settings.validation_fraction,
         when_empty=empty_image_score(scored, service.settings.empty_policy),
-        batch=tuple(json.loads(path.read_text())["tasks"]) if path.exists() else (),
+        batch=frozen_batch(service, project_key, version) or (),
     )
+
+
+def frozen_batch(service: Service, project_key: str, version: str) -> tuple[int, ...] | None:
+    """The tasks that were chosen for the version, the first one first; None when none have been chosen."""
+    path = service.batch_file(project_key, version)
+    return tuple(json.loads(path.read_text())["tasks"]) if path.exists() else None
 
 
 def queue_score(line: Mapping[str, Any], *, validation_fraction: float, when_empty: float) -> float:
