@@ -1,7 +1,7 @@
 """What a strategy is: it looks at each image once, keeps a few numbers, and chooses from these."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -70,10 +70,9 @@ class Candidates:
         when_empty = empty_image_score(known, self.empty_policy)
         return np.array([when_empty if o.score is None else o.score for o in self.pool], dtype=np.float64)
 
-    @cached_property
-    def features(self) -> FloatArray:
-        """The features of the pool (P, F)."""
-        return np.stack([observation.feature for observation in self.pool])
+    def features(self, chosen: Iterable[int]) -> FloatArray:
+        """The features of some images of the pool, by their indices, (K, F)."""
+        return np.stack([self.pool[i].feature for i in chosen])
 
     @cached_property
     def centres(self) -> FloatArray | None:

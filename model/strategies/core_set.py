@@ -21,7 +21,8 @@ class CoreSet(Strategy):
         return Observation(score=uncertainty(sight), feature=sight.feature)
 
     def _choose(self, candidates: Candidates) -> IntArray:
-        return k_centre_greedy(candidates.features, candidates.centres, candidates.count)
+        everything = candidates.features(range(len(candidates.pool)))
+        return k_centre_greedy(everything, candidates.centres, candidates.count)
 
 
 def k_centre_greedy(features: FloatArray, centres: FloatArray | None, count: int) -> IntArray:

@@ -16,4 +16,4 @@ class Hybrid(TSP):
 
     def _choose(self, candidates: Candidates) -> IntArray:
         uncertain = candidates.lowest(self.candidates * candidates.count)
-        return uncertain[k_centre_greedy(candidates.features[uncertain], candidates.centres, candidates.count)]
+        return uncertain[k_centre_greedy(candidates.features(uncertain), candidates.centres, candidates.count)]
