@@ -82,7 +82,7 @@ def read_scores(path: Path) -> Iterator[Json]:
 
 
 def append_line(file: IO[str], line: Json) -> None:
-    """Add a line that a crash cannot take away, once it is whole."""
+    """Add a line; a process that is killed after this does not take it away."""
     file.write(json.dumps(line, allow_nan=False) + "\n")
     file.flush()
 
@@ -110,7 +110,9 @@ def look_at(
     """What a version sees in an image: what its strategy keeps of it, and all detections."""
     sight, detections = look(network, load_image(path), queue_threshold=service.settings.queue_threshold)
     if network.config.dropout > 0:
-        torch.manual_seed(int(image_sha256[:15], 16))  # an image gets the same score whenever it is looked at
+        # An image gets the same score whenever it is looked at. Nowhere else: a training of another project may be
+        # drawing from the same generator in another thread.
+        torch.manual_seed(int(image_sha256[:15], 16))
     return STRATEGIES[card.strategy].observe(sight), detections
 
 
