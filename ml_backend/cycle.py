@@ -1,6 +1,7 @@
 """One cycle of Algorithm 1: snapshot, train, evaluate. Every stage can be repeated: it finds what it had done.
 
-The pool is scored in pool.py and published in publish.py; worker.py makes the sequence of stages durable.
+The pool is scored in pool.py, the next batch chosen in batch.py, both published in publish.py; worker.py makes the
+sequence of stages durable.
 """
 
 import hashlib
@@ -119,6 +120,7 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
         log.progress(len(found), len(validation.images))
     result = evaluate(found, validation.images, training.class_names, mask_threshold=network.config.mask_threshold)
     log.facts({"metrics": asdict(result)})
+    recipe = json.loads((folder / "recipe.json").read_text())
     card = ModelCard(
         version=version,
         network=network.config.to_json(),
@@ -127,7 +129,8 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
         parent=service.registry.active(project_key),
         data_fingerprint=_sha256((folder / "training.json").read_bytes()),
         metrics=asdict(result),
-        training=json.loads((folder / "recipe.json").read_text())["training"],
+        training=recipe["training"],
+        strategy=recipe.get("strategy", "tsp"),  # older releases knew no other
     )
     service.registry.add(project_key, card, network)
 
@@ -166,6 +169,7 @@ def _freeze_recipe(service: Service, number: int, folder: Path, training: Labele
         "profile": settings.profile,
         "num_classes": len(training.class_names) + 1,
         "weights": settings.weights,
+        "strategy": settings.strategy,
         "options": settings.network_options(training.images),
         "training": asdict(settings.training()),
     }

@@ -1,12 +1,15 @@
 """The unlabelled images D_u: what a version sees in each, how uncertain it is, and what it would teach itself."""
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+import torch
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError
@@ -18,22 +21,22 @@ from model.dataset import load_image
 from model.duplicates import distinct
 from model.errors import DatasetError
 from model.network import MaskRCNNWithScores
-from model.predict import detect
 from model.pseudo_labels import pseudo_labeled_image
 from model.registry import ModelCard
-from model.tsp import image_score, instance_scores
-from model.types import Detections
+from model.strategies import STRATEGIES, Observation, look
+from model.types import Detections, FloatArray
 
 
 def score_pool(service: Service, project_key: str, version: str, log: CycleLog | None = None) -> int:
     """Look at every task without annotation that this version has not seen; returns how many it looked at now.
 
-    What is found goes line by line into the version's scores file: S, the prediction, the trusted pseudo labels.
+    What is found goes line by line into the version's scores file: the score of its strategy (S for TSP), the
+    prediction, the trusted pseudo labels.
     """
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     path = service.scores_file(project_key, version)
-    _cut_unfinished_line(path)
+    cut_unfinished_line(path)
     seen = {line["task"] for line in read_scores(path)}
     waiting = [t for t in service.label_studio.tasks(project.id) if not t.is_annotated and t.id not in seen]
     if log:
@@ -56,8 +59,7 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
                 problems.append(str(error))
                 line = {"task": task.id, "problem": str(error)}
             empty += line.get("instances") == 0
-            lines.write(json.dumps(line, allow_nan=False) + "\n")
-            lines.flush()
+            append_line(lines, line)
             if log:
                 log.progress(done, len(waiting))
     if log:
@@ -77,6 +79,41 @@ def read_scores(path: Path) -> Iterator[Json]:
     if path.exists():
         with path.open("rb") as file:
             yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+
+
+def append_line(file: IO[str], line: Json) -> None:
+    """Add a line; a process that is killed after this does not take it away."""
+    file.write(json.dumps(line, allow_nan=False) + "\n")
+    file.flush()
+
+
+def cut_unfinished_line(path: Path) -> None:
+    """Remove a last line that a crash cut off, so that the next one starts on a line of its own."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+
+
+def packed(feature: FloatArray) -> str:
+    """A feature (F,) as text for a line: base64 of little-endian float32, a quarter of what digits would take."""
+    return base64.b64encode(feature.astype("<f4").tobytes()).decode()
+
+
+def feature_of(text: str) -> FloatArray:
+    """The inverse of `packed`."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)
+
+
+def look_at(
+    service: Service, network: MaskRCNNWithScores, card: ModelCard, *, path: Path, image_sha256: str
+) -> tuple[Observation, Detections]:
+    """What a version sees in an image: what its strategy keeps of it, and all detections."""
+    sight, detections = look(network, load_image(path), queue_threshold=service.settings.queue_threshold)
+    if network.config.dropout > 0:
+        # An image gets the same score whenever it is looked at. Nowhere else: a training of another project may be
+        # drawing from the same generator in another thread.
+        torch.manual_seed(int(image_sha256[:15], 16))
+    return STRATEGIES[card.strategy].observe(sight), detections
 
 
 def detections_for_people(
@@ -99,13 +136,6 @@ def detections_for_people(
     return shown.select(distinct(shown, mask_threshold=mask_threshold))
 
 
-def uncertainty(detections: Detections, queue_threshold: float) -> float | None:
-    """S of eq. 3 over the detections whose class score reaches the threshold; None when there are none."""
-    counted = detections.select(detections.class_scores >= queue_threshold)
-    scores = instance_scores(counted.class_scores, counted.box_scores, counted.mask_scores)
-    return image_score(scores) if len(scores) else None
-
-
 def is_validation(image_sha256: str, fraction: float) -> bool:
     """The frozen split: an image measures, and never trains, by a hash of its bytes, in every cycle alike."""
     return int(hashlib.sha256(f"validation {image_sha256}".encode()).hexdigest()[:8], 16) / 2**32 < fraction
@@ -119,10 +149,10 @@ def _seen(
     task_id: int,
     fetched: FetchedImage,
 ) -> Json:
-    """One line of the scores file. `score` is S of eq. 3 over the `instances` whose class score reaches `threshold`."""
+    """One line of the scores file. `score` is the strategy's (S of eq. 3 for TSP and for strategies that have none of
+    their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
     settings = service.settings
-    detections = next(detect(network, [load_image(fetched.path)]))
-    score = uncertainty(detections, settings.queue_threshold)
+    observation, detections = look_at(service, network, card, path=fetched.path, image_sha256=fetched.sha256)
     shown = detections_for_people(
         detections,
         config,
@@ -137,12 +167,12 @@ def _seen(
         path=fetched.path,
         mask_threshold=network.config.mask_threshold,
     )
-    return {
+    line: Json = {
         "task": task_id,
         "image": fetched.sha256,
         "path": str(fetched.path),
         "image_hw": list(fetched.image_hw),
-        "score": score,
+        "score": observation.score,
         "threshold": settings.queue_threshold,
         "instances": int((detections.class_scores >= settings.queue_threshold).sum()),
         "result": prediction(
@@ -156,10 +186,6 @@ def _seen(
         "pseudo": pseudo
         and {"labels": [card.class_names[label - 1] for label in pseudo.labels.tolist()], "rles": list(pseudo.rles)},
     }
-
-
-def _cut_unfinished_line(path: Path) -> None:
-    """Remove a last line that a crash cut off, so that the next one starts on a line of its own."""
-    if path.exists():
-        with path.open("rb+") as file:
-            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+    if STRATEGIES[card.strategy].compares_images:
+        line["feature"] = packed(observation.feature)
+    return line

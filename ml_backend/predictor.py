@@ -8,13 +8,11 @@ from typing import Any
 from ml_backend.errors import ImageError
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, empty_prediction, image_uri, prediction
-from ml_backend.pool import detections_for_people, uncertainty
-from ml_backend.publish import queue_score, score_when_empty
+from ml_backend.order import QueueOrder, order_of
+from ml_backend.pool import detections_for_people, look_at
 from ml_backend.service import Service
-from model.dataset import load_image
 from model.errors import DatasetError
 from model.network import MaskRCNNWithScores
-from model.predict import detect
 from model.registry import ModelCard
 
 logger = logging.getLogger(__name__)
@@ -28,7 +26,7 @@ class Predictor:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._lock = threading.Lock()
-        self._loaded: dict[str, tuple[MaskRCNNWithScores, ModelCard, float]] = {}
+        self._loaded: dict[str, tuple[MaskRCNNWithScores, ModelCard, QueueOrder]] = {}
 
     def version(self, project_key: str) -> str:
         """The version that `predict` would use now. The registry is asked each time: the worker may have switched."""
@@ -44,17 +42,17 @@ class Predictor:
         if version == UNTRAINED:
             return [empty_prediction(UNTRAINED) for _ in tasks]
         with self._lock:
-            network, card, when_empty = self._load(project_key, version)
-            return [self._predict_task(task, network, card, config, when_empty) for task in tasks]
+            network, card, order = self._load(project_key, version)
+            return [self._predict_task(task, network, card, config, order) for task in tasks]
 
-    def _load(self, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard, float]:
-        """The version, and the score it gives an image without detections."""
+    def _load(self, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard, QueueOrder]:
+        """The version, and the order in which it has put the queue."""
         loaded = self._loaded.get(project_key)
         if loaded is None or loaded[1].version != version:
             logger.info("project %s: loading version %s", project_key, version)
             network, card = self._service.registry.load(project_key, version)
-            when_empty = score_when_empty(self._service, project_key, version)
-            loaded = network.to(self._service.settings.torch_device()), card, when_empty
+            order = order_of(self._service, project_key, version)
+            loaded = network.to(self._service.settings.torch_device()), card, order
             self._loaded[project_key] = loaded
         return loaded
 
@@ -64,12 +62,12 @@ class Predictor:
         network: MaskRCNNWithScores,
         card: ModelCard,
         config: LabelConfig,
-        when_empty: float,
+        order: QueueOrder,
     ) -> Json:
-        settings = self._service.settings
+        settings, task_id = self._service.settings, task.get("id", 0)
         try:
-            fetched = self._service.images.fetch(task_id=task.get("id", 0), uri=image_uri(task, config))
-            found = next(detect(network, [load_image(fetched.path)]))
+            fetched = self._service.images.fetch(task_id=task_id, uri=image_uri(task, config))
+            seen, found = look_at(self._service, network, card, path=fetched.path, image_sha256=fetched.sha256)
         except (ImageError, DatasetError) as error:
             logger.warning("%s", error)
             return empty_prediction(card.version, score=1.0)
@@ -83,11 +81,7 @@ class Predictor:
             ),
             config,
             model_version=card.version,
-            score=queue_score(
-                {"image": fetched.sha256, "score": uncertainty(found, settings.queue_threshold)},
-                validation_fraction=settings.validation_fraction,
-                when_empty=when_empty,
-            ),
+            score=order.answer_score({"task": task_id, "image": fetched.sha256, "score": seen.score}),
             mask_threshold=network.config.mask_threshold,
             max_vertices=settings.max_vertices,
         )

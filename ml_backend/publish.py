@@ -3,22 +3,21 @@
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import LabelStudioError, LabelStudioUnavailableError
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_format import Json, empty_prediction, for_task
-from ml_backend.pool import is_validation, read_scores
+from ml_backend.order import POOL, QueueOrder, order_of
+from ml_backend.pool import read_scores
 from ml_backend.service import Service
-from model.tsp import empty_image_score
 
 logger = logging.getLogger(__name__)
 
-_OUR_VERSION = re.compile(r"tsp-\d+-[0-9a-f]{8}")  # those of others are left alone
+_OUR_VERSION = re.compile(rf"tsp-\d+-[0-9a-f]{{8}}({re.escape(POOL)})?")  # those of others are left alone
 _LINES_AN_IMPORT = 2000
-_LAST = 1.0  # the score that is served last
 
 
 def publish(service: Service, project_key: str, version: str, log: CycleLog) -> None:
@@ -37,7 +36,7 @@ def publish(service: Service, project_key: str, version: str, log: CycleLog) -> 
     client.set_model_version(project_id, version)
     service.registry.activate(project_key, version)
     for old in sorted(versions):
-        if _OUR_VERSION.fullmatch(old) and old != version:
+        if _OUR_VERSION.fullmatch(old) and old not in (version, version + POOL):
             log.stage(f"removing the predictions of {old}")
             client.delete_model_version(project_id, old)
 
@@ -47,19 +46,30 @@ def import_missing(service: Service, project_key: str, version: str, log: CycleL
 
     LabelStudioError when Label Studio did not take all of them.
     """
-    client, project_id = service.label_studio, service.project(project_key).id
     path = service.scores_file(project_key, version)
-    have = _settled_task_ids(service, project_id, version)
+    order = order_of(service, project_key, version)
+    return import_lines(service, service.project(project_key).id, order, lambda: read_scores(path), log)
+
+
+def import_lines(
+    service: Service,
+    project_id: int,
+    order: QueueOrder,
+    lines: Callable[[], Iterable[Json]],
+    log: CycleLog | None = None,
+) -> int:
+    """`import_missing` for these lines (asked for several times, since all of them may not fit into the memory)."""
+    client = service.label_studio
+    have = _settled_task_ids(service, project_id, order.versions)
     there = {task.id for task in client.tasks(project_id)}
-    wanted = {line["task"] for line in read_scores(path)} & there
+    wanted = {line["task"] for line in lines()} & there
     missing = wanted - have
     if log:
         log.stage("publishing predictions", total=len(missing))
-    when_empty = score_when_empty(service, project_key, version)
     done, scores = 0, dict[int, float]()
-    pending = (line for line in read_scores(path) if line["task"] in missing)
+    pending = (line for line in lines() if line["task"] in missing)
     while chunk := list(islice(pending, _LINES_AN_IMPORT)):
-        predictions = [_prediction(service, line, version, when_empty) for line in chunk]
+        predictions = [_prediction(order, line) for line in chunk]
         scores |= {prediction["task"]: prediction["score"] for prediction in predictions}
         created = _import_existing(service, project_id, predictions)
         if created != len(predictions):
@@ -68,34 +78,20 @@ def import_missing(service: Service, project_key: str, version: str, log: CycleL
         if log:
             log.progress(done, len(missing))
     if missing:
-        _replace_refused(service, project_id, version, missing, scores)
-    if client.model_versions(project_id).get(version, 0) > len(wanted):
+        _replace_refused(service, project_id, order, missing, scores)
+    counts = client.model_versions(project_id)
+    stored = [version for version in order.versions if version in counts]
+    if sum(counts[version] for version in stored) > len(wanted):
         # An import that broke off had gone on in Label Studio unseen, and its tasks have two predictions now.
-        logger.warning("project %s: %s was imported twice in part; it is imported anew", project_id, version)
-        client.delete_model_version(project_id, version)
-        return import_missing(service, project_key, version, log)
+        logger.warning("project %s: %s was imported twice in part; it is imported anew", project_id, order.version)
+        for version in stored:
+            client.delete_model_version(project_id, version)
+        return import_lines(service, project_id, order, lines, log)
     return len(missing)
 
 
-def queue_score(line: Json, *, validation_fraction: float, when_empty: float) -> float:
-    """The score by which Label Studio serves a task, the lowest first: S of eq. 3.
-
-    Images that will only measure the model, and those that could not be read, come last: they cannot teach it anything.
-    """
-    if "problem" in line or is_validation(line["image"], validation_fraction):
-        return _LAST
-    return float(when_empty if line["score"] is None else line["score"])
-
-
-def score_when_empty(service: Service, project_key: str, version: str) -> float:
-    """The score that TSP_EMPTY_POLICY gives an image without detections, among those that the version has scored."""
-    lines = read_scores(service.scores_file(project_key, version))
-    scored = [line["score"] for line in lines if line.get("score") is not None]
-    return empty_image_score(scored, service.settings.empty_policy)
-
-
-def _prediction(service: Service, line: Json, version: str, when_empty: float) -> Json:
-    score = queue_score(line, validation_fraction=service.settings.validation_fraction, when_empty=when_empty)
+def _prediction(order: QueueOrder, line: Json) -> Json:
+    version, score = order.version_of(line["task"]), order.score_of(line)
     if "problem" in line:
         return for_task(empty_prediction(version, score=score), line["task"])
     return for_task({"model_version": version, "score": score, "result": line["result"]}, line["task"])
@@ -116,37 +112,43 @@ def _import_existing(service: Service, project_id: int, predictions: list[Json])
         return client.import_predictions(project_id, left)
 
 
-def _settled_task_ids(service: Service, project_id: int, version: str) -> frozenset[int]:
-    """The tasks that carry the version, once no import that broke off here is still going on in Label Studio."""
-    have = service.label_studio.predicted_task_ids(project_id, version)
+def _settled_task_ids(service: Service, project_id: int, versions: Iterable[str]) -> frozenset[int]:
+    """The tasks that carry a version, once no import that broke off here is still going on in Label Studio."""
+    have = _predicted_task_ids(service, project_id, versions)
     while have:
         time.sleep(2)
-        now = service.label_studio.predicted_task_ids(project_id, version)
+        now = _predicted_task_ids(service, project_id, versions)
         if now == have:
             break
         have = now
     return have
 
 
+def _predicted_task_ids(service: Service, project_id: int, versions: Iterable[str]) -> frozenset[int]:
+    return frozenset().union(*(service.label_studio.predicted_task_ids(project_id, v) for v in versions))
+
+
 def _replace_refused(
-    service: Service, project_id: int, version: str, imported: set[int], scores: Mapping[int, float]
+    service: Service, project_id: int, order: QueueOrder, imported: set[int], scores: Mapping[int, float]
 ) -> None:
     """Label Studio drops what it finds invalid without a word; such a task gets a prediction without regions."""
     client = service.label_studio
-    unpredicted = imported - client.predicted_task_ids(project_id, version)
+    unpredicted = imported - _predicted_task_ids(service, project_id, order.versions)
     if not unpredicted:
         return
     refused = sorted(unpredicted & {task.id for task in client.tasks(project_id)})  # the others were deleted meanwhile
     if not refused:
         return
     logger.error("project %s: Label Studio refused the predictions of tasks %s", project_id, _some(refused))
-    client.import_predictions(project_id, [for_task(empty_prediction(version, score=scores[t]), t) for t in refused])
-    left = set(refused) - client.predicted_task_ids(project_id, version)
+    empty = [for_task(empty_prediction(order.version_of(task), score=scores[task]), task) for task in refused]
+    client.import_predictions(project_id, empty)
+    left = set(refused) - _predicted_task_ids(service, project_id, order.versions)
     left &= {task.id for task in client.tasks(project_id)}  # a task that was deleted meanwhile needs none
     if left:
         raise LabelStudioError(
-            f"project {project_id}: Label Studio stored no prediction of {version} for tasks {_some(sorted(left))}; "
-            "the old version stays. Look at Label Studio's log for the reason and start training again."
+            f"project {project_id}: Label Studio stored no prediction of {order.version} for tasks "
+            f"{_some(sorted(left))}; the old version stays. Look at Label Studio's log for the reason and start "
+            "training again."
         )
 
 

@@ -10,6 +10,7 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
 from ml_backend import inbox
+from ml_backend.cold_start import first_batch
 from ml_backend.db import UNFINISHED, CycleRow, Database, EventRow, ProjectRow, UsedTaskRow, utc_now
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project
 from ml_backend.planner import Decision, Situation, plan
@@ -66,16 +67,19 @@ def _cycles(database: Database, project_key: str) -> tuple[int, bool]:
 
 
 def _repair_queue(service: Service, project_key: str, project: Project) -> None:
-    """Random order before the first version (Label Studio's own default is the order of import), then the active
-    version's: somebody may have deleted a version, which makes Label Studio forget the one it showed."""
-    client, active = service.label_studio, service.registry.active(project_key)
-    if active is None:
+    """Random order before the first version (Label Studio's own default is the order of import), or that of a first
+    batch, then the active version's: somebody may have deleted a version, which makes Label Studio forget the one it
+    showed."""
+    client, version = service.label_studio, service.registry.active(project_key)
+    if version is None:
         if project.sampling != UNCERTAINTY_SAMPLING:
             client.update_project(project.id, sampling=UNCERTAINTY_SAMPLING)
-    elif project.model_version != active and unfinished_cycle(service.database, project_key) is None:
+        batch = first_batch(service, project_key)
+        version = batch.version if batch else None
+    if version and project.model_version != version and unfinished_cycle(service.database, project_key) is None:
         versions = client.model_versions(project.id)
-        if active in versions and project.model_version not in versions:
-            client.set_model_version(project.id, active)
+        if version in versions and project.model_version not in versions:
+            client.set_model_version(project.id, version)
 
 
 def _plan_cycle(database: Database, project_key: str, number: int, reason: str, handled: Sequence[int] = ()) -> None:

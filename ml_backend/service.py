@@ -63,4 +63,16 @@ class Service:
 
     def scores_file(self, project_key: str, version: str) -> Path:
         """What a version saw in each unlabelled image, one JSON line for each task."""
-        return self.settings.model_dir / "scores" / project_key / f"{version}.jsonl"
+        return self.scores_folder(project_key) / f"{version}.jsonl"
+
+    def annotated_file(self, project_key: str, version: str) -> Path:
+        """What a version saw in the images it was trained on, for strategies that compare images; one line each."""
+        return self.scores_folder(project_key) / f"{version}.annotated.jsonl"
+
+    def batch_file(self, project_key: str, version: str) -> Path:
+        """The tasks that were chosen as a version's batch, for strategies that choose a set."""
+        return self.scores_folder(project_key) / f"{version}.batch.json"
+
+    def scores_folder(self, project_key: str) -> Path:
+        """Where a project's versions keep what they saw."""
+        return self.settings.model_dir / "scores" / project_key

@@ -15,6 +15,7 @@ from ml_backend.errors import SettingsError
 from model.config import NetworkConfig, Profile, PseudoLabelConfig, TrainingConfig
 from model.dataset import fitting_anchors
 from model.errors import InvalidInputError
+from model.strategies import STRATEGIES
 from model.tsp import EmptyImagePolicy
 from model.types import LabeledImage
 
@@ -60,6 +61,17 @@ class Settings(BaseSettings):
         "TSP_VALIDATION_FRACTION", 0.2, "share of the images, by a hash of their bytes, that only measure", ge=0, lt=1
     )
     semi_supervised: bool = _env("TSP_SEMI_SUPERVISED", True, "also learn from images that nobody has labelled yet")
+    strategy: str = _env(
+        "TSP_STRATEGY",
+        "tsp",
+        "which images people get first: tsp, random, mc_dropout, core_set, class_entropy, learning_loss, "
+        "tsp_without_box, tsp_without_box_and_mask, hybrid",
+    )
+    cold_start: Literal["random", "spread"] = _env(
+        "TSP_COLD_START",
+        "random",
+        "the first batch: `random`, or `spread` over what the pretrained network sees in the images",
+    )
     beta: float = _env("TSP_BETA", 0.01, "weight of the pseudo-label loss (eq. 5)", ge=0)
     class_threshold: float = _env("TSP_CLASS_THRESHOLD", 0.9, "sigma_c: class score a pseudo label needs", ge=0, le=1)
     box_threshold: float = _env("TSP_BOX_THRESHOLD", 0.9, "sigma_b: box score a pseudo label needs", ge=0, le=1)
@@ -82,7 +94,7 @@ class Settings(BaseSettings):
     queue_threshold: float = _env(
         "TSP_QUEUE_THRESHOLD",
         0.2,
-        "class score from which a detection counts in S (eq. 3), the order of the queue",
+        "class score from which a detection counts in an image's score (S, eq. 3), the order of the queue",
         ge=0,
         le=1,
     )
@@ -156,6 +168,13 @@ class Settings(BaseSettings):
         if url and not url.startswith(("sqlite:///", "postgres://", "postgresql://", "postgresql+psycopg://")):
             raise ValueError("expected postgresql://user:password@host/database or sqlite:////absolute/path")
         return url
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategy(cls, strategy: str) -> str:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"expected one of {', '.join(STRATEGIES)}")
+        return strategy
 
     @field_validator("device")
     @classmethod
@@ -232,6 +251,7 @@ class Settings(BaseSettings):
         options: dict[str, Any] = {
             "score_threshold": self.score_threshold,
             "detections_per_image": self.detections_per_image or max(100, 2 * most),
+            **STRATEGIES[self.strategy].network_options,
         }
         if self.image_size is not None:
             options |= {"min_size": self.image_size, "max_size": 2 * self.image_size}

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import IO
 
@@ -18,6 +19,8 @@ from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, DBOSPortableJSONSeria
 from sqlalchemy import select
 
 from ml_backend import cycle, inbox
+from ml_backend.batch import choose_batch
+from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import UNFINISHED, CycleRow, ProjectRow
 from ml_backend.errors import LabelStudioUnavailableError, SettingsError
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 QUEUE = "cycles"
 _LOOK_EVERY_SECONDS = 1.0
 _WAIT_FOR_LABEL_STUDIO_SECONDS = 15.0
+_FIRST_BATCH_SECONDS = 5.0  # how long a project without a version is worked on before the others have their turn
 _STILL_GOING = ("PENDING", "ENQUEUED", "DELAYED")  # of a workflow
 _CHANGE_THE_POOL = {"TASKS_CREATED", "ANNOTATIONS_DELETED"}  # what may leave a task without a prediction
 _TRY_AGAIN = "Press Start Training in Label Studio to try again."
@@ -69,6 +73,7 @@ class DurableCycles(DBOSConfiguredInstance):
             self.train(project_key, number)
             self.evaluate(project_key, number, version)
             self.score(project_key, number, version)
+            self.choose(project_key, number, version)
             self.publish(project_key, number, version)
         except Exception as error:  # whatever it was, people must see it
             logger.exception("project %s: cycle %d failed", project_key, number)
@@ -97,6 +102,10 @@ class DurableCycles(DBOSConfiguredInstance):
         score_pool(self._service, project_key, version, self._log(project_key, number))
 
     @_durable_step
+    def choose(self, project_key: str, number: int, version: str) -> None:
+        choose_batch(self._service, project_key, number, version, self._log(project_key, number))
+
+    @_durable_step
     def publish(self, project_key: str, number: int, version: str) -> None:
         publish(self._service, project_key, version, self._log(project_key, number))
 
@@ -113,6 +122,7 @@ class Worker:
         self._next_look: dict[str, float] = {}
         self._pause_until: dict[str, float] = {}  # after trouble, so that it is not asked for every second
         self._published: set[str] = set()  # projects in which every task that was scored has its prediction
+        self._first_batches: dict[str, Iterator[None]] = {}  # those that are being prepared
 
     def run(self) -> None:
         """Never returns."""
@@ -131,24 +141,28 @@ class Worker:
     def _look_after(self, project_key: str) -> None:
         """One project's turn; trouble with it is shown on the dashboard and does not reach the others."""
         self._resume_cycles(project_key)
-        due = time.monotonic() >= self._next_look.get(project_key, 0.0)
-        if not due and not inbox.has_new(self._service.database, project_key):
-            return
         if time.monotonic() < self._pause_until.get(project_key, 0.0):
             return
-        actions = {action for _, action in inbox.unhandled(self._service.database, project_key)}
-        self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
         try:
-            decision = reconcile(self._service, project_key)
-            logger.debug("project %s: %s", project_key, decision.reason)
-            self._resume_cycles(project_key)
-            if unfinished_cycle(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
-                self._predict_new_tasks(project_key)
+            due = time.monotonic() >= self._next_look.get(project_key, 0.0)
+            if due or inbox.has_new(self._service.database, project_key):
+                self._look(project_key, due=due)
+            self._go_on_with_first_batch(project_key)
         except Exception as error:  # whatever it was, people must see it, and the other projects have their turn
             logger.warning("project %s: %s", project_key, error, exc_info=not isinstance(error, TSPError))
             with self._service.database.session() as session:
                 session.get_one(ProjectRow, project_key).problem = _in_words(error)
             self._pause_until[project_key] = time.monotonic() + _WAIT_FOR_LABEL_STUDIO_SECONDS
+
+    def _look(self, project_key: str, *, due: bool) -> None:
+        """Compare with Label Studio, and do what follows from it."""
+        actions = {action for _, action in inbox.unhandled(self._service.database, project_key)}
+        self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
+        decision = reconcile(self._service, project_key)
+        logger.debug("project %s: %s", project_key, decision.reason)
+        self._resume_cycles(project_key)
+        if unfinished_cycle(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
+            self._predict_new_tasks(project_key)
 
     def _resume_cycles(self, project_key: str) -> None:
         """Hand unfinished cycles to the workflow engine, which runs each once by its id, however often this is done.
@@ -174,12 +188,27 @@ class Worker:
         """Tasks that were imported, or lost their annotation, since the last cycle join the queue of its version."""
         version = self._service.registry.active(project_key)
         if version is None:
+            if self._service.settings.cold_start == "spread" and project_key not in self._first_batches:
+                self._first_batches[project_key] = prepare_first_batch(self._service, project_key)
             return
         if score_pool(self._service, project_key, version):
             self._published.discard(project_key)
         if project_key not in self._published:  # scored just now, or before an import that broke off
             import_missing(self._service, project_key, version)
             self._published.add(project_key)
+
+    def _go_on_with_first_batch(self, project_key: str) -> None:
+        """A few seconds' work, so that annotations are noticed meanwhile; the first cycle makes the rest needless."""
+        steps = self._first_batches.pop(project_key, None)
+        if steps is None or unfinished_cycle(self._service.database, project_key) is not None:
+            return
+        if self._service.registry.active(project_key) is not None:
+            return
+        deadline = time.monotonic() + _FIRST_BATCH_SECONDS
+        for _ in steps:
+            if time.monotonic() >= deadline:
+                self._first_batches[project_key] = steps
+                return
 
     def _projects(self) -> list[str]:
         with self._service.database.session() as session:

@@ -32,6 +32,7 @@ class ModelCard:
     data_fingerprint: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    strategy: str = "tsp"  # of `model.strategies`: how its queue is ordered
 
 
 class Registry:

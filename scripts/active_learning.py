@@ -17,13 +17,11 @@ import numpy as np
 import torch
 
 from model.config import NetworkConfig, TrainingConfig
-from model.dataset import LabeledSet, fitting_anchors, image_tensor, input_hw, load_image
+from model.dataset import LabeledSet, fitting_anchors, load_image
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
-from model.predict import detections_of
 from model.pseudo_labels import class_thresholds, image_with_trusted
-from model.strategies import STRATEGIES, Observation
-from model.strategies.base import Sight
+from model.strategies import STRATEGIES, Observation, Sight, look
 from model.strategies.core_set import k_centre_greedy
 from model.train import Progress, train
 from model.tsp import EmptyImagePolicy
@@ -266,11 +264,7 @@ class _Cycles:
         return measurements, seconds["evaluation"]
 
     def _look(self, network: MaskRCNNWithScores, image: LabeledImage) -> tuple[Sight, Detections]:
-        tensor = image_tensor(load_image(image.path), input_hw(image.image_hw, network.config)).to(self.device)
-        with torch.inference_mode():
-            output = network([tensor])[0]
-        found = detections_of(output, input_hw=tensor.shape[-2:], image_hw=image.image_hw)
-        return Sight(network=network, image=tensor, output=output), found
+        return look(network, load_image(image.path), queue_threshold=self.settings.selection.queue_threshold)
 
     def _next_plan(
         self, number: int, network: MaskRCNNWithScores, annotated_ids: list[str]
@@ -288,7 +282,7 @@ class _Cycles:
             sight, found = self._look(network, image)
             if self.name.semi_supervised and image.image_id not in annotated:
                 detections[image.image_id] = found
-            return strategy.observe(replace(sight, output=_counting(sight.output, selection.queue_threshold)))
+            return strategy.observe(sight)
 
         pool = _Observations(unlabelled, observe)
         if self.name.semi_supervised:
@@ -403,13 +397,6 @@ def _summary(scores: list[float | None]) -> dict[str, Any]:
         quantiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1])
         result |= {"mean": float(np.mean(known)), "quartiles": [float(value) for value in quantiles]}
     return result
-
-
-def _counting(output: dict[str, torch.Tensor], threshold: float) -> dict[str, torch.Tensor]:
-    """The output with only those detections that count in an image's score (decision 005)."""
-    keep = output["scores"] >= threshold
-    by_detection = ("boxes", "labels", "scores", "box_scores", "mask_scores", "roi_masks", "class_probabilities")
-    return {name: tensor[keep] if name in by_detection else tensor for name, tensor in output.items()}
 
 
 @dataclass

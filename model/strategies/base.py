@@ -1,23 +1,30 @@
 """What a strategy is: it looks at each image once, keeps a few numbers, and chooses from these."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from model.dataset import image_tensor, input_hw
 from model.network import MaskRCNNWithScores
+from model.predict import detections_of
 from model.tsp import EmptyImagePolicy, empty_image_score
-from model.types import FloatArray, IntArray
+from model.types import Detections, FloatArray, IntArray
+
+# What the network says of each detection; the rest of its output is about the whole image.
+_OF_DETECTIONS = ("boxes", "labels", "scores", "box_scores", "mask_scores", "roi_masks", "class_probabilities")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What is kept of one image: `score` (the lowest is annotated first; None: the model found nothing to score)
-    and `feature` (F,), for strategies that compare images."""
+    """What is kept of one image: `score` in [0, 1] (the lowest is annotated first; None: the model found nothing to
+    score) and `feature` (F,), for strategies that compare images."""
 
     score: float | None
     feature: FloatArray
@@ -25,11 +32,20 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
-    """One image as a network sees it: the input (3, H, W) in [0, 1] and the network's output for it."""
+    """One image as a network sees it: the input (3, H, W) in [0, 1] and the network's output for it.
+
+    Only detections whose class score reaches `queue_threshold` count: strategies read them from `counted`.
+    """
 
     network: MaskRCNNWithScores
     image: Tensor
     output: dict[str, Tensor]
+    queue_threshold: float = 0.0
+
+    @property
+    def counted(self) -> dict[str, Tensor]:
+        """The output without the detections that do not count."""
+        return confident(self.output, self.queue_threshold)
 
     @property
     def feature(self) -> FloatArray:
@@ -37,11 +53,44 @@ class Sight:
         return self.output["feature"].cpu().numpy()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Out of what a strategy chooses: the images of the pool, those that are annotated, and how many are wanted."""
+
+    pool: Sequence[Observation]
+    labelled: Sequence[Observation]
+    count: int
+    seed: int
+    empty_policy: EmptyImagePolicy
+
+    @cached_property
+    def scores(self) -> FloatArray:
+        """The scores of the pool (P,), with a place for the images that have none."""
+        known = [observation.score for observation in self.pool if observation.score is not None]
+        when_empty = empty_image_score(known, self.empty_policy)
+        return np.array([when_empty if o.score is None else o.score for o in self.pool], dtype=np.float64)
+
+    def features(self, chosen: Iterable[int]) -> FloatArray:
+        """The features of some images of the pool, by their indices, (K, F)."""
+        return np.stack([self.pool[i].feature for i in chosen])
+
+    @cached_property
+    def centres(self) -> FloatArray | None:
+        """The features of the annotated images (L, F); None when there are none."""
+        return np.stack([observation.feature for observation in self.labelled]) if self.labelled else None
+
+    def lowest(self, count: int) -> IntArray:
+        """Indices of the lowest scores, ties by position."""
+        return np.argsort(self.scores, kind="stable")[:count]
+
+
 class Strategy(ABC):
     """Ranks the unlabelled images. A strategy has no state: everything it knows are its arguments."""
 
     name: ClassVar[str]
     network_options: ClassVar[dict[str, Any]] = {}  # what the network must be built with (fields of NetworkConfig)
+    chooses_a_set: ClassVar[bool] = False  # what it chooses is more than the lowest scores
+    compares_images: ClassVar[bool] = False  # it needs features, those of the annotated images too
 
     @abstractmethod
     def observe(self, sight: Sight) -> Observation:
@@ -58,23 +107,40 @@ class Strategy(ABC):
     ) -> IntArray:
         """Indices of the `count` images of the pool to annotate, (min(count, P),), the first one first.
 
-        By score, ties by position; strategies that compare images override this. `labelled` are the annotated images.
+        `labelled` are the annotated images.
         """
-        return np.argsort(scores_of(pool, empty_policy), kind="stable")[:count]
+        if not pool or count == 0:
+            return np.array([], dtype=np.int64)
+        return self._choose(Candidates(pool=pool, labelled=labelled, count=count, seed=seed, empty_policy=empty_policy))
+
+    def _choose(self, candidates: Candidates) -> IntArray:
+        """By score; strategies that choose a set override this. At least one image is in the pool and wanted."""
+        return candidates.lowest(candidates.count)
 
 
-def scores_of(pool: Sequence[Observation], empty_policy: EmptyImagePolicy) -> FloatArray:
-    """The scores of a pool (P,), with a place for the images that have none."""
-    known = [observation.score for observation in pool if observation.score is not None]
-    when_empty = empty_image_score(known, empty_policy)
-    return np.array([when_empty if o.score is None else o.score for o in pool], dtype=np.float64)
+def look(
+    network: MaskRCNNWithScores, pixels: NDArray[np.uint8], *, queue_threshold: float = 0.0
+) -> tuple[Sight, Detections]:
+    """One image (H, W, 3) uint8 RGB as strategies need it, and all its detections, in pixels of that image.
+
+    The network is in evaluation mode and runs where its weights are.
+    """
+    image_hw = (pixels.shape[0], pixels.shape[1])
+    image = image_tensor(pixels, input_hw(image_hw, network.config)).to(next(network.parameters()).device)
+    with torch.inference_mode():
+        output = network([image])[0]
+    sight = Sight(network=network, image=image, output=output, queue_threshold=queue_threshold)
+    return sight, detections_of(output, input_hw=image.shape[-2:], image_hw=image_hw)
 
 
-def features_of(observations: Sequence[Observation]) -> FloatArray:
-    """The features of several images (P, F)."""
-    return np.stack([observation.feature for observation in observations])
+def confident(output: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    """The network's output with only the detections whose class score reaches the threshold."""
+    if threshold <= 0:
+        return output
+    keep = output["scores"] >= threshold
+    return {name: values[keep] if name in _OF_DETECTIONS else values for name, values in output.items()}
 
 
 def mean_or_none(values: Tensor) -> float | None:
-    """The mean of (N,) values; None for N = 0."""
-    return None if values.numel() == 0 else float(torch.mean(values.double()))
+    """The mean of (N,) values in [0, 1], rounding errors cut off; None for N = 0."""
+    return None if values.numel() == 0 else float(torch.mean(values.double()).clamp(0, 1))

@@ -13,6 +13,6 @@ class ClassEntropy(Strategy):
     name = "class_entropy"
 
     def observe(self, sight: Sight) -> Observation:
-        probabilities = sight.output["class_probabilities"].double()
+        probabilities = sight.counted["class_probabilities"].double()
         entropy = -torch.xlogy(probabilities, probabilities).sum(dim=1) / math.log(probabilities.shape[1])
         return Observation(score=mean_or_none(1 - entropy), feature=sight.feature)

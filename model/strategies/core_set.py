@@ -1,35 +1,28 @@
 """Core-set: images far from everything that is annotated (Sener and Savarese, k-centre greedy)."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from model.strategies.base import Observation, Sight, Strategy, features_of
-from model.tsp import EmptyImagePolicy
+from model.strategies.base import Candidates, Observation, Sight, Strategy
+from model.strategies.tsp import uncertainty
 from model.types import FloatArray, IntArray
 
 
 class CoreSet(Strategy):
-    """Each choice is the image farthest from the annotated and the chosen ones in feature space."""
+    """Each choice is the image farthest from the annotated and the chosen ones in feature space.
+
+    The score is S (eq. 3), for people who look: the choice ignores it.
+    """
 
     name = "core_set"
+    chooses_a_set = True
+    compares_images = True
 
     def observe(self, sight: Sight) -> Observation:
-        return Observation(score=None, feature=sight.feature)
+        return Observation(score=uncertainty(sight), feature=sight.feature)
 
-    def choose(
-        self,
-        pool: Sequence[Observation],
-        labelled: Sequence[Observation],
-        count: int,
-        *,
-        seed: int,
-        empty_policy: EmptyImagePolicy = EmptyImagePolicy.MEDIAN,
-    ) -> IntArray:
-        if not pool:
-            return np.array([], dtype=np.int64)
-        centres = features_of(labelled) if labelled else None
-        return k_centre_greedy(features_of(pool), centres, count)
+    def _choose(self, candidates: Candidates) -> IntArray:
+        everything = candidates.features(range(len(candidates.pool)))
+        return k_centre_greedy(everything, candidates.centres, candidates.count)
 
 
 def k_centre_greedy(features: FloatArray, centres: FloatArray | None, count: int) -> IntArray:

@@ -6,10 +6,15 @@ from model.strategies.base import Observation, Sight, Strategy
 
 
 class LearningLoss(Strategy):
-    """The score is minus the loss that the network's auxiliary module predicts."""
+    """The score falls with the loss l that the network's auxiliary module predicts: (1 - l / (1 + |l|)) / 2.
+
+    l is any number, for only the order of the losses was learnt; this maps it to (0, 1) and keeps the order. An
+    exponential would make large losses equal.
+    """
 
     name = "learning_loss"
     network_options: ClassVar[dict[str, Any]] = {"learning_loss": True}
 
     def observe(self, sight: Sight) -> Observation:
-        return Observation(score=-float(sight.output["predicted_loss"]), feature=sight.feature)
+        loss = float(sight.output["predicted_loss"])
+        return Observation(score=(1 - loss / (1 + abs(loss))) / 2, feature=sight.feature)

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from model.strategies.base import Observation, Sight, Strategy, mean_or_none
+from model.strategies.base import Observation, Sight, Strategy, confident, mean_or_none
 
 
 class MCDropout(Strategy):
-    """The score is the mean agreement with the first pass: of class, box and mask of each of its detections."""
+    """The score is the mean agreement with the first pass: of class, box and mask of each of its detections that count.
+
+    All detections of the other passes are looked at: a class score that falls just below the threshold in one of
+    them is a small change, not a loss.
+    """
 
     name = "mc_dropout"
     network_options: ClassVar[dict[str, float]] = {"dropout": 0.2}
@@ -19,6 +23,7 @@ class MCDropout(Strategy):
     def observe(self, sight: Sight) -> Observation:
         with torch.inference_mode():
             first, *others = sight.network.stochastic_passes(sight.image, self.passes)
+        first = confident(first, sight.queue_threshold)
         agreement = torch.stack([_agreement(first, other, sight.network.config.mask_threshold) for other in others])
         return Observation(score=mean_or_none(agreement.mean(dim=0)), feature=sight.feature)
 

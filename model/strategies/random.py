@@ -1,29 +1,20 @@
 """Random: every image is as good as any other. What all others must beat."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from model.strategies.base import Observation, Sight, Strategy
-from model.tsp import EmptyImagePolicy
+from model.strategies.base import Candidates, Observation, Sight, Strategy
+from model.strategies.tsp import uncertainty
 from model.types import IntArray
 
 
 class Random(Strategy):
-    """A uniform draw without replacement."""
+    """A uniform draw without replacement. The score is S (eq. 3), for people who look: the choice ignores it."""
 
     name = "random"
+    chooses_a_set = True
 
     def observe(self, sight: Sight) -> Observation:
-        return Observation(score=None, feature=sight.feature)
+        return Observation(score=uncertainty(sight), feature=sight.feature)
 
-    def choose(
-        self,
-        pool: Sequence[Observation],
-        labelled: Sequence[Observation],
-        count: int,
-        *,
-        seed: int,
-        empty_policy: EmptyImagePolicy = EmptyImagePolicy.MEDIAN,
-    ) -> IntArray:
-        return np.random.default_rng(seed).permutation(len(pool))[:count]
+    def _choose(self, candidates: Candidates) -> IntArray:
+        return np.random.default_rng(candidates.seed).permutation(len(candidates.pool))[: candidates.count]

@@ -1,5 +1,6 @@
 """TSP (eq. 2, 3), and without one or two of its scores (the paper's Fig. 4, lines 6 and 7)."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -7,17 +8,17 @@ import torch
 from model.strategies.base import Observation, Sight, Strategy
 from model.tsp import image_score, instance_scores
 
+TRIPLET = ("scores", "box_scores", "mask_scores")
+
 
 class TSP(Strategy):
     """Consistency and height of class, box and mask score; the lowest is the most uncertain."""
 
     name = "tsp"
-    scores: ClassVar[tuple[str, ...]] = ("scores", "box_scores", "mask_scores")
+    scores: ClassVar[tuple[str, ...]] = TRIPLET
 
     def observe(self, sight: Sight) -> Observation:
-        columns = [sight.output[name].double() for name in self.scores]
-        found = len(columns[0]) > 0
-        return Observation(score=image_score(_consistent_mean(columns)) if found else None, feature=sight.feature)
+        return Observation(score=uncertainty(sight, self.scores), feature=sight.feature)
 
 
 class TSPWithoutBox(TSP):
@@ -32,6 +33,12 @@ class TSPWithoutBoxAndMask(TSP):
 
     name = "tsp_without_box_and_mask"
     scores = ("scores",)
+
+
+def uncertainty(sight: Sight, scores: Sequence[str] = TRIPLET) -> float | None:
+    """S of eq. 3 over the detections that count; None when there are none."""
+    columns = [sight.counted[name].double() for name in scores]
+    return image_score(_consistent_mean(columns)) if len(columns[0]) else None
 
 
 def _consistent_mean(columns: list[torch.Tensor]) -> torch.Tensor:

@@ -24,6 +24,7 @@ from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.network import build_model
 from model.registry import ModelCard
+from model.strategies import STRATEGIES
 from scripts.label_studio_server import HOST, free_port
 from scripts.make_phantoms import phantom
 from tests.label_studio import png_bytes
@@ -52,7 +53,12 @@ def settings(folder: Path, **environment: Any) -> Settings:
 
 
 def add_version(
-    service: Service, key: str, version: str = VERSION, *, class_names: Sequence[str] = ("cell", "lesion")
+    service: Service,
+    key: str,
+    version: str = VERSION,
+    *,
+    class_names: Sequence[str] = ("cell", "lesion"),
+    strategy: str = "tsp",
 ) -> None:
     """Put a tiny network that nobody has trained into the registry."""
     torch.manual_seed(0)
@@ -67,9 +73,14 @@ def add_version(
         mask_head_widths=(16,),
         proposals_inference=20,
         detections_per_image=5,
+        **STRATEGIES[strategy].network_options,
     )
     card = ModelCard(
-        version=version, network=network.config.to_json(), class_names=tuple(class_names), created_at=utc_now()
+        version=version,
+        network=network.config.to_json(),
+        class_names=tuple(class_names),
+        created_at=utc_now(),
+        strategy=strategy,
     )
     service.registry.add(key, card, network)
 
@@ -101,6 +112,15 @@ def import_images(client: LabelStudioClient, project: Project, images: Sequence[
     """One task for each image (or address); returns their ids."""
     uris = [image if isinstance(image, str) else data_uri(image) for image in images]
     return client.import_tasks(project.id, [{"data": {"image": uri}} for uri in uris])
+
+
+def served_order(client: LabelStudioClient, project: Project) -> list[int]:
+    """The tasks in the order in which an annotator gets them; all of them are annotated afterwards."""
+    order = []
+    while (task := client.next_task(project.id)) is not None:
+        order.append(task["id"])
+        client.submit_annotation(task["id"], result=[], lead_time_seconds=1)
+    return order
 
 
 def key_of(service: Service, project: Project) -> str:

@@ -298,10 +298,14 @@ def test_settings_that_change_in_the_middle_of_a_cycle_count_from_the_next_one(
     version = snapshot(service, key, 1, log)
     train_version(service, key, 1, log)
     made = files(service.cycle_folder(key, 1))
-    with another_service(service, tmp_path, TSP_EPOCHS=2, TSP_IMAGE_SIZE=96) as changed:
+    others = {"TSP_EPOCHS": 2, "TSP_IMAGE_SIZE": 96, "TSP_STRATEGY": "learning_loss"}
+    with another_service(service, tmp_path, **others) as changed:
         train_version(changed, key, 1, log)
         evaluate_version(changed, key, 1, version, log)
         assert files(service.cycle_folder(key, 1)) == made
         card = service.registry.card(key, version)
         assert (card.training["epochs"], card.network["min_size"]) == (1, 64)
+        assert (card.strategy, card.network["learning_loss"]) == ("tsp", False)
         assert snapshot(changed, key, 2, begin_cycle(changed, key, 2)).removeprefix("tsp-2-") not in version
+        recipe = json.loads((service.cycle_folder(key, 2) / "recipe.json").read_text())
+        assert (recipe["strategy"], recipe["options"]["learning_loss"]) == ("learning_loss", True)

@@ -9,26 +9,26 @@ import pytest
 
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
 from ml_backend.pool import read_scores, score_pool
-from ml_backend.publish import import_missing, publish, queue_score
+from ml_backend.publish import import_missing, publish
 from ml_backend.service import Service
 from model.tsp import EmptyImagePolicy
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, prediction, raw_api
 from tests.ml_backend.examples import (
     UNREADABLE,
-    VALIDATION_FRACTION,
     VERSION,
     add_version,
     begin_cycle,
     grey_images,
     import_images,
     key_of,
+    served_order,
     sha256,
 )
 
 SECOND = "tsp-2-00000000"
+POOL = f"{VERSION}.pool"
 NEVER_VALIDATION = sha256(grey_images(1)[0])
-ALWAYS_VALIDATION = sha256(grey_images(1, validation=True)[0])
 
 
 @pytest.fixture
@@ -37,6 +37,11 @@ def key(service: Service, project: Project) -> str:
     for version in (VERSION, SECOND):
         add_version(service, key, version)
     return key
+
+
+def write_batch(service: Service, key: str, tasks: Sequence[int], version: str = VERSION) -> None:
+    """What a strategy that chooses a set would have frozen."""
+    service.batch_file(key, version).write_text(json.dumps({"tasks": list(tasks)}))
 
 
 def write_scores(service: Service, key: str, lines: Sequence[dict[str, Any]], version: str = VERSION) -> None:
@@ -55,30 +60,6 @@ def stored(server: LabelStudioServer, task: int) -> list[dict[str, Any]]:
     """The predictions that Label Studio holds of a task."""
     with raw_api(server) as api:
         return list(api.get("/api/predictions/", params={"task": task}).json())
-
-
-def served_order(client: LabelStudioClient, project: Project) -> list[int]:
-    """The tasks in the order in which an annotator gets them."""
-    order = []
-    while (task := client.next_task(project.id)) is not None:
-        order.append(task["id"])
-        client.submit_annotation(task["id"], result=[], lead_time_seconds=1)
-    return order
-
-
-@pytest.mark.parametrize(
-    ("line", "score"),
-    [
-        pytest.param(scored(1, 0.25), 0.25, id="its S"),
-        pytest.param(scored(1, 0.0), 0.0, id="the most uncertain"),
-        pytest.param(scored(1, None), 0.6, id="nothing found"),
-        pytest.param(scored(1, 0.25, image=ALWAYS_VALIDATION), 1.0, id="validation"),
-        pytest.param(scored(1, None, image=ALWAYS_VALIDATION), 1.0, id="validation with nothing found"),
-        pytest.param({"task": 1, "problem": "broken"}, 1.0, id="unreadable"),
-    ],
-)
-def test_the_queue_is_in_order_of_s_and_what_cannot_teach_comes_last(line: dict[str, Any], score: float) -> None:
-    assert queue_score(line, validation_fraction=VALIDATION_FRACTION, when_empty=0.6) == score
 
 
 @pytest.mark.label_studio
@@ -203,3 +184,113 @@ def test_publishing_with_nothing_left_to_label_makes_the_version_active(
     assert service.registry.active(key) == SECOND
     assert client.project(project.id).sampling == UNCERTAINTY_SAMPLING
     assert Counter(client.model_versions(project.id)) == Counter(old)  # nothing replaces them
+
+
+@pytest.mark.label_studio
+def test_a_batch_is_served_in_its_order_before_the_rest_of_the_pool(
+    service: Service, client: LabelStudioClient, project: Project, key: str, label_studio: LabelStudioServer
+) -> None:
+    tasks = import_images(client, project, grey_images(12))
+    values = [0.9, 0.1, None, 0.55, 0.4, 0.8, 0.0, 0.3, 0.2, 0.6, 0.7, 0.5]
+    write_scores(service, key, [scored(task, score) for task, score in zip(tasks, values, strict=True)])
+    batch = [tasks[i] for i in (5, 0, 2, 9)]
+    write_batch(service, key, batch)
+    publish(service, key, VERSION, begin_cycle(service, key))
+    assert client.model_versions(project.id) == {VERSION: 4, POOL: 8}
+    assert client.project(project.id).model_version == VERSION
+    found = {task: stored(label_studio, task) for task in tasks}
+    assert all(len(predictions) == 1 for predictions in found.values())
+    assert [found[task][0]["score"] for task in batch] == [0.0, 0.25, 0.5, 0.75]
+    for task, score in zip(tasks, values, strict=True):
+        (stored_prediction,) = found[task]
+        assert len(stored_prediction["result"]) == (score is not None)
+        if task not in batch:  # people can still sort the pool
+            assert (stored_prediction["model_version"], stored_prediction["score"]) == (POOL, score)
+    order = served_order(client, project)
+    assert order[:4] == batch
+    assert set(order[4:]) == set(tasks) - set(batch)
+
+
+@pytest.mark.label_studio
+@pytest.mark.parametrize("lost", [VERSION, POOL, None], ids=["half of the batch", "half of the rest", "the switch"])
+def test_publishing_a_batch_goes_on_wherever_it_broke_off(
+    service: Service,
+    client: LabelStudioClient,
+    project: Project,
+    key: str,
+    label_studio: LabelStudioServer,
+    lost: str | None,
+) -> None:
+    tasks = import_images(client, project, grey_images(6))
+    batch, rest = tasks[3:1:-1], [*tasks[:2], *tasks[4:]]
+    write_scores(service, key, [scored(task, 0.5) for task in tasks])
+    write_batch(service, key, batch)
+    arrived = {VERSION: [*batch[:1], *rest], POOL: [*batch, *rest[:2]], None: tasks}[lost]
+    sent = [prediction(t, score=0.5 * batch.index(t) if t in batch else 0.5,
+                       version=VERSION if t in batch else POOL) for t in arrived]  # fmt: skip
+    client.import_predictions(project.id, sent)
+    log = begin_cycle(service, key)
+    for _ in ("goes on", "a repetition changes nothing"):
+        publish(service, key, VERSION, log)
+        assert [len(stored(label_studio, task)) for task in tasks] == [1] * 6
+        assert client.model_versions(project.id) == {VERSION: 2, POOL: 4}
+    assert served_order(client, project)[:2] == batch
+
+
+@pytest.mark.label_studio
+def test_what_was_imported_twice_over_both_names_is_imported_anew(
+    service: Service, client: LabelStudioClient, project: Project, key: str, label_studio: LabelStudioServer
+) -> None:
+    tasks = import_images(client, project, grey_images(4))
+    write_scores(service, key, [scored(task, 0.5) for task in tasks])
+    write_batch(service, key, tasks[:2])
+    publish(service, key, VERSION, begin_cycle(service, key))
+    client.import_predictions(project.id, [prediction(tasks[2], score=0.1, version=VERSION)])
+    assert import_missing(service, key, VERSION) == 4
+    assert [[p["model_version"] for p in stored(label_studio, task)] for task in tasks] == [
+        [VERSION], [VERSION], [POOL], [POOL]
+    ]  # fmt: skip
+
+
+@pytest.mark.label_studio
+def test_tasks_that_come_after_a_batch_was_chosen_stand_behind_it(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    images = grey_images(5)
+    first = import_images(client, project, images[:3])
+    write_scores(service, key, [scored(task, 0.5) for task in first])
+    write_batch(service, key, first[:2])
+    publish(service, key, VERSION, begin_cycle(service, key))
+    late = import_images(client, project, images[3:])
+    assert score_pool(service, key, VERSION) == 2
+    assert import_missing(service, key, VERSION) == 2
+    assert client.predicted_task_ids(project.id, POOL) == {first[2], *late}
+    assert served_order(client, project)[:2] == first[:2]
+
+
+@pytest.mark.label_studio
+def test_the_next_version_removes_the_pool_of_its_predecessor_too(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    tasks = import_images(client, project, grey_images(4))
+    client.import_predictions(project.id, [prediction(tasks[0], score=0.5, version="theirs.pool")])
+    for version in (VERSION, SECOND):
+        write_scores(service, key, [scored(task, 0.5) for task in tasks], version)
+        write_batch(service, key, tasks[:1], version)
+    publish(service, key, VERSION, begin_cycle(service, key))
+    publish(service, key, SECOND, begin_cycle(service, key, 2))
+    assert client.model_versions(project.id) == {"theirs.pool": 1, SECOND: 1, f"{SECOND}.pool": 3}
+    assert client.project(project.id).model_version == SECOND
+
+
+@pytest.mark.label_studio
+def test_a_refused_prediction_outside_of_the_batch_is_replaced_under_the_name_of_the_pool(
+    service: Service, client: LabelStudioClient, project: Project, key: str, label_studio: LabelStudioServer
+) -> None:
+    tasks = import_images(client, project, grey_images(2))
+    region = polygon_result(label="unknown", score=0.5)
+    write_scores(service, key, [scored(tasks[0], 0.5), scored(tasks[1], 0.2, result=[region])])
+    write_batch(service, key, tasks[:1])
+    publish(service, key, VERSION, begin_cycle(service, key))
+    (replaced,) = stored(label_studio, tasks[1])
+    assert (replaced["model_version"], replaced["score"], replaced["result"]) == (POOL, 0.2, [])

@@ -8,6 +8,8 @@ import pytest
 
 from ml_backend.errors import SettingsError
 from ml_backend.settings import Settings
+from model.config import NetworkConfig
+from model.strategies import STRATEGIES
 from model.tsp import EmptyImagePolicy
 from scripts.settings_table import README, settings_table, table_in, with_table
 
@@ -47,6 +49,8 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("TSP_BATCH_SIZE", "20", "batch_size", 20),
     ("TSP_VALIDATION_FRACTION", "0", "validation_fraction", 0.0),
     ("TSP_SEMI_SUPERVISED", "false", "semi_supervised", False),
+    ("TSP_STRATEGY", "hybrid", "strategy", "hybrid"),
+    ("TSP_COLD_START", "spread", "cold_start", "spread"),
     ("TSP_BETA", "0.1", "beta", 0.1),
     ("TSP_CLASS_THRESHOLD", "0.5", "class_threshold", 0.5),
     ("TSP_BOX_THRESHOLD", "0.6", "box_threshold", 0.6),
@@ -124,6 +128,8 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("TSP_BATCH_SIZE", "0", "greater than or equal to 1"),
         ("TSP_VALIDATION_FRACTION", "1", "less than 1"),
         ("TSP_SEMI_SUPERVISED", "perhaps", "valid boolean"),
+        ("TSP_STRATEGY", "best", "expected one of random, mc_dropout, core_set, class_entropy, learning_loss, tsp,"),
+        ("TSP_COLD_START", "warm", "'random' or 'spread'"),
         ("TSP_BETA", "nan", "finite"),
         ("TSP_CLASS_THRESHOLD", "90", "less than or equal to 1"),
         ("TSP_PSEUDO_RULE", "xor", "'and' or 'or'"),
@@ -194,6 +200,15 @@ def test_the_databases_follow_from_the_address(
     settings = read(monkeypatch, {"DATABASE_URL": given})
     assert settings.database == state.format(tmp_path)
     assert settings.workflow_database == workflows.format(tmp_path)
+
+
+def test_every_strategy_can_be_chosen_and_gets_the_network_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, strategy in STRATEGIES.items():
+        settings = read(monkeypatch, {"TSP_STRATEGY": name})
+        network = NetworkConfig.for_profile(settings.profile, 2, **settings.network_options())
+        assert network.dropout == strategy.network_options.get("dropout", 0.0)
+        assert network.learning_loss is (name == "learning_loss")
+        assert name in str(Settings.model_fields["strategy"].description)
 
 
 def test_settings_cannot_be_changed() -> None:

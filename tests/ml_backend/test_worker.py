@@ -172,5 +172,44 @@ def test_a_worker_that_is_killed_in_the_middle_of_training_finishes_the_same_cyc
     assert client.project(project.id).model_version == after["version"]
 
 
+@pytest.mark.label_studio
+def test_a_spread_first_batch_leads_to_a_version_whose_batch_a_strategy_chose(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path
+) -> None:
+    tasks = import_images(client, project, phantom_images(9))
+    with Running(
+        tmp_path,
+        LABEL_STUDIO_URL=label_studio.url,
+        LABEL_STUDIO_API_KEY=label_studio.token,
+        TSP_BATCH_SIZE="3",
+        TSP_EPOCHS="1",
+        TSP_VALIDATION_FRACTION="0",
+        TSP_STRATEGY="core_set",
+        TSP_COLD_START="spread",
+    ) as running:
+        running.connect(project.uid)
+        wait(lambda: client.project(project.id).model_version.startswith("tsp-0-"), running.status)
+        first = client.predicted_task_ids(project.id, client.project(project.id).model_version)
+        served = [annotate_next(client, project) for _ in range(3)]
+        assert set(served) == first
+        assert running.status()["active_version"] is None
+
+        (cycle,) = running.wait(lambda project: project["cycles"] and project["cycles"][0]["finished_at"])["cycles"]
+        assert (cycle["status"], cycle["error"]) == ("done", "")
+        assert (cycle["facts"]["strategy"], cycle["facts"]["batch"]) == ("core_set", 3)
+        assert client.model_versions(project.id) == {cycle["version"]: 3, f"{cycle['version']}.pool": 3}
+        batch = client.predicted_task_ids(project.id, cycle["version"])
+        served += [annotate_next(client, project) for _ in range(3)]
+        assert set(served[3:]) == batch
+        assert set(served) <= set(tasks)
+
+
+def annotate_next(client: LabelStudioClient, project: Project) -> int:
+    task = client.next_task(project.id)
+    assert task is not None
+    client.submit_annotation(task["id"], result=[polygon_result()], lead_time_seconds=1)
+    return int(task["id"])
+
+
 def is_training(project: dict[str, Any]) -> bool:
     return bool(project["cycles"]) and project["cycles"][0]["stage"].startswith("training")

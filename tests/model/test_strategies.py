@@ -1,5 +1,6 @@
 """The strategies: each ranks as its paper says, and always gives as many different images as were asked for."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -12,8 +13,8 @@ from torch import nn
 from model import tsp
 from model.loss_prediction import LossPredictor, ranking_loss
 from model.losses import total_loss
-from model.strategies import STRATEGIES, Observation
-from model.strategies.base import Sight
+from model.predict import detect
+from model.strategies import STRATEGIES, Observation, Sight, look
 from model.strategies.core_set import k_centre_greedy
 from model.tsp import EmptyImagePolicy
 from tests.model.examples import ellipse, image, rectangle, target, tiny_network
@@ -31,10 +32,60 @@ def sight_of(**output):
     return Sight(network=tiny_network(), image=image(), output={"feature": torch.zeros(4), **columns})
 
 
-def seen_by(network, seed=0):
+def seen_by(network, seed=0, queue_threshold=0.0):
     picture = image(seed=seed)
     with torch.inference_mode():
-        return Sight(network=network, image=picture, output=network([picture])[0])
+        return Sight(network=network, image=picture, output=network([picture])[0], queue_threshold=queue_threshold)
+
+
+# --- which detections count
+
+
+@pytest.mark.parametrize(
+    ("threshold", "counted"),
+    [
+        pytest.param(0.0, [0.9, 0.3, 0.6], id="no threshold"),
+        pytest.param(0.3, [0.9, 0.3, 0.6], id="reached exactly"),
+        pytest.param(0.5, [0.9, 0.6], id="some"),
+        pytest.param(0.95, [], id="none"),
+    ],
+)
+def test_detections_below_the_threshold_do_not_count(threshold, counted):
+    output = {**sight_of(**TRIPLETS, predicted_loss=[2.0]).output, "boxes": torch.zeros(3, 4)}
+    sight = Sight(network=tiny_network(), image=image(), output=output, queue_threshold=threshold)
+    assert sight.counted["scores"].tolist() == pytest.approx(counted)
+    assert len(sight.counted["boxes"]) == len(sight.counted["mask_scores"]) == len(counted)
+    assert sight.counted["predicted_loss"].tolist() == [2.0]
+    assert len(sight.counted["feature"]) == 4
+    assert len(sight.output["scores"]) == 3
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in STRATEGIES if name != "learning_loss"]
+)  # learning loss looks at no detection
+def test_every_strategy_scores_only_what_counts(name):
+    strategy = STRATEGIES[name]
+    network = tiny_network(**strategy.network_options).eval()
+    torch.manual_seed(0)
+    everything = strategy.observe(seen_by(network))
+    scores = seen_by(network).output["scores"]
+    torch.manual_seed(0)
+    some = strategy.observe(seen_by(network, queue_threshold=float(scores.median())))
+    assert some.score is not None
+    assert some.score != everything.score
+    assert strategy.observe(seen_by(network, queue_threshold=1.0)).score is None
+
+
+def test_a_look_sees_what_the_detector_finds_and_says_what_counts():
+    network = tiny_network().eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    sight, found = look(network, pixels, queue_threshold=0.5)
+    (expected,) = detect(network, [pixels])
+    for field in dataclasses.fields(expected):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+    assert len(found) == len(sight.output["scores"]) > len(sight.counted["scores"])
+    assert sight.image.shape[0] == 3
+    assert sight.feature.shape == (320,)
 
 
 # --- random
@@ -235,6 +286,14 @@ def test_learning_loss_puts_the_highest_predicted_loss_first():
     assert STRATEGIES["learning_loss"].choose(pool, [], 3, seed=0).tolist() == [1, 0, 2]
 
 
+def test_the_score_of_a_predicted_loss_falls_strictly_and_stays_between_0_and_1():
+    losses = (-1e6, -50.0, -49.0, -0.5, 0.0, 1e-3, 1.0, 50.0, 51.0, 1e6)
+    scores = [STRATEGIES["learning_loss"].observe(sight_of(predicted_loss=[loss])).score for loss in losses]
+    assert scores == sorted(set(scores), reverse=True)
+    assert 0 < scores[-1] < scores[0] < 1
+    assert scores[4] == 0.5
+
+
 @pytest.mark.parametrize(
     ("predicted", "true", "margin", "expected"),
     [
@@ -327,10 +386,10 @@ def test_every_strategy_gives_different_images_of_the_pool(strategy_and_sights, 
 def test_every_strategy_scores_with_numbers_or_none(strategy_and_sights):
     strategy, observations = strategy_and_sights
     for number, observation in enumerate(observations):
-        assert observation.score is None or math.isfinite(observation.score)
+        assert observation.score is None or 0 <= observation.score <= 1
         assert np.isfinite(observation.feature).all()
         assert observation.feature.shape == (320,)
-        if strategy.name not in ("random", "core_set", "learning_loss"):
+        if strategy.name != "learning_loss":
             assert (observation.score is None) == (number % 2 == 1)
 
 

@@ -1,0 +1,89 @@
+"""The next batch, for strategies that choose a set of images: chosen once for each version, then frozen."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from ml_backend.cycle_log import CycleLog
+from ml_backend.ls_format import Json
+from ml_backend.order import frozen_batch
+from ml_backend.pool import append_line, cut_unfinished_line, feature_of, is_validation, look_at, packed, read_scores
+from ml_backend.service import Service
+from model.dataset import read_coco
+from model.files import write_json
+from model.strategies import STRATEGIES, Observation
+from model.types import LabeledImage
+
+
+def choose_batch(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> None:
+    """Choose the TSP_BATCH_SIZE tasks that people get next, and freeze them: a repetition finds what was chosen.
+
+    Nothing is chosen for strategies that rank by score alone: there the score is the queue.
+    """
+    strategy = STRATEGIES[service.registry.card(project_key, version).strategy]
+    log.facts({"strategy": strategy.name})
+    if not strategy.chooses_a_set:
+        return
+    batch = frozen_batch(service, project_key, version)
+    if batch is None:
+        annotated = read_coco(service.cycle_folder(project_key, number) / "training.json", Path("/")).images
+        labelled = _annotated(service, project_key, version, annotated, log) if strategy.compares_images else []
+        log.stage("choosing the next batch")
+        pool = _candidates(service, project_key, version, {image.image_id for image in annotated})
+        chosen = strategy.choose(
+            [_observation(line) for line in pool],
+            labelled,
+            service.settings.batch_size,
+            seed=_seed(service.settings.seed, version),
+            empty_policy=service.settings.empty_policy,
+        )
+        batch = tuple(pool[i]["task"] for i in chosen)
+        write_json(service.batch_file(project_key, version), {"tasks": batch})
+    log.facts({"batch": len(batch)})
+
+
+def _candidates(service: Service, project_key: str, version: str, annotated: set[str]) -> list[Json]:
+    """The lines that may be chosen: readable images that can teach something new, each once; nobody has annotated or
+    skipped the task meanwhile. Only what choosing needs is kept of a line."""
+    tasks = service.label_studio.tasks(service.project(project_key).id)
+    waiting = {task.id for task in tasks if not task.is_annotated and not task.skip_count}
+    taken = set(annotated)
+    found: list[Json] = []
+    for line in read_scores(service.scores_file(project_key, version)):
+        if line["task"] not in waiting or "problem" in line or line["image"] in taken:
+            continue
+        if not is_validation(line["image"], service.settings.validation_fraction):
+            taken.add(line["image"])
+            found.append({name: line.get(name) for name in ("task", "score", "feature")})
+    return found
+
+
+def _annotated(
+    service: Service, project_key: str, version: str, images: tuple[LabeledImage, ...], log: CycleLog
+) -> list[Observation]:
+    """What the version sees in the images it was trained on; kept line by line, so that it can go on in the middle."""
+    path = service.annotated_file(project_key, version)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_unfinished_line(path)
+    seen = {line["image"] for line in read_scores(path)}
+    waiting = [image for image in images if image.image_id not in seen]
+    log.stage("looking at the annotated images", total=len(waiting))
+    network, card = service.registry.load(project_key, version)
+    network.to(service.settings.torch_device())
+    with path.open("a") as lines:
+        for done, image in enumerate(waiting, start=1):
+            observation, _ = look_at(service, network, card, path=image.path, image_sha256=image.image_id)
+            append_line(lines, {"image": image.image_id, "feature": packed(observation.feature)})
+            log.progress(done, len(waiting))
+    return [_observation(line) for line in read_scores(path)]
+
+
+def _observation(line: Json) -> Observation:
+    feature = feature_of(line["feature"]) if line.get("feature") else np.empty(0, dtype=np.float32)
+    return Observation(score=line.get("score"), feature=feature)
+
+
+def _seed(seed: int, version: str) -> int:
+    """Another one for each version: a random batch must not be drawn at the same places each time."""
+    return int(hashlib.sha256(f"{seed} {version}".encode()).hexdigest()[:8], 16)

@@ -1,0 +1,184 @@
+"""Before the first version: a first batch spread out over what the pretrained network sees in all images. No model.
+
+Nothing of it is needed later, so it is no durable workflow: whatever was done lies in files, and is found again.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ml_backend.errors import ImageError
+from ml_backend.label_config import parse_label_config
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project, Task
+from ml_backend.ls_format import Json, image_uri
+from ml_backend.order import QueueOrder
+from ml_backend.pool import append_line, cut_unfinished_line, feature_of, is_validation, packed, read_scores
+from ml_backend.publish import import_lines
+from ml_backend.service import Service
+from model.dataset import load_image
+from model.errors import DatasetError
+from model.files import write_json
+from model.network import MaskRCNNWithScores, build_model
+from model.strategies import look
+from model.strategies.core_set import k_centre_greedy
+from model.types import IntArray
+
+logger = logging.getLogger(__name__)
+
+_VERSIONS = "tsp-0-"  # what their names start with; cycles count from 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstBatch:
+    """The tasks that people get first, in this order. Once it `is_full` it never changes; before that, tasks with an
+    id above `newest_task` (the highest that was looked at) lead to another one."""
+
+    version: str
+    tasks: tuple[int, ...]
+    newest_task: int
+    is_full: bool
+    is_published: bool = False  # from then on, people may choose what Label Studio shows
+
+
+def prepare_first_batch(service: Service, project_key: str) -> Iterator[None]:
+    """Choose the first batch and publish it; yields after each image, for the caller to stop or to look elsewhere.
+
+    Called again, it goes on where it was, and does nothing once the batch is published. Unreadable images are left out.
+    """
+    batch = first_batch(service, project_key)
+    if batch is not None and batch.is_full and batch.is_published:
+        return
+    project = service.project(project_key)
+    tasks = list(service.label_studio.tasks(project.id))
+    if batch is None or (not batch.is_full and any(task.id > batch.newest_task for task in tasks)):
+        yield from _observe(service, project_key, project, tasks)
+        batch = _choose(service, project_key, tasks)
+    if not batch.is_published:
+        _publish(service, project.id, batch)
+        write_json(_batch_file(service, project_key), asdict(replace(batch, is_published=True)))
+
+
+def first_batch(service: Service, project_key: str) -> FirstBatch | None:
+    """The batch that was chosen before there was a version, if one was."""
+    path = _batch_file(service, project_key)
+    if not path.exists():
+        return None
+    frozen = json.loads(path.read_text())
+    return FirstBatch(**{**frozen, "tasks": tuple(frozen["tasks"])})
+
+
+def spread_batch(
+    pool: Sequence[Json], annotated: Sequence[Json], count: int, *, validation_fraction: float, seed: int
+) -> list[int]:
+    """The `count` tasks to annotate first, of lines {"task", "image", "feature"}; pure.
+
+    Images that will train are spread out (k-centre greedy, away from the annotated ones). A share of the batch is
+    drawn at random from the images that will measure, since no later batch has any; they come evenly in between.
+    """
+    teaching = [line for line in pool if not is_validation(line["image"], validation_fraction)]
+    measuring = [line for line in pool if is_validation(line["image"], validation_fraction)]
+    drawn = np.random.default_rng(seed).permutation(len(measuring))[: round(count * validation_fraction)]
+    spread: IntArray = np.array([], dtype=np.int64)
+    if teaching:
+        centres = np.stack([feature_of(line["feature"]) for line in annotated]) if annotated else None
+        features = np.stack([feature_of(line["feature"]) for line in teaching])
+        spread = k_centre_greedy(features, centres, count - len(drawn))
+    parts = [[teaching[i]["task"] for i in spread], [measuring[i]["task"] for i in drawn]]
+    places = [((number + 0.5) / len(part), task) for part in parts for number, task in enumerate(part)]
+    return [task for _, task in sorted(places)]
+
+
+def _observe(service: Service, project_key: str, project: Project, tasks: Sequence[Task]) -> Iterator[None]:
+    """Look at the tasks' images, annotated ones too; line by line into a file, so that it can go on in the middle."""
+    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+    path = _features_file(service, project_key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_unfinished_line(path)
+    seen = {line["task"] for line in read_scores(path)}
+    waiting = [task for task in tasks if task.id not in seen]
+    if not waiting:
+        return
+    logger.info("project %s: looking at %d images for the first batch", project_key, len(waiting))
+    network = _pretrained(service)
+    with path.open("a") as lines:
+        for task in waiting:
+            line: Json = {"task": task.id}
+            try:
+                uri = image_uri({"id": task.id, "data": task.data}, config)
+                fetched = service.images.fetch(task_id=task.id, uri=uri)
+                sight, _ = look(network, load_image(fetched.path))
+                line |= {"image": fetched.sha256, "feature": packed(sight.feature)}
+            except (ImageError, DatasetError) as error:
+                logger.warning("%s", error)
+                line["problem"] = str(error)
+            append_line(lines, line)
+            yield
+
+
+def _choose(service: Service, project_key: str, tasks: Sequence[Task]) -> FirstBatch:
+    """Choose and freeze. Tasks that are annotated already count towards the batch; the others keep away from them."""
+    settings = service.settings
+    annotated_tasks = {task.id for task in tasks if task.is_annotated}
+    waiting = {task.id for task in tasks if not task.is_annotated and not task.skip_count}
+    lines = [line for line in read_scores(_features_file(service, project_key)) if "problem" not in line]
+    annotated = [line for line in lines if line["task"] in annotated_tasks]
+    known = {line["image"] for line in annotated}
+    # The same bytes in two tasks are one image.
+    pool = {line["image"]: line for line in lines if line["task"] in waiting and line["image"] not in known}
+    count = max(0, settings.batch_size - len(annotated_tasks))
+    chosen = spread_batch(
+        list(pool.values()), annotated, count, validation_fraction=settings.validation_fraction, seed=settings.seed
+    )
+    digest = hashlib.sha256(json.dumps([project_key, chosen]).encode()).hexdigest()
+    batch = FirstBatch(
+        version=f"{_VERSIONS}{digest[:8]}",
+        tasks=tuple(chosen),
+        newest_task=max((task.id for task in tasks), default=0),
+        is_full=len(chosen) == count,
+    )
+    write_json(_batch_file(service, project_key), asdict(batch))
+    return batch
+
+
+def _publish(service: Service, project_id: int, batch: FirstBatch) -> None:
+    """Empty predictions whose scores are the order; the other tasks get none, so that they come after the batch."""
+    client = service.label_studio
+    if not batch.tasks:
+        return
+    order = QueueOrder(version=batch.version, validation_fraction=0.0, when_empty=0.0, batch=batch.tasks)
+    import_lines(service, project_id, order, lambda: ({"task": task, "result": []} for task in batch.tasks))
+    client.update_project(project_id, sampling=UNCERTAINTY_SAMPLING, show_collab_predictions=True)
+    versions = client.model_versions(project_id)
+    if batch.version not in versions:
+        return  # its tasks were deleted
+    client.set_model_version(project_id, batch.version)
+    logger.info("project %s: the first batch of %d tasks is published", project_id, len(batch.tasks))
+    for old in versions:
+        if old.startswith(_VERSIONS) and old != batch.version:
+            client.delete_model_version(project_id, old)
+
+
+def _pretrained(service: Service) -> MaskRCNNWithScores:
+    """The network as training starts with it. Only its body counts: what its heads would cost is avoided."""
+    settings = service.settings
+    cheap = {"score_threshold": 1.0, "proposals_inference": 1}
+    network = build_model(settings.profile, 2, weights=settings.weights, **{**settings.network_options(), **cheap})
+    return network.eval().to(settings.torch_device())
+
+
+def _features_file(service: Service, project_key: str) -> Path:
+    """Its name tells what the features depend on, so that other settings do not find them."""
+    settings = service.settings
+    depends_on = json.dumps([settings.profile, settings.weights, settings.image_size])
+    return (
+        service.scores_folder(project_key) / f"cold-start-{hashlib.sha256(depends_on.encode()).hexdigest()[:8]}.jsonl"
+    )
+
+
+def _batch_file(service: Service, project_key: str) -> Path:
+    return service.scores_folder(project_key) / "cold-start.json"

@@ -1,0 +1,82 @@
+"""Where each task stands in the queue that a version makes: under which name it is published, with which score."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ml_backend.pool import is_validation, read_scores
+from ml_backend.service import Service
+from model.tsp import empty_image_score
+
+POOL = ".pool"  # a version's predictions outside of its batch stand under its name with this at the end
+_LAST = 1.0  # the score that is served last
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueOrder:
+    """With a `batch` (task ids, the first one first), the version's name holds exactly these, in this order, and the
+    rest is published under `<version>.pool`, which Label Studio does not serve. Without one, the score orders all.
+    """
+
+    version: str
+    validation_fraction: float
+    when_empty: float  # the score of an image in which nothing was found
+    batch: tuple[int, ...] = ()
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The names under which predictions are published."""
+        return (self.version, self.version + POOL) if self.batch else (self.version,)
+
+    def version_of(self, task_id: int) -> str:
+        """The name under which the task's prediction is published."""
+        return self.version if not self.batch or task_id in self._place else self.version + POOL
+
+    def score_of(self, line: Mapping[str, Any]) -> float:
+        """The score with which a line of the scores file is published: the place in the batch, else the image's own."""
+        place = self._place.get(line["task"])
+        if place is not None:
+            return place
+        return queue_score(line, validation_fraction=self.validation_fraction, when_empty=self.when_empty)
+
+    def answer_score(self, line: Mapping[str, Any]) -> float:
+        """The score that `/predict` answers. It answers under the version's own name, whatever the task, so that an
+        image outside of the batch has to stand behind it."""
+        if self.batch and line["task"] not in self._place:
+            return _LAST
+        return self.score_of(line)
+
+    @cached_property
+    def _place(self) -> dict[int, float]:
+        """Scores in [0, 1) that rise along the batch."""
+        return {task_id: number / len(self.batch) for number, task_id in enumerate(self.batch)}
+
+
+def order_of(service: Service, project_key: str, version: str) -> QueueOrder:
+    """The order that a version makes of what it has scored, with the batch that was frozen for it, if one was."""
+    lines = read_scores(service.scores_file(project_key, version))
+    scored = [line["score"] for line in lines if line.get("score") is not None]
+    return QueueOrder(
+        version=version,
+        validation_fraction=service.settings.validation_fraction,
+        when_empty=empty_image_score(scored, service.settings.empty_policy),
+        batch=frozen_batch(service, project_key, version) or (),
+    )
+
+
+def frozen_batch(service: Service, project_key: str, version: str) -> tuple[int, ...] | None:
+    """The tasks that were chosen for the version, the first one first; None when none have been chosen."""
+    path = service.batch_file(project_key, version)
+    return tuple(json.loads(path.read_text())["tasks"]) if path.exists() else None
+
+
+def queue_score(line: Mapping[str, Any], *, validation_fraction: float, when_empty: float) -> float:
+    """The score by which Label Studio serves a task, the lowest first: the strategy's, for TSP S of eq. 3.
+
+    Images that will only measure the model, and those that could not be read, come last: they cannot teach it anything.
+    """
+    if "problem" in line or is_validation(line["image"], validation_fraction):
+        return _LAST
+    return float(when_empty if line["score"] is None else line["score"])
