@@ -9,7 +9,7 @@ LABEL_STUDIO ?= label-studio==1.23.2
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 
-# make demo DATA=<folder> ORACLE=1 CYCLES=2 EXIT=1 BATCH=20 IMAGE_SIZE=256 EPOCHS=10 STEPS=400 LABELS=a,b PORT=8080 BACKEND_PORT=9090
+# make demo DATA=<folder> ORACLE=1 CYCLES=2 EXIT=1 BATCH=20 IMAGE_SIZE=256 EPOCHS=10 STEPS=300 LABELS=a,b PORT=8080 BACKEND_PORT=9090
 DEMO_OPTIONS := $(if $(DATA),--data "$(DATA)") $(if $(LABELS),--labels "$(LABELS)") $(if $(ORACLE),--oracle) \
 	$(if $(CYCLES),--cycles $(CYCLES)) $(if $(EXIT),--exit-when-done) $(if $(BATCH),--batch-size $(BATCH)) \
 	$(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(STEPS),--min-steps $(STEPS)) \

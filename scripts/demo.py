@@ -99,7 +99,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=20, help="annotated images that start a cycle")
     parser.add_argument("--image-size", type=int, help="shorter side the network sees (192 for phantoms, else 256)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the annotated images in a cycle")
-    parser.add_argument("--min-steps", type=int, default=400, help="training steps of a cycle, at least")
+    parser.add_argument("--min-steps", type=int, default=300, help="training steps of a cycle, at least")
     parser.add_argument("--folder", default=".demo", help="where everything is kept")
     parser.add_argument("--port", type=int, default=8080, help="Label Studio's port")
     parser.add_argument("--backend-port", type=int, default=9090, help="our port")
