@@ -105,6 +105,7 @@ def _options() -> argparse.Namespace:
     runner.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     runner.add_argument("--profile", choices=EFFORTS, default="cpu")
     runner.add_argument("--network", choices=PROFILES, help="another network than the profile's")
+    runner.add_argument("--weights", help="none, imagenet, coco or a .safetensors file; default: the profile's")
     runner.add_argument("--size", type=int, help="shorter side the network sees, in pixels")
     runner.add_argument("--pool", type=int, help="images of the pool (a fixed random subset); cpu: 300, paper: all")
     runner.add_argument("--test", type=int, help="images of the test set (a fixed random subset); cpu: 120, paper: all")
@@ -164,7 +165,7 @@ def _run(options: argparse.Namespace) -> None:
                 keep_network=options.keep_networks,
             )
         # The lock file stays: another process may have it open, and a new one would be a second lock.
-    if not options.worker:
+    if not options.worker and os.environ.get("RANK", "0") == "0":
         _print_what_is_left(names, experiment, data, options.out)
 
 
@@ -176,10 +177,25 @@ def _task(options: argparse.Namespace) -> tuple[Data, Experiment, list[RunName]]
 
 
 def _print_what_is_left(names: list[RunName], experiment: Experiment, data: Data, out: Path) -> None:
-    progress = {name.folder: cycles_done(name, experiment, data, out / name.folder) for name in names}
-    left = [f"  {folder}: {done} of {total} cycles" for folder, (done, total) in progress.items() if done < total]
+    left = []
+    for name in names:
+        done, total = cycles_done(name, experiment, data, out / name.folder)
+        if done < total:
+            busy = ", another process is at it" if _is_locked(out / name.folder) else ""
+            left.append(f"  {name.folder}: {done} of {total} cycles{busy}")
     if left:
         print("\n".join([f"{len(left)} of {len(names)} runs are not finished; the same command goes on:", *left]))
+
+
+def _is_locked(folder: Path) -> bool:
+    if not (folder / "lock").exists():
+        return False
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _device(wanted: str | None) -> str:
@@ -226,6 +242,7 @@ def _experiment(options: argparse.Namespace, data: Data) -> Experiment:
     experiment = replace(
         base,
         profile=options.network or base.profile,
+        weights=options.weights or base.weights,
         training=replace(base.training, **{k: v for k, v in training.items() if v is not None}),
         **{k: v for k, v in sizes.items() if v is not None},
     )

@@ -164,6 +164,8 @@ def _write_labels(axes: Axes, found: Detections, class_names: Sequence[str]) -> 
     for i, (x, y) in enumerate(_places(found, line, half)):
         scores = ", ".join(f"{s[i]:.2f}" for s in (found.class_scores, found.box_scores, found.mask_scores))
         colour = _COLOURS[(int(found.labels[i]) - 1) % len(_COLOURS)]
+        box = found.boxes_xyxy[i]
+        axes.plot([x, (box[0] + box[2]) / 2], [y, box[1]], color=colour, lw=0.7)  # a label may stand far away
         axes.text(
             x,
             y,

@@ -16,6 +16,7 @@ import model.files
 import scripts.active_learning
 from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import LabeledSet, read_coco
+from model.strategies.tsp import TSP
 from scripts import benchmark
 from scripts.active_learning import cycles_done, first_batch, run
 from scripts.benchmark_lines import Experiment, parse_line
@@ -140,6 +141,90 @@ def test_pseudo_labels_are_trained_on_when_every_detection_is_trusted(tmp_path, 
     without = carry_out(tmp_path, sets)
     assert not any(name.startswith("semi_") for training in steps for step in training for name in step.losses)
     assert annotated(without) == annotated(with_ssl)
+
+
+@pytest.mark.parametrize(
+    ("line", "looks"),
+    [
+        pytest.param("random", 0, id="random chooses blindly"),
+        pytest.param("random+ssl", 6, id="pseudo labels take a look at every image that is left"),
+        pytest.param("tsp", 6, id="scores too"),
+        pytest.param("core_set", 9, id="what compares images looks at the annotated ones as well"),
+    ],
+)
+def test_no_image_of_the_pool_is_looked_at_more_than_once_a_cycle(tmp_path, sets, monkeypatch, line, looks):
+    seen = []
+    look = scripts.active_learning._Cycles._look
+
+    def watched(self, network, image):
+        seen.append(image.image_id)
+        return look(self, network, image)
+
+    monkeypatch.setattr(scripts.active_learning._Cycles, "_look", watched)
+    carry_out(tmp_path, sets, line)
+    pool = [image_id for image_id in seen if image_id in {image.image_id for image in sets.pool.images}]
+    assert len(pool) == len(set(pool)) == looks
+
+
+def test_a_cycle_of_algorithm_1_annotates_the_lowest_scores_and_labels_the_rest_itself(tmp_path, sets, monkeypatch):
+    observed, trained = {}, []
+    observe, train = TSP.observe, scripts.active_learning.train
+
+    def watched_observe(self, sight):
+        observation = observe(self, sight)
+        observed[len(observed)] = observation.score
+        return observation
+
+    def watched_train(network, images, config, **options):
+        trained.append((sorted(i.image_id for i in images if not i.pseudo), [i.image_id for i in images if i.pseudo]))
+        return train(network, images, config, **options)
+
+    monkeypatch.setattr(TSP, "observe", watched_observe)
+    monkeypatch.setattr(scripts.active_learning, "train", watched_train)
+    state = carry_out(tmp_path, sets, "tsp+ssl@queue_threshold=0")
+    first = first_batch(sets.pool, 3, 0)
+    unlabelled = [image.image_id for image in sets.pool.images if image.image_id not in first]
+    assert len(observed) == len(unlabelled)
+    scores = {image_id: observed[n] for n, image_id in enumerate(unlabelled)}
+    assert None not in scores.values()
+    lowest = sorted(unlabelled, key=scores.get)[:2]
+    rest = [image_id for image_id in unlabelled if image_id not in lowest]
+    assert trained == [(sorted(first), []), (sorted([*first, *lowest]), rest)]
+    queue = state["cycles"][0]["queue"]
+    assert queue["chosen"]["mean"] == pytest.approx(sum(scores[i] for i in lowest) / 2)
+    assert queue["rest"]["quartiles"][0] == min(scores[i] for i in rest)
+    assert queue["rest"]["images"] == 4
+
+
+def test_a_spread_first_batch_starts_at_random_and_differs_from_a_random_one(tmp_path, sets):
+    batches = [annotated(carry_out(tmp_path, sets, "random@first=spread", seed=seed))[0] for seed in (0, 1)]
+    for seed, batch in enumerate(batches):
+        assert batch[0] == first_batch(sets.pool, 3, seed)[0]
+        assert len(set(batch)) == 3
+    assert [set(batch) for batch in batches] != [set(first_batch(sets.pool, 3, seed)) for seed in (0, 1)]
+
+
+def test_only_detections_of_some_confidence_count_in_the_queue(tmp_path, sets):
+    every = carry_out(tmp_path, sets, "tsp@queue_threshold=0")["cycles"][0]["queue"]
+    none = carry_out(tmp_path, sets, "tsp@queue_threshold=1")["cycles"][0]["queue"]
+    assert [part["without_score"] for part in every.values()] == [0, 0]
+    assert [part["without_score"] for part in none.values()] == [2, 4]
+
+
+def test_a_cycle_says_what_its_annotations_cost_and_how_good_the_network_is(tmp_path, sets):
+    state = carry_out(tmp_path, sets)
+    by_id = {image.image_id: image for image in sets.pool.images}
+    known = []
+    for cycle in state["cycles"]:
+        new = [by_id[image_id] for image_id in cycle["annotated"]]
+        known += new
+        assert cycle["new_empty_images"] == sum(not len(image.labels) for image in new)
+        assert cycle["annotated_instances"] == sum(len(image.labels) for image in known)
+        assert sum(cycle["annotated_by_class"].values()) == cycle["annotated_instances"]
+        assert cycle["annotated_vertices"] >= 3 * cycle["annotated_instances"]
+        assert set(cycle["ap_50_by_class"]) == set(sets.test.class_names)
+        assert len(json.dumps(cycle)) < 30_000
+    assert sum(map(sum, state["test_instances"].values())) == sum(len(image.labels) for image in sets.test.images)
 
 
 # --- interrupted
