@@ -59,8 +59,8 @@ def claims(report: Report) -> list[str]:
             found.append(
                 f"{name}: no prediction ever passed the thresholds, so there were no pseudo labels to learn from."
             )
-    if not found:
-        found.append("No two finished lines can be compared yet: that takes random and another line.")
+    if not report["comparisons"]:
+        found.append("No two finished lines can be compared yet: that takes two seeds of random and of another line.")
     few = [c for c in report["comparisons"] if c["smallest_sign_p"] > _SURE]
     if few:
         seeds = max(c["seeds"] for c in few)
@@ -109,15 +109,15 @@ def _setting(report: Report) -> str:
     supervision = (
         "Full supervision has not been run."
         if full is None
-        else f"Full supervision ({full['images']} images, {len(full['seeds'])} seeds): mAP@0.5 "
+        else f"Full supervision ({full['images']} images, {_count(len(full['seeds']), 'seed')}): mAP@0.5 "
         f"{_with_width(full['map_50'], full['map_50_half_width_95'])}."
     )
     network, training = settings["network"], settings["training"]
     return (
         f"{settings['pool_images']} images with {settings['pool_instances']} instances in the pool, "
         f"{settings['test_images']} test images. First batch {settings['first_batch']}, then {settings['batch']} a "
-        f"cycle, {settings['cycles']} cycles, {len(seeds)} seeds. `{settings['profile']}` at {network['min_size']} px "
-        f"from {settings['weights']} weights, {training['epochs']} epochs (at least {training['min_steps']} steps of "
+        f"cycle, {settings['cycles']} cycles, {_count(len(seeds), 'seed')}. `{settings['profile']}` at {network['min_size']} px "
+        f"from {settings['weights']} weights, {_count(training['epochs'], 'epoch')} (at least {training['min_steps']} steps of "
         f"{training['batch_size']} images). {supervision} All masks are measured at the images' own size. Intervals "
         "are 95 % of the mean over seeds (Student's t)."
     )
@@ -316,6 +316,10 @@ def _signed(difference: Mapping[str, float] | None) -> str:
         return "-"
     width = f" ± {difference['half_width_95']:.3f}" if difference["seeds"] > 1 else ""
     return f"{difference['difference']:+.3f}{width}"
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
 
 def _percent(value: float | None) -> str:

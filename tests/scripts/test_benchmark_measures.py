@@ -78,6 +78,15 @@ def test_average_precisions_are_those_of_cocos_evaluation_for_both_rankings(scen
     assert ours["rescored_map_50"] != pytest.approx(ours["map_50"])
 
 
+def test_a_calibration_changes_only_the_ranking_that_is_named_after_it(scene):
+    images, found = scene
+    compared = compare(found, images, 3, mask_threshold=THRESHOLD)
+    plain, same, flat = (measured(compared, CLASSES, c) for c in (None, lambda m: m, np.ones_like))
+    assert plain["calibrated_map_50"] is None
+    assert same["calibrated_map_50"] == plain["rescored_map_50"] == same["rescored_map_50"]
+    assert flat["calibrated_map_50_95"] == plain["map_50_95"] != plain["rescored_map_50_95"]
+
+
 def test_predicted_and_true_ious_are_those_of_the_calibration(scene):
     images, found = scene
     ours = iou_pairs(compare(found, images, 3, mask_threshold=THRESHOLD))
