@@ -113,13 +113,14 @@ def _setting(report: Report) -> str:
         f"{_with_width(full['map_50'], full['map_50_half_width_95'])}."
     )
     network, training = settings["network"], settings["training"]
+    seeds_and_epochs = _count(len(seeds), "seed"), _count(training["epochs"], "epoch")
     return (
         f"{settings['pool_images']} images with {settings['pool_instances']} instances in the pool, "
         f"{settings['test_images']} test images. First batch {settings['first_batch']}, then {settings['batch']} a "
-        f"cycle, {settings['cycles']} cycles, {_count(len(seeds), 'seed')}. `{settings['profile']}` at {network['min_size']} px "
-        f"from {settings['weights']} weights, {_count(training['epochs'], 'epoch')} (at least {training['min_steps']} steps of "
-        f"{training['batch_size']} images). {supervision} All masks are measured at the images' own size. Intervals "
-        "are 95 % of the mean over seeds (Student's t)."
+        f"cycle, {settings['cycles']} cycles, {seeds_and_epochs[0]}. `{settings['profile']}` at "
+        f"{network['min_size']} px from {settings['weights']} weights, {seeds_and_epochs[1]} (at least "
+        f"{training['min_steps']} steps of {training['batch_size']} images). {supervision} All masks are measured at "
+        "the images' own size. Intervals are 95 % of the mean over seeds (Student's t)."
     )
 
 
