@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +22,7 @@ from model.dataset import LabeledSet, fitting_anchors, load_image
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.pseudo_labels import class_thresholds, image_with_trusted
+from model.registry import ModelCard, Registry
 from model.strategies import STRATEGIES, Observation, Sight, look
 from model.strategies.core_set import k_centre_greedy
 from model.train import Progress, train
@@ -38,6 +40,8 @@ from scripts.benchmark_lines import (
 from scripts.benchmark_measures import compare, measured, pseudo_quality
 from scripts.benchmark_sets import Data, at_input_size, fingerprint
 
+KEPT = "network"  # the folder of a run, in the form of a registry, where its last network is kept on demand
+
 Plan = dict[str, Any]
 Seconds = dict[str, float]
 
@@ -51,14 +55,16 @@ def run(
     *,
     device: str = "cpu",
     deadline: float = float("inf"),
+    keep_network: bool = False,
 ) -> None:
     """Carry a run to its end from wherever it is; no new cycle starts after `deadline` (by `time.monotonic`).
 
-    `shared` keeps what runs have in common: first cycles, and the pool at the size that the network sees.
+    `shared` keeps what runs have in common: first cycles, and the pool at the size that the network sees. With
+    `keep_network`, the last cycle's network stays in the run's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _load(folder, name, experiment, data)
-    cycles = _Cycles(name, experiment, data, folder, shared, device)
+    cycles = _Cycles(name, experiment, data, folder, shared, device, keep_network)
     _remove_checkpoint(folder, len(state["cycles"]))
     while len(state["cycles"]) < cycles.total and time.monotonic() < deadline:
         number = len(state["cycles"]) + 1
@@ -122,9 +128,17 @@ class _Cycles:
     """The cycles of one run."""
 
     def __init__(
-        self, name: RunName, experiment: Experiment, data: Data, folder: Path, shared: Path, device: str
+        self,
+        name: RunName,
+        experiment: Experiment,
+        data: Data,
+        folder: Path,
+        shared: Path,
+        device: str,
+        keep_network: bool,
     ) -> None:
         self.name, self.data, self.folder, self.shared, self.device = name, data, folder, shared, device
+        self.keep_network = keep_network
         self.settings = settings_of(name, experiment)
         self.total = _total(name, experiment)
         options = {} if name.strategy == FULL else STRATEGIES[name.strategy].network_options
@@ -155,6 +169,8 @@ class _Cycles:
             seconds = {"training": training, "evaluation": evaluation}
         result = {"number": number, **self._counts(plan), **measurements, "seconds": seconds}
         if number == self.total:
+            if self.keep_network:
+                self._keep(number, network)
             return result, None
         with _timed(seconds, "scoring"):
             following, result["queue"] = self._next_plan(number, network, plan["annotated"])
@@ -235,6 +251,16 @@ class _Cycles:
                 write_json(record, {"measurements": measurements, "seconds": seconds})
             known = json.loads(record.read_text())
         return network, known["measurements"], known["seconds"]
+
+    def _keep(self, number: int, network: MaskRCNNWithScores) -> None:
+        card = ModelCard(
+            version=f"cycle-{number}",
+            network=network.config.to_json(),
+            class_names=self.data.pool.class_names,
+            created_at=datetime.now(UTC).isoformat(),
+            data_fingerprint=fingerprint(self.data.pool),
+        )
+        Registry(self.folder).add(KEPT, card, network)
 
     def _counts(self, plan: Plan) -> dict[str, Any]:
         """What people have annotated until now, and what the model has labelled itself for this training."""

@@ -1,7 +1,7 @@
 """Label efficiency: Algorithm 1 with an oracle, over strategies and seeds, on any COCO set; resumable at any moment.
 
     python -m scripts.benchmark run --data <COCO folder> --out <folder> --lines random,tsp+ssl --seeds 0,1,2 --jobs 2
-    python -m scripts.benchmark report --out <folder> [--json]
+    python -m scripts.benchmark report [--out <folder>] [--json]
 
 A line is a strategy (`model.strategies.STRATEGIES`), with "+ssl" if it also learns from pseudo labels, or "full": all
 images annotated at once; options of its own follow, as in "tsp+ssl@beta=0.05" (`scripts.benchmark_lines`). Runs at the
@@ -24,11 +24,14 @@ from types import FrameType
 
 import torch
 
+if not __package__:  # started as a file, not by `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from model.config import PROFILES, PseudoLabelConfig, TrainingConfig
 from model.errors import TSPError
 from scripts.active_learning import anchors_for, cycles_done, run
 from scripts.benchmark_lines import Experiment, RunName, Selection, parse_line
-from scripts.benchmark_report import write_report
+from scripts.benchmark_report import write_reports
 from scripts.benchmark_sets import Data, read_data
 
 
@@ -70,14 +73,15 @@ EFFORTS = {
     ),
 }
 
+_OUT = Path("benchmarks")
+
 
 def main() -> None:
     """Run what is missing, or report what is there."""
     options = _options()
     try:
         if options.command == "report":
-            report = write_report(options.out)
-            print(json.dumps(report) if options.json else (options.out / "report.md").read_text())
+            _report(options)
         elif options.jobs > 1:
             _share(options)
         else:
@@ -93,7 +97,7 @@ def _options() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="carry out the runs that are not finished")
     runner.add_argument("--data", type=Path, required=True, help="COCO folder: images/ and annotations.json")
-    runner.add_argument("--out", type=Path, required=True, help="where the runs are kept")
+    runner.add_argument("--out", type=Path, help=f"where the runs are kept; default: {_OUT}/<the set's name>")
     runner.add_argument("--lines", default="random,tsp,random+ssl,tsp+ssl,full", help="by commas")
     runner.add_argument("--seeds", default="0,1,2", help="by commas")
     runner.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
@@ -101,6 +105,7 @@ def _options() -> argparse.Namespace:
     runner.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     runner.add_argument("--profile", choices=EFFORTS, default="cpu")
     runner.add_argument("--network", choices=PROFILES, help="another network than the profile's")
+    runner.add_argument("--weights", help="none, imagenet, coco or a .safetensors file; default: the profile's")
     runner.add_argument("--size", type=int, help="shorter side the network sees, in pixels")
     runner.add_argument("--pool", type=int, help="images of the pool (a fixed random subset); cpu: 300, paper: all")
     runner.add_argument("--test", type=int, help="images of the test set (a fixed random subset); cpu: 120, paper: all")
@@ -113,11 +118,23 @@ def _options() -> argparse.Namespace:
     runner.add_argument("--beta", type=float)
     runner.add_argument("--thresholds", help="sigma_c,sigma_b,sigma_m of the pseudo labels")
     runner.add_argument("--queue-threshold", type=float, help="class score from which detections count in the queue")
+    runner.add_argument("--keep-networks", action="store_true", help="keep each run's last network in its folder")
     runner.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     reporter = commands.add_parser("report", help="table, curves and statistics of the runs that are there")
-    reporter.add_argument("--out", type=Path, required=True)
+    reporter.add_argument("--out", type=Path, default=_OUT, help=f"a benchmark, or a folder of some; default: {_OUT}")
     reporter.add_argument("--json", action="store_true", help="print the results as JSON instead")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.out is None:
+        options.out = _OUT / options.data.resolve().name
+    return options
+
+
+def _report(options: argparse.Namespace) -> None:
+    reports = write_reports(options.out)
+    if options.json:
+        print(json.dumps({"reports": {folder.resolve().name: report for folder, report in reports.items()}}))
+    else:
+        print("\n".join((folder / "report.md").read_text() for folder in reports))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -137,9 +154,18 @@ def _run(options: argparse.Namespace) -> None:
             except BlockingIOError:
                 continue  # another process is at it
             print(f"{folder} ...", flush=True)
-            run(name, experiment, data, folder, options.out / "shared", device=device, deadline=deadline)
+            run(
+                name,
+                experiment,
+                data,
+                folder,
+                options.out / "shared",
+                device=device,
+                deadline=deadline,
+                keep_network=options.keep_networks,
+            )
         # The lock file stays: another process may have it open, and a new one would be a second lock.
-    if not options.worker:
+    if not options.worker and os.environ.get("RANK", "0") == "0":
         _print_what_is_left(names, experiment, data, options.out)
 
 
@@ -151,10 +177,25 @@ def _task(options: argparse.Namespace) -> tuple[Data, Experiment, list[RunName]]
 
 
 def _print_what_is_left(names: list[RunName], experiment: Experiment, data: Data, out: Path) -> None:
-    progress = {name.folder: cycles_done(name, experiment, data, out / name.folder) for name in names}
-    left = [f"  {folder}: {done} of {total} cycles" for folder, (done, total) in progress.items() if done < total]
+    left = []
+    for name in names:
+        done, total = cycles_done(name, experiment, data, out / name.folder)
+        if done < total:
+            busy = ", another process is at it" if _is_locked(out / name.folder) else ""
+            left.append(f"  {name.folder}: {done} of {total} cycles{busy}")
     if left:
         print("\n".join([f"{len(left)} of {len(names)} runs are not finished; the same command goes on:", *left]))
+
+
+def _is_locked(folder: Path) -> bool:
+    if not (folder / "lock").exists():
+        return False
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _device(wanted: str | None) -> str:
@@ -166,7 +207,7 @@ def _device(wanted: str | None) -> str:
 
 def _share(options: argparse.Namespace) -> None:
     """The same command in several processes; each takes the runs that no other one works on. They end with this one."""
-    command = [sys.executable, "-m", "scripts.benchmark", *sys.argv[1:], "--jobs", "1"]
+    command = [sys.executable, __file__, *sys.argv[1:], "--jobs", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGTERM, _stop)
     workers: list[subprocess.Popen[bytes]] = []
@@ -201,6 +242,7 @@ def _experiment(options: argparse.Namespace, data: Data) -> Experiment:
     experiment = replace(
         base,
         profile=options.network or base.profile,
+        weights=options.weights or base.weights,
         training=replace(base.training, **{k: v for k, v in training.items() if v is not None}),
         **{k: v for k, v in sizes.items() if v is not None},
     )

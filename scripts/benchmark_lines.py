@@ -114,6 +114,13 @@ def strategy_of(name: RunName, selection: Selection) -> Strategy:
     return strategy
 
 
+def supervised_twin(name: RunName) -> RunName:
+    """The same line without pseudo labels and what is said about them."""
+    about_pseudo = set(_types(PseudoLabelConfig)) | _semi_supervised_only()
+    options = tuple((option, value) for option, value in name.options if option not in about_pseudo)
+    return replace(name, semi_supervised=False, options=options)
+
+
 def first_cycle_settings(settings: Experiment) -> dict[str, Any]:
     """What decides how the first cycle is trained, besides its images: there are no pseudo labels yet."""
     training = asdict(without_semi_supervision(settings.training))

@@ -1,207 +1,337 @@
-"""The benchmark's results as a table, the paper's Figure 2, and statistics; made from the run.json files alone."""
+"""The benchmark's results: tables and comparisons, made from the run.json files alone.
+
+`write_report` puts report.json, report.md and the figures beside the runs.
+"""
 
 import json
 from collections import defaultdict
-from itertools import combinations
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from numpy.typing import NDArray
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
-from scripts.benchmark_lines import FULL
+from model.types import FloatArray
+from scripts.benchmark_lines import FULL, RunName, supervised_twin
+from scripts.benchmark_measures import unpacked
+from scripts.benchmark_plots import plot_all
+from scripts.benchmark_statistics import (
+    area_under,
+    bootstrap_p,
+    half_width,
+    holm,
+    images_to_reach,
+    paired_t_p,
+    resampled_map_50,
+    smallest_sign_p,
+)
+from scripts.benchmark_text import markdown
 
 Run = dict[str, Any]
-_RESAMPLES = 10_000
+Lines = dict[str, list[Run]]
+
 _MINUTES_AN_IMAGE, _DOLLARS_AN_IMAGE = 4.0, 8.5  # the middle of the paper's 3-5 minutes and 7-10 dollars
+_SHARES_OF_FULL = (80, 90, 95, 100)  # percent
+_TEST_RESAMPLES = 400
+_BINS = 10
+
+
+def write_reports(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Write a report into the folder, if it has runs, and into each of its folders that have; by folder."""
+    candidates = [folder, *sorted(path for path in folder.glob("*/") if path.name != "shared")]
+    folders = [path for path in candidates if any(path.glob("*/run.json"))]
+    if not folders:
+        raise ValueError(
+            f"{folder}: expected results (run.json in the folder of each run), found none; `benchmark run` makes them"
+        )
+    return {path: write_report(path) for path in folders}
 
 
 def write_report(folder: Path) -> dict[str, Any]:
-    """Write report.json, report.md and curves.png into the folder; returns what report.json holds."""
+    """Write report.json, report.md and the figures of one --out folder; returns what report.json holds."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/run.json"))]
     runs = [run for run in runs if run["cycles"]]
     if not runs:
-        raise ValueError(f"{folder}: expected finished cycles (*/run.json), found none; `run` makes them")
+        raise ValueError(f"{folder}: expected finished cycles (*/run.json), found none; `benchmark run` makes them")
     if others := [run for run in runs if run["settings"] != runs[0]["settings"]]:
         one, other = (f"{run['line']}-seed{run['seed']}" for run in (runs[0], others[0]))
         raise ValueError(f"{folder}: {one} and {other} were made with different settings and cannot be compared")
-    complete = _complete(runs)
-    full = [run["cycles"][-1]["map_50"] for run in runs if run["line"] == FULL]
-    report = {
-        "settings": runs[0]["settings"],
-        "full_supervision_map_50": float(np.mean(full)) if full else None,
-        "lines": {line: _line(of_line, full) for line, of_line in complete.items()},
-        "comparisons": _comparisons(complete),
-    }
+    report = make_report(runs)
     (folder / "report.json").write_text(json.dumps(report, indent=1))
-    _plot(report, folder / "curves.png")
-    (folder / "report.md").write_text(_markdown(report))
+    figures = plot_all(report, folder)
+    (folder / "report.md").write_text(markdown(report, figures))
     return report
 
 
-def _complete(runs: list[Run]) -> dict[str, list[Run]]:
-    """The finished runs of each line, by seed."""
-    lines: dict[str, list[Run]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: run["seed"]):
-        if run["line"] != FULL and len(run["cycles"]) == run["settings"]["cycles"]:
-            lines[run["line"]].append(run)
-    return dict(sorted(lines.items()))
-
-
-def _line(runs: list[Run], full: list[float]) -> dict[str, Any]:
-    curves = _curves(runs)
-    half_width = _half_width(curves)
-    last = [run["cycles"][-1] for run in runs]
-    images = [cycle["annotated_images"] for cycle in runs[0]["cycles"]]
+def make_report(runs: Sequence[Run]) -> dict[str, Any]:
+    """All tables and comparisons of runs that share their settings; unfinished ones are only listed."""
+    lines = _finished(runs)
+    full = _full_supervision(lines.pop(FULL, []))
+    variants = {line: lines.pop(line) for line in list(lines) if lines[line][0]["strategy"] == FULL}
+    pool = runs[0]["settings"]["pool_images"]
     return {
-        "seeds": [run["seed"] for run in runs],
-        "annotated_images": images,
-        "map_50": curves.mean(axis=0).tolist(),
-        "map_50_half_width_95": half_width.tolist(),
-        "area_under_curve": float(_areas(runs).mean()),
-        "images_to_reach_full": _images_to_reach(images, curves.mean(axis=0), float(np.mean(full))) if full else None,
-        "annotation_minutes": images[-1] * _MINUTES_AN_IMAGE,
-        "annotation_dollars": images[-1] * _DOLLARS_AN_IMAGE,
-        "annotated_instances": float(np.mean([cycle["annotated_instances"] for cycle in last])),
-        "training_cpu_seconds": float(
-            np.mean([sum((c["seconds"]["training"] or {"cpu": 0})["cpu"] for c in r["cycles"]) for r in runs])
-        ),
-        "map_50_95": _mean([cycle["map_50_95"] for cycle in last]),
-        "rescored_map_50_95": _mean([cycle["rescored_map_50_95"] for cycle in last]),
-        "box_spearman": _mean([cycle["box_reliability"]["spearman"] for cycle in last]),
-        "mask_spearman": _mean([cycle["mask_reliability"]["spearman"] for cycle in last]),
-        "pseudo_precision": _mean([(cycle["pseudo_quality"] or {}).get("precision") for cycle in last]),
-        "pseudo_recall": _mean([(cycle["pseudo_quality"] or {}).get("recall") for cycle in last]),
+        "settings": runs[0]["settings"],
+        "full_supervision": full,
+        "full_supervision_variants": {line: _full_supervision(of_line) for line, of_line in variants.items()},
+        "lines": {line: _line(of_line, lines, full, pool) for line, of_line in lines.items()},
+        "comparisons": _comparisons(lines),
+        "reliability": {branch: _reliability(lines, f"{branch}_reliability") for branch in ("box", "mask")},
+        "unfinished": [
+            {"run": f"{run['line']}-seed{run['seed']}", "cycles": len(run["cycles"]), "of": _total(run)}
+            for run in runs
+            if len(run["cycles"]) < _total(run)
+        ],
     }
 
 
-def _curves(runs: list[Run]) -> NDArray[np.float64]:
+def _total(run: Run) -> int:
+    return 1 if run["strategy"] == FULL else int(run["settings"]["cycles"])
+
+
+def _finished(runs: Sequence[Run]) -> Lines:
+    """The finished runs of each line, by seed; the lines in alphabetical order, but random first."""
+    lines: Lines = defaultdict(list)
+    for run in sorted(runs, key=lambda run: int(run["seed"])):
+        if len(run["cycles"]) == _total(run):
+            lines[run["line"]].append(run)
+    return dict(sorted(lines.items(), key=lambda item: (item[1][0]["strategy"] != "random", item[0])))
+
+
+def _full_supervision(runs: Sequence[Run]) -> dict[str, Any] | None:
+    if not runs:
+        return None
+    last = [run["cycles"][-1] for run in runs]
+    heights = _column(last, "map_50")
+    return {
+        "seeds": [run["seed"] for run in runs],
+        "images": last[0]["annotated_images"],
+        "instances": last[0]["annotated_instances"],
+        "vertices": last[0]["annotated_vertices"],
+        "map_50": float(heights.mean()),
+        "map_50_half_width_95": float(half_width(heights)),
+        "map_50_95": float(_column(last, "map_50_95").mean()),
+        "training_cpu_seconds": _mean([_training_seconds(run) for run in runs]),
+    }
+
+
+def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None, pool: int) -> dict[str, Any]:
+    cycles = [list(cycle) for cycle in zip(*(run["cycles"] for run in runs), strict=True)]
+    curves = _curves(runs)
+    images = [cycle[0]["annotated_images"] for cycle in cycles]
+    areas = area_under(images, curves)
+    return {
+        "strategy": runs[0]["strategy"],
+        "semi_supervised": runs[0]["semi_supervised"],
+        "options": runs[0]["options"],
+        "seeds": [run["seed"] for run in runs],
+        "annotated_images": images,
+        "annotated_instances": [float(_column(cycle, "annotated_instances").mean()) for cycle in cycles],
+        "annotated_vertices": [float(_column(cycle, "annotated_vertices").mean()) for cycle in cycles],
+        "empty_images_share": _empty_share(runs),
+        "map_50": curves.mean(axis=0).tolist(),
+        "map_50_half_width_95": half_width(curves).tolist(),
+        "map_50_by_seed": curves.tolist(),
+        "map_50_95": [float(_column(cycle, "map_50_95").mean()) for cycle in cycles],
+        "ap_50_by_class": {name: _mean([c["ap_50_by_class"][name] for c in cycles[-1]]) for name in _classes(runs)},
+        "area_under_curve": float(areas.mean()),
+        "area_under_curve_half_width_95": float(half_width(areas)),
+        "second_cycle_over_random": _over_random(runs, lines, 1),
+        "last_cycle_over_random": _over_random(runs, lines, -1),
+        "images_to_reach": _reached(images, curves.mean(axis=0), full, pool),
+        **_costs(cycles[-1], runs[0]["settings"]),
+        "seconds": {
+            part: _mean([_seconds(run, part) for run in runs]) for part in ("training", "evaluation", "scoring")
+        },
+        "training_time_over_supervised": _time_ratio(runs, lines),
+        "pseudo": [_pseudo(cycle) for cycle in cycles],
+        "rescored_map_50": float(_column(cycles[-1], "rescored_map_50").mean()),
+        "rescored_map_50_95": float(_column(cycles[-1], "rescored_map_50_95").mean()),
+        "calibrated_map_50": _mean([cycle.get("calibrated_map_50") for cycle in cycles[-1]]),
+        "calibrated_map_50_95": _mean([cycle.get("calibrated_map_50_95") for cycle in cycles[-1]]),
+        **{
+            f"{branch}_{value}": _mean([cycle[f"{branch}_reliability"][value] for cycle in cycles[-1]])
+            for branch in ("box", "mask")
+            for value in ("spearman", "calibration_error")
+        },
+    }
+
+
+def _curves(runs: Sequence[Run]) -> FloatArray:
     """mAP@0.5 by seed and cycle."""
     return np.array([[cycle["map_50"] for cycle in run["cycles"]] for run in runs], dtype=np.float64)
 
 
-def _areas(runs: list[Run]) -> NDArray[np.float64]:
-    """The mean height of each seed's curve over the annotated images, by the trapezium rule."""
-    images = np.array([cycle["annotated_images"] for cycle in runs[0]["cycles"]], dtype=np.float64)
-    if images[0] == images[-1]:
-        means: NDArray[np.float64] = _curves(runs).mean(axis=1)
-        return means
-    areas: NDArray[np.float64] = np.trapezoid(_curves(runs), images, axis=1) / (images[-1] - images[0])
-    return areas
+def _column(cycles: Sequence[dict[str, Any]], name: str) -> FloatArray:
+    return np.array([cycle[name] for cycle in cycles], dtype=np.float64)
 
 
-def _half_width(curves: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Half the width of a 95 % interval of the mean over seeds, by Student's t."""
-    count = len(curves)
-    if count < 2:
-        return np.zeros(curves.shape[1])
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(
-        count, 1.96 + 2.37 / (count - 1) + 2.82 / (count - 1) ** 2
+def _classes(runs: Sequence[Run]) -> list[str]:
+    return list(runs[0]["cycles"][-1]["ap_50_by_class"])
+
+
+def _empty_share(runs: Sequence[Run]) -> float | None:
+    """Of the images that the strategy itself chose, those without any instance: all batches but the first."""
+    later = [cycle for run in runs for cycle in run["cycles"][1:]]
+    chosen = sum(cycle["new_images"] for cycle in later)
+    return sum(cycle["new_empty_images"] for cycle in later) / chosen if chosen else None
+
+
+def _over_random(runs: Sequence[Run], lines: Lines, cycle: int) -> dict[str, float] | None:
+    """mAP@0.5 minus that of random at a cycle, paired by seed: mean and half of the 95 % interval."""
+    differences = _differences(runs, lines.get("random", []), lambda run: run["cycles"][cycle]["map_50"])
+    if len(runs[0]["cycles"]) < 2 or runs[0]["line"] == "random" or not len(differences):
+        return None
+    return {
+        "difference": float(differences.mean()),
+        "half_width_95": float(half_width(differences)),
+        "seeds": len(differences),
+    }
+
+
+def _differences(one: Sequence[Run], other: Sequence[Run], value: Any) -> FloatArray:
+    """Of the seeds that both lines have."""
+    by_seed = {run["seed"]: value(run) for run in other}
+    return np.array([value(run) - by_seed[run["seed"]] for run in one if run["seed"] in by_seed], dtype=np.float64)
+
+
+def _reached(
+    images: list[int], curve: FloatArray, full: dict[str, Any] | None, pool: int
+) -> dict[str, dict[str, float] | None]:
+    """By percent of full supervision: the annotated images that the mean curve needs, and their share of the pool."""
+    if full is None:
+        return {}
+    result: dict[str, dict[str, float] | None] = {}
+    for percent in _SHARES_OF_FULL:
+        reached = images_to_reach(images, curve, full["map_50"] * percent / 100)
+        result[str(percent)] = None if reached is None else {"images": reached, "share_of_pool": reached / pool}
+    return result
+
+
+def _costs(last: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, float | None]:
+    """What all annotated images cost by the paper's rates: each image alike, or each instance alike.
+
+    By instance, the pool as a whole costs the same as by image.
+    """
+    images = last[0]["annotated_images"]
+    instances, vertices = (float(_column(last, f"annotated_{unit}").mean()) for unit in ("instances", "vertices"))
+    height = float(_column(last, "map_50").mean())
+    images_an_instance = settings["pool_images"] / max(settings["pool_instances"], 1)
+    return {
+        "annotation_minutes": images * _MINUTES_AN_IMAGE,
+        "annotation_dollars": images * _DOLLARS_AN_IMAGE,
+        "annotation_minutes_by_instance": instances * images_an_instance * _MINUTES_AN_IMAGE,
+        "annotation_dollars_by_instance": instances * images_an_instance * _DOLLARS_AN_IMAGE,
+        "map_50_per_100_instances": 100 * height / instances if instances else None,
+        "map_50_per_1000_vertices": 1000 * height / vertices if vertices else None,
+    }
+
+
+def _seconds(run: Run, part: str) -> float:
+    """CPU seconds of all cycles; a cycle whose seconds were lost counts like the mean of the others."""
+    known = [(cycle["seconds"].get(part) or {}).get("cpu") for cycle in run["cycles"]]
+    due = len(known) if part != "scoring" else len(known) - 1
+    return (_mean(known) or 0.0) * due
+
+
+def _training_seconds(run: Run) -> float:
+    return _seconds(run, "training")
+
+
+def _time_ratio(runs: Sequence[Run], lines: Lines) -> float | None:
+    """Training time by that of the same line without pseudo labels."""
+    twin = lines.get(_twin(runs[0]), [])
+    seconds = [_mean([_training_seconds(run) for run in part]) for part in (runs, twin)]
+    return seconds[0] / seconds[1] if runs[0]["semi_supervised"] and seconds[0] and seconds[1] else None
+
+
+def _twin(run: Run) -> str:
+    name = RunName(
+        strategy=run["strategy"],
+        semi_supervised=run["semi_supervised"],
+        options=tuple(sorted(run["options"].items())),
+        seed=run["seed"],
     )
-    half_width: NDArray[np.float64] = t * curves.std(axis=0, ddof=1) / np.sqrt(count)
-    return half_width
+    return supervised_twin(name).line
 
 
-def _images_to_reach(images: list[int], curve: NDArray[np.float64], target: float) -> float | None:
-    """How many annotated images reach the target on the mean curve, between cycles by a straight line."""
-    for i, height in enumerate(curve):
-        if height >= target:
-            if i == 0:
-                return float(images[0])
-            share = (target - curve[i - 1]) / (height - curve[i - 1])
-            return float(images[i - 1] + share * (images[i] - images[i - 1]))
-    return None
+def _pseudo(cycle: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    qualities = [run["pseudo_quality"] or {} for run in cycle]
+    return {
+        "images": _mean([run["pseudo_images"] for run in cycle]),
+        **{name: _mean([q.get(name) for q in qualities]) for name in ("instances", "precision", "recall")},
+    }
 
 
-def _comparisons(lines: dict[str, list[Run]]) -> list[dict[str, Any]]:
-    """Every pair of lines by area under the curve, paired by seed; p by bootstrap, corrected after Holm."""
-    comparisons: list[dict[str, Any]] = []
-    for one, other in combinations(lines, 2):
-        areas = [dict(zip([r["seed"] for r in lines[x]], _areas(lines[x]), strict=True)) for x in (one, other)]
-        seeds = sorted(set(areas[0]) & set(areas[1]))
-        if len(seeds) >= 3:
-            differences = np.array([areas[0][seed] - areas[1][seed] for seed in seeds])
-            p = _bootstrap_p(differences)
-            comparisons.append(
-                {"one": one, "other": other, "seeds": len(seeds), "difference": float(differences.mean()), "p": p}
-            )
-    ordered = sorted(comparisons, key=lambda comparison: float(comparison["p"]))
-    largest = 0.0
-    for rank, comparison in enumerate(ordered):
-        largest = max(largest, min(1.0, float(comparison["p"]) * (len(ordered) - rank)))
-        comparison["p_holm"] = largest
-    return ordered
+def _comparisons(lines: Lines) -> list[dict[str, Any]]:
+    """By area under the curve, paired by seed: each line with random, with random+ssl, and with itself without SSL."""
+    pairs: dict[tuple[str, str], None] = {}
+    for line, runs in lines.items():
+        for other in ("random", "random+ssl", _twin(runs[0])):
+            if other in lines and other != line and (other, line) not in pairs:
+                pairs[line, other] = None
+    resampled = _resampled(lines)
+    found = [_comparison(one, other, lines, resampled) for one, other in pairs]
+    comparisons = [comparison for comparison in found if comparison is not None]
+    for name in ("p", "bootstrap_p"):
+        for comparison, corrected in zip(comparisons, holm([c[name] for c in comparisons]), strict=True):
+            comparison[f"{name}_holm"] = corrected
+    return comparisons
 
 
-def _bootstrap_p(differences: NDArray[np.float64]) -> float:
-    """Two-sided p of a mean of zero: resampled means of the centred differences at least as far out."""
-    rng = np.random.default_rng(0)
-    centred = differences - differences.mean()
-    means = rng.choice(centred, (_RESAMPLES, len(centred))).mean(axis=1)
-    return float((1 + (np.abs(means) >= abs(differences.mean())).sum()) / (_RESAMPLES + 1))
+def _comparison(one: str, other: str, lines: Lines, resampled: dict[str, FloatArray]) -> dict[str, Any] | None:
+    images = [cycle["annotated_images"] for cycle in lines[one][0]["cycles"]]
+    differences = _differences(lines[one], lines[other], lambda run: area_under(images, _curves([run]))[0])
+    if len(differences) < 2:
+        return None
+    comparison = {
+        "one": one,
+        "other": other,
+        "seeds": len(differences),
+        "difference": float(differences.mean()),
+        "half_width_95": float(half_width(differences)),
+        "p": paired_t_p(differences),
+        "bootstrap_p": bootstrap_p(differences),
+        "smallest_sign_p": smallest_sign_p(len(differences)),
+        "test_images_interval_95": None,
+    }
+    if one in resampled and other in resampled:
+        interval = np.quantile(resampled[one] - resampled[other], [0.025, 0.975])
+        comparison["test_images_interval_95"] = [float(value) for value in interval]
+    return comparison
 
 
-def _plot(report: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, line in report["lines"].items():
-        style = "-" if name.endswith("+ssl") else "--"
-        axes.errorbar(
-            line["annotated_images"], line["map_50"], yerr=line["map_50_half_width_95"], label=name, ls=style, capsize=2
-        )
-    if report["full_supervision_map_50"] is not None:
-        axes.axhline(report["full_supervision_map_50"], color="black", lw=1, ls=":", label="full supervision")
-    axes.set_xlabel("annotated images")
-    axes.set_ylabel("mask mAP@0.5 on the test images")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _resampled(lines: Lines) -> dict[str, FloatArray]:
+    """By line, the last cycle's mAP@0.5 (mean over the seeds that all lines have) on resampled test sets."""
+    seeds = set.intersection(*({run["seed"] for run in runs} for runs in lines.values())) if lines else set()
+    result = {}
+    for line, runs in lines.items():
+        kept = [run for run in runs if run["seed"] in seeds and run["cycles"][-1].get("matches")]
+        if seeds and len(kept) == len(seeds):
+            by_seed = [
+                resampled_map_50(
+                    {name: unpacked(text) for name, text in run["cycles"][-1]["matches"].items()},
+                    run["test_instances"],
+                    _TEST_RESAMPLES,
+                )
+                for run in kept
+            ]
+            result[line] = np.mean(by_seed, axis=0)
+    return result
 
 
-def _markdown(report: dict[str, Any]) -> str:
-    settings = report["settings"]
-    full = report["full_supervision_map_50"]
-    rows = [
-        f"{settings['pool_images']} images in the pool, {settings['test_images']} test images, "
-        f"{settings['profile']}, first batch {settings['first_batch']}, then {settings['batch']} a cycle. "
-        f"Full supervision: mAP@0.5 {_shown(full)}.",
-        "",
-        "![mAP@0.5 by annotated images](curves.png)",
-        "",
-        "| line | seeds | mAP@0.5 by cycle (95 % interval) | area | images to reach full "
-        "| mAP@[.5:.95], ranked by c, by c x m | Spearman box, mask | pseudo precision, recall | training, CPU s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, line in report["lines"].items():
-        heights = zip(line["map_50"], line["map_50_half_width_95"], strict=True)
-        curve = ", ".join(f"{height:.3f} ({width:.3f})" for height, width in heights)
-        reach = line["images_to_reach_full"]
-        rows.append(
-            f"| {name} | {len(line['seeds'])} | {curve} | {line['area_under_curve']:.3f} "
-            f"| {'not reached' if reach is None else round(reach)} "
-            f"| {_shown(line['map_50_95'])}, {_shown(line['rescored_map_50_95'])} "
-            f"| {_shown(line['box_spearman'])}, {_shown(line['mask_spearman'])} "
-            f"| {_shown(line['pseudo_precision'])}, {_shown(line['pseudo_recall'])} "
-            f"| {line['training_cpu_seconds']:.0f} |"
-        )
-    rows += ["", "Differences in area under the curve, paired by seed:", "", "| | | difference | p | p after Holm |"]
-    rows.append("|---|---|---|---|---|")
-    rows += [
-        f"| {c['one']} | {c['other']} | {c['difference']:+.3f} | {c['p']:.3f} | {c['p_holm']:.3f} |"
-        for c in report["comparisons"]
-    ]
-    return "\n".join(rows) + "\n"
+def _reliability(lines: Lines, branch: str) -> list[list[float]]:
+    """The bins of all runs' last cycles together: mean predicted, mean true, count; each bin a tenth wide."""
+    bins = [b for runs in lines.values() for run in runs for b in run["cycles"][-1][branch]["bins"]]
+    result = []
+    for number in range(_BINS):
+        rows = np.array([b for b in bins if min(int(b[0] * _BINS), _BINS - 1) == number], dtype=np.float64)
+        if len(rows):
+            count = rows[:, 2].sum()
+            result.append([float((rows[:, 0] * rows[:, 2]).sum() / count),
+                           float((rows[:, 1] * rows[:, 2]).sum() / count), int(count)])  # fmt: skip
+    return result
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -42,6 +42,8 @@ def read_data(folder: Path, *, pool_size: int | None, test_size: int | None) -> 
         quarter = len(images) // 4
         test, pool = (replace(everything, images=tuple(part)) for part in (images[:quarter], images[quarter:]))
     pool, test = _subset(pool, pool_size), _subset(test, test_size)
+    if not any(len(image.labels) for image in test.images):
+        raise ValueError(f"{file}: there is no instance in the {len(test.images)} test images: nothing can be measured")
     return Data(name=folder.resolve().name, pool=pool, test=test, drawn_vertices=_drawn_vertices(file))
 
 

@@ -1,4 +1,4 @@
-"""The benchmark: real tiny runs, interrupted everywhere, side by side; and the report's statistics by hand."""
+"""The benchmark: real tiny runs, interrupted everywhere, side by side."""
 
 import json
 import os
@@ -9,7 +9,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,10 +16,10 @@ import model.files
 import scripts.active_learning
 from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import LabeledSet, read_coco
-from scripts import benchmark, benchmark_report
+from model.strategies.tsp import TSP
+from scripts import benchmark
 from scripts.active_learning import cycles_done, first_batch, run
 from scripts.benchmark_lines import Experiment, parse_line
-from scripts.benchmark_report import write_report
 from scripts.benchmark_sets import Data
 from scripts.make_phantoms import make_phantoms
 from tests.model.examples import TINY
@@ -142,6 +141,90 @@ def test_pseudo_labels_are_trained_on_when_every_detection_is_trusted(tmp_path, 
     without = carry_out(tmp_path, sets)
     assert not any(name.startswith("semi_") for training in steps for step in training for name in step.losses)
     assert annotated(without) == annotated(with_ssl)
+
+
+@pytest.mark.parametrize(
+    ("line", "looks"),
+    [
+        pytest.param("random", 0, id="random chooses blindly"),
+        pytest.param("random+ssl", 6, id="pseudo labels take a look at every image that is left"),
+        pytest.param("tsp", 6, id="scores too"),
+        pytest.param("core_set", 9, id="what compares images looks at the annotated ones as well"),
+    ],
+)
+def test_no_image_of_the_pool_is_looked_at_more_than_once_a_cycle(tmp_path, sets, monkeypatch, line, looks):
+    seen = []
+    look = scripts.active_learning._Cycles._look
+
+    def watched(self, network, image):
+        seen.append(image.image_id)
+        return look(self, network, image)
+
+    monkeypatch.setattr(scripts.active_learning._Cycles, "_look", watched)
+    carry_out(tmp_path, sets, line)
+    pool = [image_id for image_id in seen if image_id in {image.image_id for image in sets.pool.images}]
+    assert len(pool) == len(set(pool)) == looks
+
+
+def test_a_cycle_of_algorithm_1_annotates_the_lowest_scores_and_labels_the_rest_itself(tmp_path, sets, monkeypatch):
+    observed, trained = {}, []
+    observe, train = TSP.observe, scripts.active_learning.train
+
+    def watched_observe(self, sight):
+        observation = observe(self, sight)
+        observed[len(observed)] = observation.score
+        return observation
+
+    def watched_train(network, images, config, **options):
+        trained.append((sorted(i.image_id for i in images if not i.pseudo), [i.image_id for i in images if i.pseudo]))
+        return train(network, images, config, **options)
+
+    monkeypatch.setattr(TSP, "observe", watched_observe)
+    monkeypatch.setattr(scripts.active_learning, "train", watched_train)
+    state = carry_out(tmp_path, sets, "tsp+ssl@queue_threshold=0")
+    first = first_batch(sets.pool, 3, 0)
+    unlabelled = [image.image_id for image in sets.pool.images if image.image_id not in first]
+    assert len(observed) == len(unlabelled)
+    scores = {image_id: observed[n] for n, image_id in enumerate(unlabelled)}
+    assert None not in scores.values()
+    lowest = sorted(unlabelled, key=scores.get)[:2]
+    rest = [image_id for image_id in unlabelled if image_id not in lowest]
+    assert trained == [(sorted(first), []), (sorted([*first, *lowest]), rest)]
+    queue = state["cycles"][0]["queue"]
+    assert queue["chosen"]["mean"] == pytest.approx(sum(scores[i] for i in lowest) / 2)
+    assert queue["rest"]["quartiles"][0] == min(scores[i] for i in rest)
+    assert queue["rest"]["images"] == 4
+
+
+def test_a_spread_first_batch_starts_at_random_and_differs_from_a_random_one(tmp_path, sets):
+    batches = [annotated(carry_out(tmp_path, sets, "random@first=spread", seed=seed))[0] for seed in (0, 1)]
+    for seed, batch in enumerate(batches):
+        assert batch[0] == first_batch(sets.pool, 3, seed)[0]
+        assert len(set(batch)) == 3
+    assert [set(batch) for batch in batches] != [set(first_batch(sets.pool, 3, seed)) for seed in (0, 1)]
+
+
+def test_only_detections_of_some_confidence_count_in_the_queue(tmp_path, sets):
+    every = carry_out(tmp_path, sets, "tsp@queue_threshold=0")["cycles"][0]["queue"]
+    none = carry_out(tmp_path, sets, "tsp@queue_threshold=1")["cycles"][0]["queue"]
+    assert [part["without_score"] for part in every.values()] == [0, 0]
+    assert [part["without_score"] for part in none.values()] == [2, 4]
+
+
+def test_a_cycle_says_what_its_annotations_cost_and_how_good_the_network_is(tmp_path, sets):
+    state = carry_out(tmp_path, sets)
+    by_id = {image.image_id: image for image in sets.pool.images}
+    known = []
+    for cycle in state["cycles"]:
+        new = [by_id[image_id] for image_id in cycle["annotated"]]
+        known += new
+        assert cycle["new_empty_images"] == sum(not len(image.labels) for image in new)
+        assert cycle["annotated_instances"] == sum(len(image.labels) for image in known)
+        assert sum(cycle["annotated_by_class"].values()) == cycle["annotated_instances"]
+        assert cycle["annotated_vertices"] >= 3 * cycle["annotated_instances"]
+        assert set(cycle["ap_50_by_class"]) == set(sets.test.class_names)
+        assert len(json.dumps(cycle)) < 30_000
+    assert sum(map(sum, state["test_instances"].values())) == sum(len(image.labels) for image in sets.test.images)
 
 
 # --- interrupted
@@ -278,14 +361,15 @@ def test_two_processes_do_each_run_once_and_the_report_comes_out(tmp_path, data,
         here(monkeypatch, *arguments, "--epochs", "2")
 
     here(monkeypatch, "report", "--out", tmp_path, "--json")
-    report = json.loads(capsys.readouterr().out)
-    assert report == json.loads((tmp_path / "report.json").read_text())
+    reports = json.loads(capsys.readouterr().out)["reports"]
+    assert reports == {tmp_path.name: json.loads((tmp_path / "report.json").read_text())}
+    report = reports[tmp_path.name]
     assert list(report["lines"]) == ["random", "tsp+ssl"]
-    assert report["full_supervision_map_50"] is not None
+    assert report["full_supervision"]["images"] == 9
     here(monkeypatch, "report", "--out", tmp_path)
     assert capsys.readouterr().out.startswith((tmp_path / "report.md").read_text())
-    assert "| tsp+ssl | 1 |" in (tmp_path / "report.md").read_text()
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| `tsp+ssl` | 1 |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_killed_process_is_carried_on_by_the_next(tmp_path, data, monkeypatch):
@@ -308,122 +392,74 @@ def test_a_line_that_does_not_exist_is_refused_with_those_that_do(tmp_path, data
 
 
 def test_a_report_of_no_runs_says_what_is_missing(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"expected finished cycles .* found none"):
+    with pytest.raises(SystemExit, match=r"expected results .* found none"):
         here(monkeypatch, "report", "--out", tmp_path)
 
 
-# --- the report
+def test_the_command_runs_as_a_file_from_any_folder(tmp_path):
+    path = Path(benchmark.__file__)
+    done = subprocess.run(
+        [sys.executable, path, "report", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "benchmarks: expected results" in done.stderr
 
 
-def made_run(line, seed, heights, images=(10, 20, 30), **settings):
-    """What a run with these values of mAP@0.5 would leave."""
-    reliability = {"spearman": 0.5, "calibration_error": 0.1, "bins": [], "count": 9}
-    shared = {"pool_images": 100, "test_images": 50, "profile": "p", "first_batch": 10, "batch": 10, "cycles": 3}
-    return {
-        "line": line,
-        "seed": seed,
-        "settings": {**shared, **settings},
-        "cycles": [
-            {"number": n, "annotated_images": count, "annotated_instances": 2 * count, "pseudo_quality": None,
-             "seconds": {"training": {"cpu": 1.0, "wall": 1.0}},
-             "map_50": height, "map_50_95": height / 2, "rescored_map_50_95": height / 2,
-             "box_reliability": reliability, "mask_reliability": reliability}
-            for n, (count, height) in enumerate(zip(images, heights, strict=False), start=1)
-        ],
-    }  # fmt: skip
+def test_no_cycle_starts_after_the_deadline_and_what_is_left_is_said(tmp_path, data, monkeypatch, capsys):
+    arguments = ["run", "--data", data, "--out", tmp_path, "--lines", "random,tsp", "--seeds", "0", *COMMAND]
+    here(monkeypatch, *arguments, "--max-minutes", "0")
+    assert capsys.readouterr().out.split("\n") == [
+        "2 of 2 runs are not finished; the same command goes on:",
+        "  random-seed0: 0 of 2 cycles",
+        "  tsp-seed0: 0 of 2 cycles",
+        "",
+    ]
+    here(monkeypatch, *arguments)
+    assert "not finished" not in capsys.readouterr().out
 
 
-def write_runs(folder, *runs):
-    for state in runs:
-        path = folder / f"{state['line']}-seed{state['seed']}" / "run.json"
-        path.parent.mkdir()
-        path.write_text(json.dumps(state))
+def test_a_run_stops_between_cycles_and_goes_on_as_if_it_had_not(tmp_path, sets):
+    expected = carry_out(tmp_path / "at once", sets, "tsp+ssl")
+    name = parse_line("tsp+ssl", 0)
+    folder = tmp_path / "stopped" / name.folder
+    # Past as soon as the first cycle has begun.
+    run(name, EXPERIMENT, sets, folder, tmp_path / "stopped" / "shared", deadline=time.monotonic() + 0.5)
+    assert cycles_done(name, EXPERIMENT, sets, folder) == (1, 2)
+    assert carry_out(tmp_path / "stopped", sets, "tsp+ssl") == expected
 
 
-def test_the_report_has_means_intervals_areas_and_the_images_to_reach_full_supervision(tmp_path):
-    runs = [made_run("tsp", 0, [0.1, 0.3, 0.5]), made_run("tsp", 1, [0.3, 0.5, 0.7])]
-    write_runs(tmp_path, *runs, made_run("full", 0, [0.5], images=[100]), made_run("random", 0, [0.2]))
-    report = write_report(tmp_path)
-    assert list(report["lines"]) == ["tsp"]  # random is not finished
-    line = report["lines"]["tsp"]
-    assert line["seeds"] == [0, 1]
-    assert line["map_50"] == pytest.approx([0.2, 0.4, 0.6])
-    # Two values 0.2 apart: standard deviation 0.1414, standard error 0.1, t(1) = 12.71.
-    assert line["map_50_half_width_95"] == pytest.approx([1.271] * 3)
-    assert line["area_under_curve"] == pytest.approx(0.4)
-    assert line["images_to_reach_full"] == pytest.approx(25)
-    assert line["annotated_instances"] == 60
-    assert line["training_cpu_seconds"] == 3
-    assert report["comparisons"] == []
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_the_processes_of_a_benchmark_end_with_it(tmp_path, data, which):
+    arguments = ["run", "--data", data, "--out", tmp_path, "--lines", "random,tsp", *COMMAND]
+    with command(*arguments, "--jobs", "2", "--min-steps", "5000", stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(2):  # both workers have begun
+            assert process.stdout.readline().endswith("...\n")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2
+        process.send_signal(which)
+        assert process.wait(timeout=30) == 128 + which
+        assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 
-def test_runs_of_different_settings_are_not_compared(tmp_path):
-    write_runs(tmp_path, made_run("random", 0, [0.1] * 3), made_run("tsp", 0, [0.2] * 3, profile="q"))
-    with pytest.raises(ValueError, match="random-seed0 and tsp-seed0 were made with different settings"):
-        write_report(tmp_path)
+def test_each_rank_of_torchrun_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert benchmark._device(None) == "cuda:3"
+    assert benchmark._device("cpu") == "cpu"
+    monkeypatch.delenv("LOCAL_RANK")
+    assert benchmark._device(None) == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark._device(None) == "cpu"
 
 
-def test_a_report_with_only_unfinished_lines_has_none(tmp_path):
-    write_runs(tmp_path, made_run("random", 0, [0.2]))
-    assert write_report(tmp_path)["lines"] == {}
-
-
-@pytest.mark.parametrize(
-    ("images", "heights", "area"),
-    [
-        pytest.param((10, 20, 30), [0.0, 0.4, 0.4], 0.3, id="even"),
-        pytest.param((10, 20, 40), [0.0, 0.4, 0.4], (2 + 8) / 30, id="uneven"),
-        pytest.param((10,), [0.3], 0.3, id="one cycle"),
-        pytest.param((9, 9), [0.2, 0.4], 0.3, id="nothing left to annotate"),
-    ],
-)
-def test_the_area_under_a_curve_by_hand(images, heights, area):
-    assert benchmark_report._areas([made_run("tsp", 0, heights, images)]) == pytest.approx([area])
-
-
-@pytest.mark.parametrize(
-    ("target", "images"),
-    [(0.05, 10), (0.1, 10), (0.2, 15), (0.3, 20), (0.35, 25), (0.4, 30), (0.41, None)],
-)
-def test_the_images_to_reach_a_height_lie_on_the_line_between_cycles(target, images):
-    reached = benchmark_report._images_to_reach([10, 20, 30], np.array([0.1, 0.3, 0.4]), target)
-    assert reached == (None if images is None else pytest.approx(images))
-
-
-@pytest.mark.parametrize(("count", "t"), [(1, 0), (2, 12.706), (3, 4.303), (5, 2.776), (11, 2.228), (31, 2.042)])
-def test_the_interval_is_students(count, t):
-    curve = np.random.default_rng(0).normal(size=(count, 1))
-    error = curve.std(ddof=1) / np.sqrt(count) if count > 1 else 0.0
-    assert benchmark_report._half_width(curve) == pytest.approx([t * error], rel=0.003)
-
-
-@pytest.mark.parametrize(
-    ("differences", "p"),
-    [
-        pytest.param([0.0, 0.0, 0.0], 1.0, id="no difference"),
-        pytest.param([0.1, 0.11, 0.12], 0.0001, id="far from zero against the spread"),
-        # Centred -1, 0, 1: |sum of three draws| >= 1.5 in 8 of 27 cases (sums 2, 3, -2, -3: 3 + 1 + 3 + 1).
-        pytest.param([-0.5, 0.5, 1.5], 8 / 27, id="half a spread"),
-    ],
-)
-def test_the_bootstrap_by_hand(differences, p):
-    assert benchmark_report._bootstrap_p(np.array(differences)) == pytest.approx(p, abs=0.02 if p == 8 / 27 else 1e-4)
-
-
-def test_comparisons_are_paired_by_seed_and_corrected_after_holm(monkeypatch):
-    p_values = {0.1: 0.01, 0.3: 0.04, 0.2: 0.03}  # by mean difference
-    monkeypatch.setattr(benchmark_report, "_bootstrap_p", lambda d: p_values[round(abs(float(d.mean())), 6)])
-    lines = {
-        "a": [made_run("a", seed, [0.5 + seed / 10] * 3) for seed in (0, 1, 2, 3)],
-        "b": [made_run("b", seed, [0.4 + seed / 10] * 3) for seed in (1, 2, 3)],
-        "c": [made_run("c", seed, [0.2 + seed / 10] * 3) for seed in (3, 2, 1)][::-1],
-        "d": [made_run("d", seed, [0.9] * 3) for seed in (0, 1)],  # two seeds are too few
-    }
-    found = {(c["one"], c["other"]): c for c in benchmark_report._comparisons(lines)}
-    assert {pair: (c["seeds"], pytest.approx(c["difference"])) for pair, c in found.items()} == {
-        ("a", "b"): (3, 0.1), ("a", "c"): (3, 0.3), ("b", "c"): (3, 0.2),
-    }  # fmt: skip
-    # 0.01 x 3, 0.03 x 2, and 0.04 x 1 is not below the one before it.
-    assert found["a", "b"]["p_holm"] == pytest.approx(0.03)
-    assert found["b", "c"]["p_holm"] == pytest.approx(0.06)
-    assert found["a", "c"]["p_holm"] == pytest.approx(0.06)
+def test_the_papers_profile_is_that_of_the_paper():
+    paper = benchmark.EFFORTS["paper"]
+    assert (paper.pool, paper.test) == (None, None)
+    experiment = paper.experiment
+    assert (experiment.profile, experiment.weights, experiment.network["min_size"]) == ("resnet50_fpn", "coco", 512)
+    assert (experiment.first_batch, experiment.batch, experiment.cycles) == (500, 500, 6)
+    training = experiment.training
+    assert (training.epochs, training.schedule, training.learning_rate) == (50, "step", 0.001)
+    assert (training.milestones, training.momentum, training.weight_decay, training.beta) == ((45, 49), 0.9, 1e-4, 0.01)
+    pseudo = experiment.pseudo
+    assert (pseudo.class_threshold, pseudo.box_threshold, pseudo.mask_threshold) == (0.9, 0.9, 0.8)

@@ -1,0 +1,120 @@
+"""The statistics of a benchmark's report: pure functions of numbers.
+
+Seeds are few, so Student's t is what counts: with n seeds, no test of signs can give less than 2 / 2^n, and a bootstrap
+of n differences knows only n values and is too sure of itself.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.types import BoolArray, FloatArray
+from scripts.benchmark_measures import average_precision
+
+Matches = tuple[NDArray[np.int64], BoolArray]  # of one class: by rank, the number of the image and whether it is a hit
+
+_RESAMPLES = 10_000
+_ANGLES = np.linspace(0, np.pi / 2, 50_001)
+
+
+def student_p(t: float, degrees: int) -> float:
+    """Two-sided p of Student's t. With t = sqrt(df) tan(a) its density is cos(a)^(df - 1)."""
+    below = _below(degrees)
+    return float(1 - np.interp(math.atan(abs(t) / math.sqrt(degrees)), _ANGLES, below / below[-1]))
+
+
+def student_quantile(degrees: int) -> float:
+    """The t within which 95 % lie."""
+    below = _below(degrees)
+    return math.sqrt(degrees) * math.tan(float(np.interp(0.95, below / below[-1], _ANGLES)))
+
+
+def half_width(values: FloatArray) -> FloatArray:
+    """Half the width of a 95 % interval of the mean over seeds, (seeds, ...) -> (...); 0 for a single seed."""
+    count = len(values)
+    if count < 2:
+        return np.zeros(values.shape[1:])
+    width: FloatArray = student_quantile(count - 1) * values.std(axis=0, ddof=1) / np.sqrt(count)
+    return width
+
+
+def paired_t_p(differences: FloatArray) -> float:
+    """Two-sided p of a mean of zero by the paired t-test; differences (n >= 2,)."""
+    error = differences.std(ddof=1) / np.sqrt(len(differences))
+    if error == 0:
+        return 1.0 if differences.mean() == 0 else 0.0
+    return student_p(float(differences.mean() / error), len(differences) - 1)
+
+
+def bootstrap_p(differences: FloatArray) -> float:
+    """Two-sided p of a mean of zero: resampled means of the centred differences at least as far out. Too optimistic
+    for few differences."""
+    centred = differences - differences.mean()
+    means = np.random.default_rng(0).choice(centred, (_RESAMPLES, len(centred))).mean(axis=1)
+    return float((1 + (np.abs(means) >= abs(differences.mean()) - 1e-12).sum()) / (_RESAMPLES + 1))
+
+
+def smallest_sign_p(count: int) -> float:
+    """The smallest two-sided p that a test of n signs can give: all on one side."""
+    return float(min(1.0, 2.0 ** (1 - count)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values corrected for their number after Holm, in the same order."""
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        corrected[index] = largest
+    return corrected
+
+
+def area_under(images: Sequence[int], heights: FloatArray) -> FloatArray:
+    """The mean height of curves (..., cycles) over the annotated images, by the trapezium rule."""
+    x = np.array(images, dtype=np.float64)
+    if x[0] == x[-1]:
+        means: FloatArray = heights.mean(axis=-1)
+        return means
+    areas: FloatArray = np.trapezoid(heights, x, axis=-1) / (x[-1] - x[0])
+    return areas
+
+
+def images_to_reach(images: Sequence[int], curve: FloatArray, target: float) -> float | None:
+    """How many annotated images reach the target, between cycles by a straight line; None if the curve does not."""
+    for i, height in enumerate(curve):
+        if height >= target:
+            if i == 0:
+                return float(images[0])
+            share = (target - curve[i - 1]) / (height - curve[i - 1])
+            return float(images[i - 1] + share * (images[i] - images[i - 1]))
+    return None
+
+
+def resampled_map_50(
+    matches: Mapping[str, Matches], instances: Mapping[str, Sequence[int]], resamples: int
+) -> FloatArray:
+    """mAP@0.5 on so many resampled test sets, (resamples,); the same sets each time, so that lines are paired.
+
+    `instances` are those of each test image, by class. A class that a resampled set lacks is left out of its mean.
+    """
+    images = len(next(iter(instances.values())))
+    draws = np.random.default_rng(0).integers(images, size=(resamples, images))
+    weights = np.stack([np.bincount(draw, minlength=images) for draw in draws]).astype(np.float64)
+    by_class = np.full((len(instances), resamples), np.nan)
+    for row, (name, counts) in enumerate(instances.items()):
+        image, hit = matches[name]
+        totals = weights @ np.array(counts, dtype=np.float64)
+        for n in np.flatnonzero(totals > 0):
+            by_class[row, n] = average_precision(hit.astype(np.float64), totals[n], weights[n, image])
+    known = ~np.isnan(by_class)
+    means: FloatArray = np.where(known, by_class, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    return means
+
+
+def _below(degrees: int) -> FloatArray:
+    """The integral of cos^(df - 1) from 0 to each angle."""
+    density = np.cos(_ANGLES) ** (degrees - 1)
+    steps = (density[1:] + density[:-1]) / 2
+    return np.concatenate([[0.0], steps.cumsum()])

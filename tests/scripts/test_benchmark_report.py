@@ -1,0 +1,338 @@
+"""The benchmark's report: statistics by hand, tables from made-up runs, and what is said of them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from scripts import benchmark_report
+from scripts.benchmark_lines import parse_line
+from scripts.benchmark_report import make_report, write_report, write_reports
+from scripts.benchmark_statistics import (
+    area_under,
+    bootstrap_p,
+    half_width,
+    holm,
+    images_to_reach,
+    paired_t_p,
+    resampled_map_50,
+    smallest_sign_p,
+    student_p,
+    student_quantile,
+)
+from scripts.benchmark_text import claims, markdown
+
+# --- statistics
+
+
+@pytest.mark.parametrize(("degrees", "t"), [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042)])
+def test_students_t_is_that_of_the_tables(degrees, t):
+    assert student_quantile(degrees) == pytest.approx(t, abs=0.0006)
+    assert student_p(t, degrees) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_students_t_with_one_degree_is_cauchys():
+    assert student_p(1, 1) == pytest.approx(0.5)
+    assert student_p(-3, 1) == pytest.approx(1 - 2 * math.atan(3) / math.pi)
+
+
+def test_the_half_width_of_two_values():
+    # 0.2 apart: standard deviation 0.1414, standard error 0.1, t(1) = 12.706.
+    assert half_width(np.array([[0.1, 0.5], [0.3, 0.7]])) == pytest.approx([1.2706] * 2, abs=1e-4)
+    assert half_width(np.array([0.3])) == 0
+
+
+def test_the_paired_t_test_by_hand():
+    # Mean 2, standard deviation 1, so t = 2 sqrt(3) with 2 degrees: p = 1 - t / sqrt(2 + t^2).
+    assert paired_t_p(np.array([1.0, 2.0, 3.0])) == pytest.approx(1 - math.sqrt(12 / 14))
+    assert paired_t_p(np.array([0.0, 0.0])) == 1
+    assert paired_t_p(np.array([0.5, 0.5])) == 0
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        pytest.param([0.0, 0.0, 0.0], 1.0, id="no difference"),
+        pytest.param([0.1, 0.11, 0.12], 0.0001, id="far from zero against the spread"),
+        # Centred -1, 0, 1: |sum of three draws| >= 1.5 in 8 of 27 cases (sums 2, 3, -2, -3: 3 + 1 + 3 + 1).
+        pytest.param([-0.5, 0.5, 1.5], 8 / 27, id="half a spread"),
+    ],
+)
+def test_the_bootstrap_by_hand(differences, p):
+    assert bootstrap_p(np.array(differences)) == pytest.approx(p, abs=0.02 if p == 8 / 27 else 1e-4)
+
+
+def test_the_bootstrap_of_three_seeds_is_surer_than_the_t_test_and_than_any_test_of_signs():
+    differences = np.array([0.01, 0.02, 0.03])
+    assert bootstrap_p(differences) < 0.001 < 0.05 < paired_t_p(differences) < smallest_sign_p(3) == 0.25
+
+
+def test_holm_by_hand():
+    # 0.01 x 3, 0.03 x 2, and 0.04 x 1 is not below the one before it.
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "heights", "area"),
+    [
+        pytest.param((10, 20, 30), [0.0, 0.4, 0.4], 0.3, id="even"),
+        pytest.param((10, 20, 40), [0.0, 0.4, 0.4], (2 + 8) / 30, id="uneven"),
+        pytest.param((10,), [0.3], 0.3, id="one cycle"),
+        pytest.param((9, 9), [0.2, 0.4], 0.3, id="nothing left to annotate"),
+    ],
+)
+def test_the_area_under_a_curve_by_hand(images, heights, area):
+    assert area_under(images, np.array([heights, heights])) == pytest.approx([area, area])
+
+
+@pytest.mark.parametrize(
+    ("target", "images"), [(0.05, 10), (0.1, 10), (0.2, 15), (0.3, 20), (0.35, 25), (0.4, 30), (0.41, None)]
+)
+def test_the_images_to_reach_a_height_lie_on_the_line_between_cycles(target, images):
+    reached = images_to_reach([10, 20, 30], np.array([0.1, 0.3, 0.4]), target)
+    assert reached == (None if images is None else pytest.approx(images))
+
+
+def test_a_resampled_test_set_counts_each_image_as_often_as_it_is_drawn():
+    # Image 0: found. Image 1: missed. So the precision is 1 up to a recall of the share of the draws that are image 0.
+    found = {"a": (np.array([0]), np.array([True]))}
+    heights = resampled_map_50(found, {"a": [1, 1]}, 2000)
+    assert set(np.round(heights, 6)) == {0.0, round(51 / 101, 6), 1.0}
+    assert np.mean(heights == 1) == pytest.approx(0.25, abs=0.04)
+
+
+def test_a_class_that_a_resampled_set_lacks_is_left_out_of_its_mean():
+    none = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
+    found = {"a": (np.array([0]), np.array([True])), "b": none}
+    heights = resampled_map_50(found, {"a": [1, 0], "b": [0, 1]}, 500)
+    # Both classes: (1 + 0) / 2; only a: 1; only b: 0.
+    assert set(np.round(heights, 3)) == {0.0, 0.5, 1.0}
+
+
+# --- tables
+
+
+def made_run(line, seed, heights, images=(10, 20, 30), instances=2, precision=None, **settings):
+    """What a run with these values of mAP@0.5 would leave."""
+    reliability = {"spearman": 0.5, "calibration_error": 0.1, "bins": [[0.55, 0.5, 6], [0.9, 0.8, 3]], "count": 9}
+    shared = {"data": "made up", "pool_images": 100, "pool_instances": 300, "test_images": 2, "profile": "p",
+              "weights": "none", "first_batch": 10, "batch": 10, "cycles": 3, "network": {"min_size": 64},
+              "training": {"epochs": 1, "min_steps": 2, "batch_size": 3}}  # fmt: skip
+    name = parse_line(line, seed)
+    clocks = {"cpu": 3.0 if name.semi_supervised else 2.0, "wall": 4.0}
+    cycles = [
+        {"number": n, "annotated_images": count, "annotated_instances": instances * count,
+         "annotated_vertices": 10 * count, "new_images": 10, "new_empty_images": n,
+         "pseudo_images": 4 if name.semi_supervised and n > 1 else 0,
+         "pseudo_quality": {"instances": 5, "precision": precision, "recall": 0.2} if n > 1 and precision else None,
+         "seconds": {"training": clocks, "evaluation": clocks, **({"scoring": clocks} if n < len(heights) else {})},
+         "map_50": height, "map_50_95": height / 2, "ap_50_by_class": {"a": height, "b": None},
+         "rescored_map_50": height, "rescored_map_50_95": height / 2 + 0.01,
+         "box_reliability": reliability, "mask_reliability": {**reliability, "bins": []}, "matches": None}
+        for n, (count, height) in enumerate(zip(images, heights, strict=False), start=1)
+    ]  # fmt: skip
+    return {
+        "strategy": name.strategy,
+        "semi_supervised": name.semi_supervised,
+        "options": dict(name.options),
+        "line": line,
+        "seed": seed,
+        "settings": {**shared, **settings},
+        "test_instances": {"a": [1, 1], "b": [0, 0]},
+        "cycles": cycles,
+    }
+
+
+def write_runs(folder, *runs):
+    for state in runs:
+        path = folder / f"{state['line']}-seed{state['seed']}" / "run.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(state))
+
+
+def test_a_line_has_means_intervals_areas_and_the_images_to_reach_full_supervision():
+    runs = [made_run("tsp", 0, [0.1, 0.3, 0.5]), made_run("tsp", 1, [0.3, 0.5, 0.7])]
+    full = made_run("full", 0, [0.5], images=[100])
+    report = make_report([*runs, full, made_run("random", 0, [0.2])])
+    assert list(report["lines"]) == ["tsp"]
+    assert report["unfinished"] == [{"run": "random-seed0", "cycles": 1, "of": 3}]
+    line = report["lines"]["tsp"]
+    assert line["seeds"] == [0, 1]
+    assert line["map_50"] == pytest.approx([0.2, 0.4, 0.6])
+    assert line["map_50_half_width_95"] == pytest.approx([1.2706] * 3, abs=1e-4)
+    assert line["area_under_curve"] == pytest.approx(0.4)
+    assert {share: value["images"] for share, value in line["images_to_reach"].items()} == pytest.approx(
+        {"80": 20, "90": 22.5, "95": 23.75, "100": 25}
+    )
+    assert line["images_to_reach"]["100"]["share_of_pool"] == pytest.approx(0.25)
+    assert line["annotated_instances"] == [20, 40, 60]
+    assert line["seconds"] == {"training": 6, "evaluation": 6, "scoring": 4}
+    assert line["empty_images_share"] == pytest.approx((2 + 3) / 20)
+    assert (report["full_supervision"]["map_50"], report["full_supervision"]["images"]) == (0.5, 100)
+    assert report["comparisons"] == []
+
+
+def test_annotation_costs_the_papers_rates_by_image_and_as_much_for_the_whole_pool_by_instance():
+    line = make_report([made_run("tsp", 0, [0.1, 0.2, 0.3], instances=6)])["lines"]["tsp"]
+    assert (line["annotation_minutes"], line["annotation_dollars"]) == (120, 255)
+    # 180 instances where 30 images of the pool have 90.
+    assert (line["annotation_minutes_by_instance"], line["annotation_dollars_by_instance"]) == (240, 510)
+    assert line["map_50_per_100_instances"] == pytest.approx(0.3 * 100 / 180)
+    assert line["map_50_per_1000_vertices"] == pytest.approx(0.3 * 1000 / 300)
+
+
+def test_pseudo_labels_cost_time_against_the_same_line_without_them():
+    lines = ("tsp", "tsp+ssl@beta=0.05", "random+ssl")
+    report = make_report([made_run(line, 0, [0.1] * 3, precision=0.9) for line in lines])
+    assert report["lines"]["tsp+ssl@beta=0.05"]["training_time_over_supervised"] == pytest.approx(1.5)
+    assert report["lines"]["random+ssl"]["training_time_over_supervised"] is None
+    assert report["lines"]["tsp"]["training_time_over_supervised"] is None
+    assert [cycle["precision"] for cycle in report["lines"]["random+ssl"]["pseudo"]] == [None, 0.9, 0.9]
+
+
+def test_seconds_that_were_lost_count_like_those_of_the_other_cycles():
+    run = made_run("tsp", 0, [0.1] * 3)
+    run["cycles"][2]["seconds"]["training"] = None
+    assert make_report([run])["lines"]["tsp"]["seconds"]["training"] == 6
+
+
+def test_the_differences_to_random_are_paired_by_seed():
+    runs = [made_run("random", seed, [0.1, 0.1 + seed, 0.2]) for seed in (0, 1, 2)]
+    runs += [made_run("tsp", seed, [0.1, 0.15 + seed, 0.25 + seed / 10]) for seed in (0, 1)]
+    line = make_report(runs)["lines"]["tsp"]
+    assert line["second_cycle_over_random"]["difference"] == pytest.approx(0.05)
+    assert line["second_cycle_over_random"]["half_width_95"] == pytest.approx(0, abs=1e-9)
+    assert line["second_cycle_over_random"]["seeds"] == 2
+    assert line["last_cycle_over_random"]["difference"] == pytest.approx(0.1)
+
+
+def test_lines_are_compared_with_random_with_random_ssl_and_with_their_twin_and_corrected_together():
+    heights = {"random": 0.1, "random+ssl": 0.2, "tsp": 0.3, "tsp+ssl@beta=0.05": 0.5, "core_set": 0.4}
+    runs = [
+        made_run(line, seed, [height + seed * (0.001 + height / 50)] * 3)
+        for line, height in heights.items()
+        for seed in (0, 1, 2)
+        if (line, seed) not in {("core_set", 1), ("core_set", 2)}  # one seed is too few
+    ]
+    found = make_report(runs)["comparisons"]
+    assert sorted((c["one"], c["other"]) for c in found) == [
+        ("random", "random+ssl"),
+        ("tsp", "random"),
+        ("tsp", "random+ssl"),
+        ("tsp+ssl@beta=0.05", "random"),
+        ("tsp+ssl@beta=0.05", "random+ssl"),
+        ("tsp+ssl@beta=0.05", "tsp"),
+    ]
+    assert {c["seeds"] for c in found} == {3}
+    assert next(c for c in found if c["other"] == "tsp")["difference"] == pytest.approx(0.2 + 0.2 / 50)
+    smallest = min(found, key=lambda c: c["p"])
+    assert smallest["p_holm"] == pytest.approx(6 * smallest["p"])
+    assert all(c["bootstrap_p_holm"] >= c["bootstrap_p"] for c in found)
+
+
+def test_a_comparison_has_an_interval_over_the_test_images_when_the_matches_are_there(monkeypatch):
+    runs = [made_run(line, seed, [0.1 + seed / 10] * 3) for line in ("random", "tsp") for seed in (0, 1)]
+    for run in runs:
+        run["cycles"][-1]["matches"] = {"a": run["line"], "b": ""}
+    none = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
+    codes = {"random": none, "tsp": (np.array([0, 1]), np.array([True, True])), "": none}
+    monkeypatch.setattr(benchmark_report, "unpacked", codes.__getitem__)
+    [comparison] = make_report(runs)["comparisons"]
+    assert comparison["test_images_interval_95"] == [1.0, 1.0]
+
+
+def test_reliability_is_put_together_over_all_runs():
+    runs = [made_run("tsp", seed, [0.1] * 3) for seed in (0, 1)]
+    runs[1]["cycles"][-1]["box_reliability"]["bins"] = [[0.52, 0.6, 2]]
+    assert make_report(runs)["reliability"] == {
+        "box": [pytest.approx([(0.55 * 6 + 0.52 * 2) / 8, (0.5 * 6 + 0.6 * 2) / 8, 8]), pytest.approx([0.9, 0.8, 3])],
+        "mask": [],
+    }
+
+
+# --- words
+
+
+def test_the_report_says_what_cannot_be_told_apart_what_only_seems_and_what_is():
+    noise = {0: -0.004, 1: 0.0, 2: 0.004, 3: 0.0}
+    gains = {"random": 0.0, "tsp": 0.1, "core_set": 0.003, "hybrid": 0.006}
+    heights = {
+        (line, seed): [0.2 + gain + (noise[seed] if line in ("core_set", "hybrid") else 0.0001 * seed)] * 3
+        for line, gain in gains.items()
+        for seed in noise
+    }
+    said = claims(make_report([made_run(line, seed, values) for (line, seed), values in heights.items()]))
+    assert any("**tsp** is better than random" in sentence for sentence in said)
+    assert any("**core_set** cannot be told apart from random" in sentence for sentence in said)
+    assert any("**hybrid** looks better than random, but not after correction" in sentence for sentence in said)
+    assert any("With 4 seeds even 4 differences of one sign come by chance with p = 0.125" in s for s in said)
+
+
+@pytest.mark.parametrize(
+    ("heights", "said"),
+    [
+        pytest.param([0.1, 0.3, 0.5], "reaches full supervision (0.300) with 20 images, 20 % of", id="reached"),
+        pytest.param([0.1, 0.2, 0.27], "does not reach full supervision (0.300 with 100 images)", id="not reached"),
+    ],
+)
+def test_the_claim_of_half_the_labels_is_checked(heights, said):
+    report = make_report([made_run("tsp+ssl", 0, heights, precision=0.9), made_run("full", 0, [0.3], images=[100])])
+    assert any(said in sentence for sentence in claims(report))
+
+
+def test_pseudo_labels_that_never_came_about_are_mentioned():
+    assert any("no pseudo labels" in s for s in claims(make_report([made_run("tsp+ssl", 0, [0.1] * 3)])))
+
+
+# --- files
+
+
+def test_the_report_is_written_beside_the_runs_with_all_its_figures(tmp_path):
+    lines = ("random", "tsp", "random+ssl", "tsp+ssl", "tsp+ssl@beta=0.05", "tsp@first=spread")
+    runs = [made_run(line, seed, [0.1, 0.2 + seed / 50, 0.3], precision=0.9) for line in lines for seed in (0, 1)]
+    write_runs(tmp_path, *runs, made_run("full", 0, [0.4], images=[100]), made_run("hybrid", 0, [0.1]))
+    report = write_report(tmp_path)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    text = (tmp_path / "report.md").read_text()
+    pictures = {"figure2.png", "figure4.png", "options.png", "cost.png", "pseudo.png", "reliability.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == pictures
+    for picture in pictures:
+        assert f"]({picture})" in text
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / picture).stat().st_size < 200_000
+    assert "- `hybrid-seed0`: 1 of 3 cycles" in text
+    for line in lines:
+        assert f"| `{line}` |" in text
+
+
+def test_a_report_of_unfinished_runs_says_so(tmp_path):
+    write_runs(tmp_path, made_run("random", 0, [0.2]))
+    report = write_report(tmp_path)
+    assert report["lines"] == {}
+    assert "No line is finished." in (tmp_path / "report.md").read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_every_table_of_a_single_finished_run_can_be_written():
+    assert "| `tsp` | 1 |" in markdown(make_report([made_run("tsp", 0, [0.1, 0.2, 0.3])]), {})
+
+
+def test_runs_of_different_settings_are_not_compared(tmp_path):
+    write_runs(tmp_path, made_run("random", 0, [0.1] * 3), made_run("tsp", 0, [0.2] * 3, profile="q"))
+    with pytest.raises(ValueError, match="random-seed0 and tsp-seed0 were made with different settings"):
+        write_report(tmp_path)
+
+
+def test_a_folder_of_benchmarks_gets_a_report_each(tmp_path):
+    for name in ("one", "two"):
+        write_runs(tmp_path / name, made_run("random", 0, [0.1] * 3, data=name))
+    assert [path.name for path in write_reports(tmp_path)] == ["one", "two"]
+    assert (tmp_path / "two" / "report.md").read_text().startswith("# Label efficiency on two")
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected results .* found none; `benchmark run` makes them"):
+        write_reports(tmp_path)
