@@ -65,7 +65,7 @@ class Settings(BaseSettings):
         "TSP_STRATEGY",
         "tsp",
         "which images people get first: tsp, random, mc_dropout, core_set, class_entropy, learning_loss, "
-        "tsp_without_box, tsp_without_box_and_mask, hybrid",
+        "tsp_without_box, tsp_without_box_and_mask, tsp_expected, tsp_present, hybrid",
     )
     cold_start: Literal["random", "spread"] = _env(
         "TSP_COLD_START",

@@ -53,6 +53,18 @@ def image_score(instance_scores: Array, *, when_empty: float | None = None) -> f
     return float(_consistent_mean(scores))
 
 
+def expected_uncertainty(class_scores: Array, instance_scores: Array) -> float:
+    """What people can teach in one image, beyond the paper: `sum_i c_i (1 - s_i)` over its instances (N,), >= 0.
+
+    Eq. 3 asks how uncertain the instances are on average. This asks how much there is to correct: each instance counts
+    by the probability c that it exists, so that doubtful specks in an empty image do not outweigh real objects.
+    """
+    c, s = _scores("class_scores", class_scores), _scores("instance_scores", instance_scores)
+    if c.shape != s.shape:
+        raise InvalidInputError(f"expected as many scores of each kind, got {len(c)} and {len(s)}")
+    return float((c * (1 - s)).sum())
+
+
 def pool_scores(instance_scores_by_image: Sequence[Array], policy: EmptyImagePolicy) -> NDArray[np.float64]:
     """Eq. 3 for every image of a pool (P,); images without detections are placed by `policy`."""
     scores = np.array([image_score(s, when_empty=np.nan) for s in instance_scores_by_image], dtype=np.float64)

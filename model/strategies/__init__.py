@@ -7,7 +7,7 @@ from model.strategies.hybrid import Hybrid
 from model.strategies.learning_loss import LearningLoss
 from model.strategies.mc_dropout import MCDropout
 from model.strategies.random import Random
-from model.strategies.tsp import TSP, TSPWithoutBox, TSPWithoutBoxAndMask
+from model.strategies.tsp import TSP, ExpectedTSP, PresentTSP, TSPWithoutBox, TSPWithoutBoxAndMask
 
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
@@ -20,6 +20,8 @@ STRATEGIES: dict[str, Strategy] = {
         TSP(),
         TSPWithoutBox(),
         TSPWithoutBoxAndMask(),
+        ExpectedTSP(),
+        PresentTSP(),
         Hybrid(),
     )
 }

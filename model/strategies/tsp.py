@@ -1,12 +1,13 @@
 """TSP (eq. 2, 3), and without one or two of its scores (the paper's Fig. 4, lines 6 and 7)."""
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
 from model.strategies.base import Observation, Sight, Strategy
-from model.tsp import image_score, instance_scores
+from model.tsp import expected_uncertainty, image_score, instance_scores
 
 TRIPLET = ("scores", "box_scores", "mask_scores")
 
@@ -33,6 +34,29 @@ class TSPWithoutBoxAndMask(TSP):
 
     name = "tsp_without_box_and_mask"
     scores = ("scores",)
+
+
+class ExpectedTSP(TSP):
+    """Beyond the paper: how much there is to correct, `exp(-sum c (1 - s))`; many doubtful objects come first."""
+
+    name = "tsp_expected"
+
+    def observe(self, sight: Sight) -> Observation:
+        columns = [sight.counted[name].double() for name in TRIPLET]
+        found = len(columns[0]) > 0
+        expected = expected_uncertainty(columns[0], instance_scores(*columns))
+        return Observation(score=math.exp(-expected) if found else None, feature=sight.feature)
+
+
+class PresentTSP(TSP):
+    """Beyond the paper: eq. 3 times the probability that there is anything, `1 - (1 - S) (1 - prod (1 - c))`."""
+
+    name = "tsp_present"
+
+    def observe(self, sight: Sight) -> Observation:
+        s = uncertainty(sight)
+        present = 1 - float((1 - sight.counted["scores"].double()).prod())
+        return Observation(score=None if s is None else 1 - (1 - s) * present, feature=sight.feature)
 
 
 def uncertainty(sight: Sight, scores: Sequence[str] = TRIPLET) -> float | None:

@@ -158,6 +158,30 @@ def test_tsp_without_some_scores_is_eq_2_and_3_over_the_others(name, used):
     assert score == pytest.approx(consistent_mean(*instances), abs=1e-6)
 
 
+def test_expected_tsp_adds_up_what_probably_is_there_and_uncertain():
+    instances = [consistent_mean(*values) for values in zip(*TRIPLETS.values(), strict=True)]
+    expected = sum(c * (1 - s) for c, s in zip(TRIPLETS["scores"], instances, strict=True))
+    assert STRATEGIES["tsp_expected"].observe(sight_of(**TRIPLETS)).score == pytest.approx(math.exp(-expected))
+
+
+def test_present_tsp_believes_in_uncertainty_as_far_as_anything_is_there():
+    s = STRATEGIES["tsp"].observe(sight_of(**TRIPLETS)).score
+    score = STRATEGIES["tsp_present"].observe(sight_of(**TRIPLETS)).score
+    assert score == pytest.approx(1 - (1 - s) * (1 - 0.1 * 0.7 * 0.4))
+
+
+@pytest.mark.parametrize("name", ["tsp_expected", "tsp_present"])
+def test_a_doubtful_speck_does_not_outweigh_an_uncertain_object(name):
+    speck = {"scores": [0.21], "box_scores": [0.2], "mask_scores": [0.2]}
+    real = {"scores": [0.7], "box_scores": [0.5], "mask_scores": [0.6]}
+
+    def score(strategy, columns):
+        return STRATEGIES[strategy].observe(sight_of(**columns)).score
+
+    assert score("tsp", speck) < score("tsp", real)
+    assert score(name, speck) > score(name, real)
+
+
 # --- core-set
 
 
@@ -409,4 +433,4 @@ def test_images_without_detections_stand_where_the_policy_says(name, policy, exp
 
 def test_the_names_are_the_keys():
     assert all(name == strategy.name for name, strategy in STRATEGIES.items())
-    assert len(STRATEGIES) == 9
+    assert len(STRATEGIES) == 11
