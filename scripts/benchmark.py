@@ -153,7 +153,7 @@ def _run(options: argparse.Namespace) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue  # another process is at it
-            print(f"{folder} ...", flush=True)
+            print(f"{folder} ...\n", end="", flush=True)  # in one piece: other processes print as well
             run(
                 name,
                 experiment,
