@@ -109,6 +109,7 @@ def _options() -> argparse.Namespace:
     runner.add_argument("--size", type=int, help="shorter side the network sees, in pixels")
     runner.add_argument("--pool", type=int, help="images of the pool (a fixed random subset); cpu: 300, paper: all")
     runner.add_argument("--test", type=int, help="images of the test set (a fixed random subset); cpu: 120, paper: all")
+    runner.add_argument("--crop", type=int, help="of larger images only the middle, so many pixels square")
     runner.add_argument("--first-batch", type=int)
     runner.add_argument("--batch", type=int)
     runner.add_argument("--cycles", type=int)
@@ -172,7 +173,13 @@ def _run(options: argparse.Namespace) -> None:
 def _task(options: argparse.Namespace) -> tuple[Data, Experiment, list[RunName]]:
     names = _names(options)
     effort = EFFORTS[options.profile]
-    data = read_data(options.data, pool_size=options.pool or effort.pool, test_size=options.test or effort.test)
+    data = read_data(
+        options.data,
+        pool_size=options.pool or effort.pool,
+        test_size=options.test or effort.test,
+        crop=options.crop,
+        shared=options.out / "shared",
+    )
     return data, _experiment(options, data), names
 
 

@@ -16,6 +16,7 @@ from model.dataset import LabeledSet, read_coco, training_sample
 from model.files import write_bytes, write_json
 from model.geometry import mask_to_polygons, mask_to_rle, rle_to_mask
 from model.types import LabeledImage
+from scripts.crops import cropped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +29,13 @@ class Data:
     drawn_vertices: Mapping[str, int] = field(default_factory=dict)
 
 
-def read_data(folder: Path, *, pool_size: int | None, test_size: int | None) -> Data:
+def read_data(
+    folder: Path, *, pool_size: int | None, test_size: int | None, crop: int | None = None, shared: Path | None = None
+) -> Data:
     """The set's own split ("train" and "test" on its images), or a random fourth of the images, for testing.
 
-    With sizes, a random subset of that many images, always the same.
+    With sizes, a random subset of that many images, always the same. With `crop`, of larger images only the middle, so
+    many pixels square, kept in a folder of `shared`.
     """
     file = folder / "annotations.json"
     pool, test = read_coco(file, split="train"), read_coco(file, split="test")
@@ -44,7 +48,11 @@ def read_data(folder: Path, *, pool_size: int | None, test_size: int | None) -> 
     pool, test = _subset(pool, pool_size), _subset(test, test_size)
     if not any(len(image.labels) for image in test.images):
         raise ValueError(f"{file}: there is no instance in the {len(test.images)} test images: nothing can be measured")
-    return Data(name=folder.resolve().name, pool=pool, test=test, drawn_vertices=_drawn_vertices(file))
+    name = folder.resolve().name
+    if crop is None or shared is None:
+        return Data(name=name, pool=pool, test=test, drawn_vertices=_drawn_vertices(file))
+    crops = shared / f"crops-{crop}-{fingerprint(pool)}-{fingerprint(test)}"
+    return Data(name=f"{name}, {crop} px crops", pool=_cropped(pool, crops, crop), test=_cropped(test, crops, crop))
 
 
 def fingerprint(dataset: LabeledSet) -> str:
@@ -96,6 +104,15 @@ def _shrunk(image: LabeledImage, data: Data, network: NetworkConfig, folder: Pat
         "rles": [mask_to_rle(mask) for mask in masks],
         "vertices": data.drawn_vertices.get(image.image_id, _vertices_of_masks(image)),
     }
+
+
+def _cropped(dataset: LabeledSet, folder: Path, size: int) -> LabeledSet:
+    folder.mkdir(parents=True, exist_ok=True)
+    images = tuple(
+        cropped(image, folder / f"{image.image_id}.png", size=size) if max(image.image_hw) > size else image
+        for image in dataset.images
+    )
+    return replace(dataset, images=images)
 
 
 def _drawn_vertices(file: Path) -> dict[str, int]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from model.config import NetworkConfig
-from model.dataset import LabeledSet, training_sample, write_coco
-from model.geometry import mask_to_rle
+from model.dataset import LabeledSet, load_image, training_sample, write_coco
+from model.geometry import mask_to_rle, rle_to_mask
 from model.types import LabeledImage
 from scripts.benchmark_sets import at_input_size, read_data
 from tests.model.examples import ellipse
@@ -86,6 +86,27 @@ def test_a_part_of_a_set_is_always_the_same(folder):
     assert [image.image_id for image in one.pool.images] == [image.image_id for image in other.pool.images]
     assert (len(one.pool.images), len(one.test.images)) == (3, 1)
     assert not {i.image_id for i in one.pool.images} & {i.image_id for i in one.test.images}
+
+
+def test_of_larger_images_only_the_middle_is_used(folder, tmp_path):
+    whole = {i.image_id: i for part in _parts(read_data(folder, pool_size=None, test_size=None)) for i in part.images}
+    for _ in range(2):  # the second time the files are there
+        data = read_data(folder, pool_size=None, test_size=None, crop=90, shared=tmp_path / "shared")
+        for image in (i for part in _parts(data) for i in part.images):
+            original = whole[image.image_id]
+            height, width = original.image_hw
+            y, x = max(0, (height - 90) // 2), max(0, (width - 90) // 2)
+            window = np.s_[y : y + 90, x : x + 90]
+            assert image.image_hw == (min(height, 90), min(width, 90))
+            np.testing.assert_array_equal(load_image(image.path), load_image(original.path)[window])
+            np.testing.assert_array_equal(rle_to_mask(image.rles[0]), rle_to_mask(original.rles[0])[window])
+            cut = max(height, width) > 90  # then the speck of three pixels is left out
+            assert image.labels.tolist() == ([1] if cut else [1, 2])
+    assert data.name == "set, 90 px crops"
+
+
+def _parts(data):
+    return data.pool, data.test
 
 
 def test_a_test_set_without_any_instance_is_refused(folder):
