@@ -1,0 +1,208 @@
+"""Speed, as ratios: ours and what it is compared with, in turn in one run, so that a slow moment hits both.
+
+    python -m scripts.bench train-step [--profile resnet50_fpn] [--size 512] [--rounds 10] [--threads 1] [--json]
+
+The last line is one JSON object with `name`, `ours`, `theirs` (median CPU seconds of one round) and `ratio`, the median
+of ours / theirs round by round: lower is better. Without --json it is preceded by the same in words.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN
+
+from model.config import PROFILES
+from model.losses import total_loss
+from model.network import MaskRCNNWithScores, build_model
+from scripts.make_phantoms import CLASS_NAMES, phantom
+
+IMAGES = 2  # annotated images of a step
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a benchmark runs on."""
+
+    profile: str
+    size: int
+
+
+def main() -> None:
+    """Run one benchmark and print what it measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("--profile", choices=PROFILES, default="resnet50_fpn")
+    parser.add_argument("--size", type=int, default=512, help="side of the images and of the network's input, pixels")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="only the JSON line")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    what, prepare = BENCHMARKS[options.name]
+    ours, theirs = prepare(Setting(profile=options.profile, size=options.size))
+    result = {
+        "name": options.name,
+        **compare(ours, theirs, rounds=options.rounds),
+        **{name: getattr(options, name) for name in ("profile", "size", "rounds", "threads")},
+    }
+    if not options.json:
+        print(f"{what}: {result['ours']:.3f} s against {result['theirs']:.3f} s, ratio {result['ratio']:.3f}")
+    print(json.dumps(result))
+
+
+def compare(ours: Work, theirs: Work, *, rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each, and the median ratio; which goes first alternates, one round warms up."""
+    seconds = []
+    for number in range(rounds + 1):
+        timed = {work: _cpu_seconds(work) for work in ((ours, theirs) if number % 2 else (theirs, ours))}
+        seconds.append((timed[ours], timed[theirs]))
+    pairs = np.array(seconds[1:])
+    return {
+        "ours": float(np.median(pairs[:, 0])),
+        "theirs": float(np.median(pairs[:, 1])),
+        "ratio": float(np.median(pairs[:, 0] / pairs[:, 1])),
+    }
+
+
+def train_step(setting: Setting) -> tuple[Work, Work]:
+    """A training step on annotated images, against torchvision's with the same body, heads and weights."""
+    network = _network(setting)
+    images, targets = _batch(setting.size, IMAGES)
+    return partial(_step, network, images, targets), partial(_step, torchvision_network(network), images, targets)
+
+
+def semi_supervised_step(setting: Setting) -> tuple[Work, Work]:
+    """Eight steps, in one of which a pseudo-labelled image joins (`pseudo_every_steps` = 8), against eight without."""
+    network = _network(setting)
+    images, targets = _batch(setting.size, IMAGES)
+    more, pseudo = _batch(setting.size, 1, pseudo=True)
+
+    def supervised() -> None:
+        for _ in range(8):
+            _step(network, images, targets)
+
+    def semi_supervised() -> None:
+        for _ in range(7):
+            _step(network, images, targets)
+        _step(network, [*images, *more], [*targets, *pseudo])
+
+    return semi_supervised, supervised
+
+
+def branches(setting: Setting) -> tuple[Work, Work]:
+    """Inference with both IoU branches, against inference that leaves them out; the masks stay in their boxes."""
+    network = _network(setting).eval()
+    without = _network(setting).eval()
+    without.load_state_dict(network.state_dict())
+    for name in ("box_iou_branch", "mask_iou_branch"):
+        setattr(without.roi_heads, name, _Nothing())
+    images, _ = _batch(setting.size, 1)
+    return partial(_look, network, images), partial(_look, without, images)
+
+
+BENCHMARKS: dict[str, tuple[str, Callable[[Setting], tuple[Work, Work]]]] = {
+    "train-step": ("training step, ours against torchvision's", train_step),
+    "ssl-step": ("eight training steps, one with a pseudo-labelled image, against eight without", semi_supervised_step),
+    "branches": ("inference with both IoU branches against without", branches),
+}
+
+
+def torchvision_network(ours: MaskRCNNWithScores) -> MaskRCNN:
+    """torchvision's own Mask R-CNN around the same body, with heads of the same sizes and the same weights."""
+    config = ours.config
+    network = MaskRCNN(
+        _Body(ours.backbone, config.fpn_channels),
+        min_size=config.min_size,
+        max_size=config.max_size,
+        image_mean=ours.transform.image_mean,
+        image_std=ours.transform.image_std,
+        rpn_anchor_generator=ours.rpn.anchor_generator,
+        rpn_pre_nms_top_n_train=config.proposals_training,
+        rpn_pre_nms_top_n_test=config.proposals_inference,
+        rpn_post_nms_top_n_train=config.proposals_training,
+        rpn_post_nms_top_n_test=config.proposals_inference,
+        box_head=ours.roi_heads.box_head,
+        box_predictor=ours.roi_heads.box_predictor,
+        box_batch_size_per_image=config.rois_per_image,
+        box_score_thresh=config.score_threshold,
+        box_nms_thresh=config.nms_threshold,
+        box_detections_per_img=config.detections_per_image,
+        mask_head=ours.roi_heads.mask_head,
+        mask_predictor=ours.roi_heads.mask_predictor,
+    )
+    network.rpn.head = ours.rpn.head
+    return network
+
+
+class _Body(nn.Module):
+    def __init__(self, backbone: nn.Module, out_channels: int) -> None:
+        super().__init__()
+        self.backbone, self.out_channels = backbone, out_channels
+
+    def forward(self, images: Tensor) -> Any:
+        return self.backbone(images)
+
+
+class _Nothing(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return features.new_zeros(len(features))
+
+
+def _network(setting: Setting) -> MaskRCNNWithScores:
+    torch.manual_seed(0)
+    side = setting.size
+    return build_model(setting.profile, len(CLASS_NAMES) + 1, min_size=side, max_size=side).train()
+
+
+def _batch(size: int, count: int, *, pseudo: bool = False) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Phantoms with lesions, as training gets them."""
+    images: list[Tensor] = []
+    targets: list[dict[str, Any]] = []
+    for number in range(count):
+        drawn = phantom((number, int(pseudo)), size, empty_fraction=0.0)
+        masks = torch.from_numpy(drawn.masks.astype(np.uint8))
+        where = [mask.nonzero() for mask in masks]
+        corners = [torch.cat([yx.min(0).values.flip(0), yx.max(0).values.flip(0) + 1]) for yx in where]
+        images.append(torch.from_numpy(drawn.image).float().expand(3, -1, -1) / 255)
+        targets.append(
+            {
+                "boxes": torch.stack(corners).float(),
+                "labels": torch.from_numpy(drawn.labels),
+                "masks": masks,
+                "pseudo": pseudo,
+            }
+        )
+    return images, targets
+
+
+def _step(network: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) -> None:
+    """Forward, backward, and the gradients away: what both have in common after that is left out."""
+    torch.manual_seed(0)
+    loss = total_loss(network(images, targets), beta=0.01, iou_weight=1.0)
+    torch.autograd.backward(loss)
+    network.zero_grad(set_to_none=True)
+
+
+def _look(network: nn.Module, images: list[Tensor]) -> None:
+    with torch.inference_mode():
+        network(images)
+
+
+def _cpu_seconds(work: Work) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+if __name__ == "__main__":
+    main()
