@@ -7,9 +7,8 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
@@ -27,9 +26,10 @@ from model.registry import ModelCard, Registry
 from model.strategies import STRATEGIES, Observation
 from model.strategies.base import Sight
 from model.strategies.core_set import k_centre_greedy
-from model.train import Progress, train
+from model.train import train
 from model.tsp import EmptyImagePolicy
 from model.types import Detections, LabeledImage
+from scripts.benchmark_clock import Seconds, Stopwatch, timed
 from scripts.benchmark_lines import (
     FULL,
     Experiment,
@@ -45,7 +45,6 @@ from scripts.benchmark_sets import Data, at_input_size, fingerprint
 KEPT = "network"  # the folder of a run, in the form of a registry, where its last network is kept on demand
 
 Plan = dict[str, Any]
-Seconds = dict[str, float]
 
 
 def run(
@@ -171,7 +170,7 @@ class _Cycles:
             if self.keep_network:
                 self._keep(number, network)
             return result, None
-        with _timed(seconds, "scoring"):
+        with timed(seconds, "scoring"):
             following, result["queue"] = self._next_plan(number, network, plan["annotated"])
         return result, following
 
@@ -209,7 +208,7 @@ class _Cycles:
         self, images: Sequence[LabeledImage], config: TrainingConfig, checkpoint: Path
     ) -> tuple[MaskRCNNWithScores, Seconds | None]:
         network = self._built(self.network_options)
-        stopwatch = _Stopwatch(checkpoint.with_suffix(".json"), config.checkpoint_every_steps)
+        stopwatch = Stopwatch(checkpoint.with_suffix(".json"), config.checkpoint_every_steps)
         train(network, images, config, checkpoint=checkpoint, device=self.device, on_step=stopwatch.on_step)
         return network.eval(), stopwatch.seconds()
 
@@ -267,7 +266,7 @@ class _Cycles:
     def _measured(self, network: MaskRCNNWithScores) -> tuple[dict[str, Any], Seconds]:
         """Against the ground truth at the images' own size."""
         seconds: dict[str, Any] = {}
-        with _timed(seconds, "evaluation"):
+        with timed(seconds, "evaluation"):
             found = {image.image_id: self._look(network, image)[1] for image in self.data.test.images}
             names = self.data.test.class_names
             compared = compare(found, self.data.test.images, len(names), mask_threshold=self.mask_threshold)
@@ -383,43 +382,6 @@ def _counting(output: dict[str, torch.Tensor], threshold: float) -> dict[str, to
     keep = output["scores"] >= threshold
     by_detection = ("boxes", "labels", "scores", "box_scores", "mask_scores", "roi_masks", "class_probabilities")
     return {name: tensor[keep] if name in by_detection else tensor for name, tensor in output.items()}
-
-
-@dataclass
-class _Stopwatch:
-    """The seconds of a training's steps, kept beside its checkpoint, so that they outlive an interruption."""
-
-    path: Path
-    every_steps: int
-
-    def __post_init__(self) -> None:
-        self._known = json.loads(self.path.read_text()) if self.path.exists() else {"measured": 0, "wall": 0, "cpu": 0}
-        self._last = time.perf_counter(), time.process_time()
-
-    def on_step(self, progress: Progress) -> None:
-        """Count a step; write when the training has written its checkpoint."""
-        now = time.perf_counter(), time.process_time()
-        self._known["wall"] += now[0] - self._last[0]
-        self._known["cpu"] += now[1] - self._last[1]
-        self._known["measured"] += 1
-        self._known["steps"] = progress.steps
-        self._last = now
-        if progress.step % self.every_steps == 0 or progress.step == progress.steps:
-            write_json(self.path, self._known)
-
-    def seconds(self) -> Seconds | None:
-        """Of the whole training; steps whose time was lost when the process was killed count like the others."""
-        if not self._known["measured"]:
-            return None
-        scale = self._known["steps"] / self._known["measured"]
-        return {clock: round(self._known[clock] * scale, 3) for clock in ("wall", "cpu")}
-
-
-@contextmanager
-def _timed(seconds: dict[str, Any], name: str) -> Iterator[None]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield
-    seconds[name] = {"wall": round(time.perf_counter() - wall, 3), "cpu": round(time.process_time() - cpu, 3)}
 
 
 def _checkpoint(folder: Path, number: int) -> Path:
