@@ -7,9 +7,8 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
@@ -17,7 +16,8 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from model.config import NetworkConfig, TrainingConfig
+from model.calibration import fit_calibration
+from model.config import NetworkConfig, PseudoLabelConfig, TrainingConfig
 from model.dataset import LabeledSet, fitting_anchors, load_image
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
@@ -25,9 +25,10 @@ from model.pseudo_labels import class_thresholds, image_with_trusted
 from model.registry import ModelCard, Registry
 from model.strategies import STRATEGIES, Observation, Sight, look
 from model.strategies.core_set import k_centre_greedy
-from model.train import Progress, train
+from model.train import train
 from model.tsp import EmptyImagePolicy
 from model.types import Detections, FloatArray, LabeledImage
+from scripts.benchmark_clock import Seconds, Stopwatch, timed
 from scripts.benchmark_lines import (
     FULL,
     Experiment,
@@ -37,13 +38,13 @@ from scripts.benchmark_lines import (
     strategy_of,
     without_semi_supervision,
 )
-from scripts.benchmark_measures import compare, measured, pseudo_quality
+from scripts.benchmark_measures import compare, iou_pairs, measured, pseudo_quality
 from scripts.benchmark_sets import Data, at_input_size, fingerprint
 
 KEPT = "network"  # the folder of a run, in the form of a registry, where its last network is kept on demand
 
 Plan = dict[str, Any]
-Seconds = dict[str, float]
+_NO_PSEUDO_LABELS: Plan = {"pseudo": [], "pseudo_quality": None, "class_thresholds": None, "held_out": None}
 
 
 def run(
@@ -160,19 +161,16 @@ class _Cycles:
         else:
             pseudo = [self._pseudo_from_json(item) for item in plan["pseudo"]]
             network, training = self._trained(
-                [*images, *pseudo],
-                self.settings.training,
-                _checkpoint(self.folder, number),
-                thresholds=plan.get("class_thresholds"),
+                [*images, *pseudo], self.settings.training, _checkpoint(self.folder, number), plan["class_thresholds"]
             )
-            measurements, evaluation = self._measured(network)
+            measurements, evaluation = self._measured(network, plan["held_out"])
             seconds = {"training": training, "evaluation": evaluation}
         result = {"number": number, **self._counts(plan), **measurements, "seconds": seconds}
         if number == self.total:
             if self.keep_network:
                 self._keep(number, network)
             return result, None
-        with _timed(seconds, "scoring"):
+        with timed(seconds, "scoring"):
             following, result["queue"] = self._next_plan(number, network, plan["annotated"])
         return result, following
 
@@ -186,7 +184,7 @@ class _Cycles:
             chosen = self._spread_batch()
         else:
             chosen = first_batch(self.data.pool, self.settings.first_batch, self.name.seed)
-        return {"annotated": chosen, "new": len(chosen), "pseudo": [], "pseudo_quality": None}
+        return {"annotated": chosen, "new": len(chosen), **_NO_PSEUDO_LABELS}
 
     def _spread_batch(self) -> list[str]:
         """One random image, then each the farthest from those before it, by the pretrained body's features."""
@@ -211,17 +209,17 @@ class _Cycles:
         images: Sequence[LabeledImage],
         config: TrainingConfig,
         checkpoint: Path,
-        *,
-        thresholds: list[float] | None = None,
+        class_thresholds: list[float] | None = None,
     ) -> tuple[MaskRCNNWithScores, Seconds | None]:
         network = self._built(self.network_options)
-        stopwatch = _Stopwatch(checkpoint.with_suffix(".json"), config.checkpoint_every_steps)
+        stopwatch = Stopwatch(checkpoint.with_suffix(".json"), config.checkpoint_every_steps)
+        teaches = config.ema_decay > 0 and any(image.pseudo for image in images)
         train(
             network,
             images,
             config,
-            pseudo=self.settings.pseudo,
-            class_thresholds=None if thresholds is None else np.array(thresholds),
+            pseudo=self.settings.pseudo if teaches else None,
+            class_thresholds=np.array(class_thresholds) if teaches and class_thresholds is not None else None,
             checkpoint=checkpoint,
             device=self.device,
             on_step=stopwatch.on_step,
@@ -275,18 +273,27 @@ class _Cycles:
             "new_images": len(new),
             "new_empty_images": sum(len(image.labels) == 0 for image in new),
             "annotated": [image.image_id for image in new],
-            "pseudo_images": len(plan["pseudo"]),
+            "pseudo_images": sum(bool(item["labels"]) for item in plan["pseudo"]),
             "pseudo_quality": plan["pseudo_quality"],
         }
 
-    def _measured(self, network: MaskRCNNWithScores) -> tuple[dict[str, Any], Seconds]:
-        """Against the ground truth at the images' own size."""
+    def _measured(
+        self, network: MaskRCNNWithScores, held_out: dict[str, list[float]] | None = None
+    ) -> tuple[dict[str, Any], Seconds]:
+        """Against the ground truth at the images' own size.
+
+        `held_out` are predicted and true mask IoUs by the network before, of the images that people annotated then: the
+        only ones whose truth is known and which a network of this run has not learnt from.
+        """
         seconds: dict[str, Any] = {}
-        with _timed(seconds, "evaluation"):
+        calibrate = None
+        if held_out is not None:
+            calibrate = fit_calibration(np.array(held_out["mask_scores"]), np.array(held_out["mask_ious"]))
+        with timed(seconds, "evaluation"):
             found = {image.image_id: self._look(network, image)[1] for image in self.data.test.images}
             names = self.data.test.class_names
             compared = compare(found, self.data.test.images, len(names), mask_threshold=self.mask_threshold)
-            measurements = measured(compared, names)
+            measurements = measured(compared, names, calibrate)
         return measurements, seconds["evaluation"]
 
     def _look(self, network: MaskRCNNWithScores, image: LabeledImage) -> tuple[Sight, Detections]:
@@ -302,12 +309,21 @@ class _Cycles:
         labelled = [image for image_id, image in self.small.items() if image_id in annotated]
         seed = self.name.seed * 1000 + number
         torch.manual_seed(seed)  # MC dropout draws; how the training went must not matter
-        detections: dict[str, Detections] = {}
+        found: dict[str, Detections] = {}  # what pseudo labels may be made of
+        pairs: dict[str, dict[str, FloatArray]] = {}
 
         def observe(image: LabeledImage) -> Observation:
-            sight, found = self._look(network, image)
-            if self.name.semi_supervised and image.image_id not in annotated:
-                detections[image.image_id] = found
+            sight, detections = self._look(network, image)
+            if image.image_id not in annotated:
+                compared = compare(
+                    {image.image_id: detections},
+                    [image],
+                    len(self.data.pool.class_names),
+                    mask_threshold=self.mask_threshold,
+                )
+                pairs[image.image_id] = iou_pairs(compared)
+                if self.name.semi_supervised:
+                    found[image.image_id] = _perhaps_trusted(detections, self.settings.pseudo)
             return strategy.observe(sight)
 
         pool = _Observations(unlabelled, observe)
@@ -320,43 +336,49 @@ class _Cycles:
             seed=seed,
             empty_policy=EmptyImagePolicy(selection.empty_policy),
         )
+        for i in chosen.tolist():
+            pool[i]  # random has not looked at them
         new_ids = [unlabelled[i].image_id for i in chosen]
         rest = {image.image_id: image for image in unlabelled if image.image_id not in new_ids}
-        thresholds = self._class_thresholds(detections)
-        pseudo = self._pseudo_labeled([(rest[i], found) for i, found in detections.items() if i in rest], thresholds)
+        thresholds = self._class_thresholds(list(found.values()))
+        kept = self._pseudo_labeled(rest.values(), found, thresholds)
+        held_out = {
+            name: [round(float(v), 4) for image_id in new_ids for v in pairs[image_id][name]]
+            for name in ("mask_scores", "mask_ious")
+        }
         plan = {
             "annotated": [*annotated_ids, *new_ids],
             "new": len(new_ids),
-            "pseudo": [_pseudo_to_json(image) for image in pseudo],
+            "pseudo": [_pseudo_to_json(image) for image in kept],
+            "pseudo_quality": pseudo_quality(kept, rest) if self.name.semi_supervised else None,
             "class_thresholds": None if thresholds is None else thresholds.tolist(),
-            "pseudo_quality": pseudo_quality(pseudo, rest) if self.name.semi_supervised else None,
+            "held_out": held_out,
         }
         return plan, pool.summary(set(chosen.tolist()))
 
-    def _class_thresholds(self, detections: Mapping[str, Detections]) -> FloatArray | None:
-        """Sigma_c by class from all that was found in D_u, if the line wants that."""
-        if not self.settings.pseudo.class_wise_thresholds or not detections:
+    def _class_thresholds(self, found: Sequence[Detections]) -> FloatArray | None:
+        if not self.settings.pseudo.class_wise_thresholds or not found:
             return None
-        scores = np.concatenate([found.class_scores for found in detections.values()])
-        labels = np.concatenate([found.labels for found in detections.values()])
+        scores, labels = (np.concatenate([getattr(d, name) for d in found]) for name in ("class_scores", "labels"))
         return class_thresholds(scores, labels, self.settings.pseudo, num_classes=len(self.data.pool.class_names))
 
     def _pseudo_labeled(
-        self, seen: Sequence[tuple[LabeledImage, Detections]], thresholds: FloatArray | None
+        self, images: Iterable[LabeledImage], found: dict[str, Detections], thresholds: FloatArray | None
     ) -> list[LabeledImage]:
-        """D_semi: the images with trusted instances; with a teacher, which looks again, also those without."""
-        images = [
+        """D_semi; for a teacher also the images without any label, at which it will look again."""
+        labeled = [
             image_with_trusted(
-                found,
+                found[image.image_id],
                 self.settings.pseudo,
                 image_id=image.image_id,
                 path=image.path,
                 mask_threshold=self.mask_threshold,
                 class_thresholds=thresholds,
             )
-            for image, found in seen
+            for image in images
+            if image.image_id in found
         ]
-        return [image for image in images if len(image.labels) or self.settings.training.ema_decay]
+        return labeled if self.settings.training.ema_decay > 0 else [image for image in labeled if len(image.labels)]
 
     def _pseudo_from_json(self, item: dict[str, Any]) -> LabeledImage:
         return replace(
@@ -365,7 +387,7 @@ class _Cycles:
             rles=tuple(item["rles"]),
             pseudo=True,
             triplets=np.array(item["triplets"], dtype=np.float64).reshape(-1, 3),
-            ignored_boxes_xyxy=np.array(item["ignored"], dtype=np.float64).reshape(-1, 4),
+            ignored_boxes_xyxy=np.array(item["ignored_boxes_xyxy"], dtype=np.float64).reshape(-1, 4),
         )
 
 
@@ -405,17 +427,6 @@ class _Observations(Sequence[Observation]):
         return {part: _summary(scores) for part, scores in parts.items()}
 
 
-def _pseudo_to_json(image: LabeledImage) -> dict[str, Any]:
-    triplets, ignored = image.triplets, image.ignored_boxes_xyxy
-    return {
-        "image_id": image.image_id,
-        "labels": image.labels.tolist(),
-        "rles": list(image.rles),
-        "triplets": [] if triplets is None else triplets.tolist(),
-        "ignored": [] if ignored is None else ignored.tolist(),
-    }
-
-
 def _summary(scores: list[float | None]) -> dict[str, Any]:
     known = [score for score in scores if score is not None]
     result: dict[str, Any] = {"images": len(scores), "without_score": len(scores) - len(known)}
@@ -425,41 +436,24 @@ def _summary(scores: list[float | None]) -> dict[str, Any]:
     return result
 
 
-@dataclass
-class _Stopwatch:
-    """The seconds of a training's steps, kept beside its checkpoint, so that they outlive an interruption."""
-
-    path: Path
-    every_steps: int
-
-    def __post_init__(self) -> None:
-        self._known = json.loads(self.path.read_text()) if self.path.exists() else {"measured": 0, "wall": 0, "cpu": 0}
-        self._last = time.perf_counter(), time.process_time()
-
-    def on_step(self, progress: Progress) -> None:
-        """Count a step; write when the training has written its checkpoint."""
-        now = time.perf_counter(), time.process_time()
-        self._known["wall"] += now[0] - self._last[0]
-        self._known["cpu"] += now[1] - self._last[1]
-        self._known["measured"] += 1
-        self._known["steps"] = progress.steps
-        self._last = now
-        if progress.step % self.every_steps == 0 or progress.step == progress.steps:
-            write_json(self.path, self._known)
-
-    def seconds(self) -> Seconds | None:
-        """Of the whole training; steps whose time was lost when the process was killed count like the others."""
-        if not self._known["measured"]:
-            return None
-        scale = self._known["steps"] / self._known["measured"]
-        return {clock: round(self._known[clock] * scale, 3) for clock in ("wall", "cpu")}
+def _pseudo_to_json(image: LabeledImage) -> dict[str, Any]:
+    return {
+        "image_id": image.image_id,
+        "labels": image.labels.tolist(),
+        "rles": list(image.rles),
+        **{
+            name: [] if values is None else values.tolist()
+            for name, values in (("triplets", image.triplets), ("ignored_boxes_xyxy", image.ignored_boxes_xyxy))
+        },
+    }
 
 
-@contextmanager
-def _timed(seconds: dict[str, Any], name: str) -> Iterator[None]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield
-    seconds[name] = {"wall": round(time.perf_counter() - wall, 3), "cpu": round(time.process_time() - cpu, 3)}
+def _perhaps_trusted(detections: Detections, config: PseudoLabelConfig) -> Detections:
+    """Without those that can neither be trusted nor ignored nor count for the thresholds by class: there are many."""
+    if config.rule == "or":
+        return detections
+    least = min(config.class_threshold, config.class_threshold_floor, config.ignore_threshold)
+    return detections.select(detections.class_scores >= least)
 
 
 def _checkpoint(folder: Path, number: int) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from model.calibration import fit_calibration, reliability
+from model.calibration import reliability
 from model.geometry import roi_mask_to_rle
 from model.types import BoolArray, Detections, FloatArray, LabeledImage
 
@@ -54,39 +54,36 @@ def compare(
     return result
 
 
-def measured(compared: Sequence[Compared], class_names: Sequence[str]) -> dict[str, Any]:
-    """mAP@0.5 and mAP@[.5:.95] ranked by c, by c x m and by c x calibrated m, AP by class ranked by c, and how far both
-    IoU branches can be trusted."""
-    rankings: dict[str, Ranking] = {
-        "rescored_": lambda pair: pair.class_scores * pair.mask_scores,
-        "calibrated_": cross_fitted(compared),
-    }
+def measured(
+    compared: Sequence[Compared],
+    class_names: Sequence[str],
+    calibrate: Callable[[FloatArray], FloatArray] | None = None,
+) -> dict[str, Any]:
+    """mAP@0.5 and mAP@[.5:.95] ranked by c and by c x m, AP by class, and how far both IoU branches can be trusted.
+
+    With `calibrate`, a map of predicted mask IoUs (N,) -> (N,), also ranked by c x calibrated m.
+    """
     by_class_score = average_precisions(compared, len(class_names), lambda pair: pair.class_scores)
-    result: dict[str, Any] = {
+    by_product = average_precisions(compared, len(class_names), lambda pair: pair.class_scores * pair.mask_scores)
+    pairs = iou_pairs(compared)
+    calibrated: dict[str, float | None] = {"calibrated_map_50": None, "calibrated_map_50_95": None}
+    if calibrate is not None:
+        by_calibrated = average_precisions(
+            compared, len(class_names), lambda pair: pair.class_scores * calibrate(pair.mask_scores)
+        )
+        calibrated = {"calibrated_map_50": _mean(by_calibrated[:, 0]), "calibrated_map_50_95": _mean(by_calibrated)}
+    return {
         "map_50": _mean(by_class_score[:, 0]),
         "map_50_95": _mean(by_class_score),
         "ap_50_by_class": _named(by_class_score[:, :1], class_names),
         "ap_50_95_by_class": _named(by_class_score, class_names),
-    }
-    for name, ranking in rankings.items():
-        precisions = average_precisions(compared, len(class_names), ranking)
-        result |= {f"{name}map_50": _mean(precisions[:, 0]), f"{name}map_50_95": _mean(precisions)}
-    pairs = iou_pairs(compared)
-    return {
-        **result,
+        "rescored_map_50": _mean(by_product[:, 0]),
+        "rescored_map_50_95": _mean(by_product),
+        **calibrated,
         "box_reliability": asdict(reliability(pairs["box_scores"], pairs["box_ious"])),
         "mask_reliability": asdict(reliability(pairs["mask_scores"], pairs["mask_ious"])),
         "matches": matches(compared, class_names),
     }
-
-
-def cross_fitted(compared: Sequence[Compared]) -> Ranking:
-    """Ranks by c x m, where m is calibrated on the test images of the other half (even or odd number)."""
-    maps = []
-    for half in (0, 1):
-        pairs = iou_pairs([pair for pair in compared if pair.image % 2 != half])
-        maps.append(fit_calibration(pairs["mask_scores"], pairs["mask_ious"]))
-    return lambda pair: pair.class_scores * maps[pair.image % 2](pair.mask_scores)
 
 
 def average_precisions(compared: Sequence[Compared], class_count: int, ranking: Ranking) -> FloatArray:

@@ -146,7 +146,7 @@ def test_pseudo_labels_are_trained_on_when_every_detection_is_trusted(tmp_path, 
 @pytest.mark.parametrize(
     ("line", "looks"),
     [
-        pytest.param("random", 0, id="random chooses blindly"),
+        pytest.param("random", 2, id="random chooses blindly, and looks only at what it chose"),
         pytest.param("random+ssl", 6, id="pseudo labels take a look at every image that is left"),
         pytest.param("tsp", 6, id="scores too"),
         pytest.param("core_set", 9, id="what compares images looks at the annotated ones as well"),
@@ -227,6 +227,28 @@ def test_a_cycle_says_what_its_annotations_cost_and_how_good_the_network_is(tmp_
     assert sum(map(sum, state["test_instances"].values())) == sum(len(image.labels) for image in sets.test.images)
 
 
+@pytest.mark.parametrize("line", ["random", "tsp+ssl"])
+def test_masks_are_calibrated_on_what_people_annotated_after_the_network_before_had_seen_it(tmp_path, sets, line):
+    experiment = replace(EXPERIMENT, training=replace(EXPERIMENT.training, min_steps=60, batch_size=3), cycles=3)
+    cycles = carry_out(tmp_path, sets, line, experiment=experiment)["cycles"]
+    assert cycles[0]["calibrated_map_50"] is None
+    assert all(cycle["calibrated_map_50"] is not None for cycle in cycles[1:])
+
+
+def test_a_teacher_gets_the_images_without_labels_too(tmp_path, sets, monkeypatch):
+    trained, train = [], scripts.active_learning.train
+
+    def watched(network, images, config, **options):
+        trained.append([image for image in images if image.pseudo])
+        return train(network, images, config, **options)
+
+    monkeypatch.setattr(scripts.active_learning, "train", watched)
+    for line in ("tsp+ssl@class_threshold=1", "tsp+ssl@class_threshold=1@ema_decay=0.9"):
+        carry_out(tmp_path, sets, line)
+    assert [len(pseudo) for pseudo in trained] == [0, 0, 0, 4]
+    assert [len(image.labels) for image in trained[-1]] == [0] * 4
+
+
 # --- interrupted
 
 
@@ -264,6 +286,12 @@ def interrupted_at_every_write(monkeypatch, carry_on, *, after):
         pytest.param("tsp+ssl", True, id="tsp+ssl, after a file"),
         pytest.param("tsp+ssl@first=spread", False, id="tsp+ssl, before the next file"),
         pytest.param("mc_dropout", True, id="mc_dropout, after a file"),
+        pytest.param(
+            "tsp+ssl@class_wise_thresholds=true@class_threshold_floor=0@ema_decay=0.9@pseudo_negatives=outside_ignored"
+            "@soft_weights=true",
+            True,
+            id="all options of pseudo labels, after a file",
+        ),
     ],
 )
 def test_a_run_interrupted_everywhere_ends_as_if_it_had_not_been(tmp_path, sets, monkeypatch, line, after):
