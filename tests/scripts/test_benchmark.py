@@ -430,7 +430,7 @@ def test_the_command_runs_as_a_file_from_any_folder(tmp_path):
         [sys.executable, path, "report", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "benchmarks: expected results" in done.stderr
+    assert "docs/benchmark: expected results" in done.stderr
 
 
 def test_no_cycle_starts_after_the_deadline_and_what_is_left_is_said(tmp_path, data, monkeypatch, capsys):
