@@ -263,7 +263,7 @@ PROJECT: dict[str, Any] = {
             [
                 "box score Spearman 0.61, calibration error 0.08; mask score Spearman -0.20, calibration error 0.08 "
                 "(46 detections)",
-                "Ranked by class times mask score: 0.810.",
+                "Ranked by class times mask score the newest is 0.810.",
                 "next images by hybrid, a batch of 20",
                 "3 + 8 for the teacher",
                 "predicted IoU",
