@@ -41,11 +41,8 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     """Freeze the annotations of this moment as two COCO files; returns the version the cycle will make."""
     folder = service.cycle_folder(project_key, number)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (
-        "pseudo.json",
-        "class_thresholds.json",
-        "checkpoint.safetensors",
-    ):  # of a snapshot whose record was lost
+    # Of a snapshot whose record was lost.
+    for stale in ("pseudo.json", "class_thresholds.json", "checkpoint.safetensors"):
         (folder / stale).unlink(missing_ok=True)
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
@@ -238,7 +235,7 @@ def _frozen_pseudo_labels(
     config: TrainingConfig,
     trust: PseudoLabelConfig | None,
 ) -> tuple[tuple[LabeledImage, ...], FloatArray | None]:
-    """D_semi and sigma_c by class, if wanted: decided when training first starts and the same whenever it goes on.
+    """D_semi and sigma_c by class (None: one for all): decided when training first starts, then always the same.
 
     With a teacher, which looks again, also the images in which nothing is trusted.
     """
