@@ -6,6 +6,7 @@ Nothing of it is needed later, so it is no durable workflow: whatever was done l
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,6 +73,17 @@ def first_batch(service: Service, project_key: str) -> FirstBatch | None:
     return FirstBatch(**{**frozen, "tasks": tuple(frozen["tasks"])})
 
 
+def first_batch_progress(service: Service, project_key: str) -> Json | None:
+    """For the dashboard: {"done", "total"} images looked at, how many "tasks" were chosen, and whether people get them
+    ("is_published"); None before anything was begun."""
+    path, batch = _progress_file(service, project_key), first_batch(service, project_key)
+    if not path.exists() and batch is None:
+        return None
+    looked_at = json.loads(path.read_text()) if path.exists() else {"done": 0, "total": 0}
+    tasks, is_published = (len(batch.tasks), batch.is_published) if batch else (0, False)
+    return {**looked_at, "tasks": tasks, "is_published": is_published}
+
+
 def spread_batch(
     pool: Sequence[Json], annotated: Sequence[Json], count: int, *, validation_fraction: float, seed: int
 ) -> list[int]:
@@ -105,8 +117,9 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
         return
     logger.info("project %s: looking at %d images for the first batch", project_key, len(waiting))
     network = _pretrained(service)
+    told = 0.0
     with path.open("a") as lines:
-        for task in waiting:
+        for done, task in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
             line: Json = {"task": task.id}
             try:
                 uri = image_uri({"id": task.id, "data": task.data}, config)
@@ -117,6 +130,9 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
                 logger.warning("%s", error)
                 line["problem"] = str(error)
             append_line(lines, line)
+            if done == len(tasks) or time.monotonic() - told >= 1:
+                told = time.monotonic()
+                write_json(_progress_file(service, project_key), {"done": done, "total": len(tasks)})
             yield
 
 
@@ -178,6 +194,10 @@ def _features_file(service: Service, project_key: str) -> Path:
     return (
         service.scores_folder(project_key) / f"cold-start-{hashlib.sha256(depends_on.encode()).hexdigest()[:8]}.jsonl"
     )
+
+
+def _progress_file(service: Service, project_key: str) -> Path:
+    return service.scores_folder(project_key) / "cold-start-progress.json"
 
 
 def _batch_file(service: Service, project_key: str) -> Path:

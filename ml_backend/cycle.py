@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from ml_backend.errors import ImageError
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import choose_annotation, image_uri, instances_from_annotation
 from ml_backend.pool import is_validation, read_scores
+from ml_backend.pseudo_labels import SeenImage, only_masks_are_needed, seen_image, thresholds_by_class, with_trusted
 from ml_backend.service import Service
-from model.config import TrainingConfig
+from model.calibration import reliability, true_ious
+from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import LabeledSet, load_image, read_coco, write_coco
 from model.errors import DatasetError, TSPError
 from model.evaluate import evaluate
@@ -32,14 +34,15 @@ from model.network import MaskRCNNWithScores, build_model
 from model.predict import detect
 from model.registry import ModelCard
 from model.train import Progress, load_trained, train
-from model.types import Detections, LabeledImage
+from model.types import Detections, FloatArray, LabeledImage
 
 
 def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> str:
     """Freeze the annotations of this moment as two COCO files; returns the version the cycle will make."""
     folder = service.cycle_folder(project_key, number)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in ("pseudo.json", "checkpoint.safetensors"):  # of a snapshot whose record was lost
+    # Of a snapshot whose record was lost.
+    for stale in ("pseudo.json", "class_thresholds.json", "checkpoint.safetensors"):
         (folder / stale).unlink(missing_ok=True)
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
@@ -87,19 +90,30 @@ def train_version(service: Service, project_key: str, number: int, log: CycleLog
     """Train on D_al and D_semi, from the pretrained weights, into the cycle's folder (eq. 5)."""
     folder = service.cycle_folder(project_key, number)
     training = _frozen(folder, "training")
-    pseudo = _frozen_pseudo_labels(service, project_key, folder, training)
-    log.facts({"pseudo_labeled": len(pseudo), "pseudo_instances": sum(len(image.labels) for image in pseudo)})
-    log.stage(f"training on {len(training.images)} annotated and {len(pseudo)} pseudo-labelled images")
+    network, config, trust = _recipe(service, folder)
+    pseudo, thresholds = _frozen_pseudo_labels(service, project_key, folder, training, config, trust)
+    labeled = [image for image in pseudo if len(image.labels)]
+    log.facts(
+        {
+            "pseudo_labeled": len(labeled),
+            "pseudo_instances": sum(len(image.labels) for image in labeled),
+            "pseudo_for_teacher": len(pseudo) - len(labeled),
+        }
+    )
+    if thresholds is not None:
+        log.facts({"class_thresholds": dict(zip(training.class_names, thresholds.tolist(), strict=True))})
+    log.stage(f"training on {len(training.images)} annotated and {len(labeled)} pseudo-labelled images")
 
     def on_step(progress: Progress) -> None:
         log.progress(progress.step, progress.steps)
 
     started = time.monotonic()
-    network, config = _recipe(folder)
     progress = train(
         network,
         [*training.images, *pseudo],
         config,
+        pseudo=trust,
+        class_thresholds=thresholds,
         checkpoint=folder / "checkpoint.safetensors",
         device=service.settings.torch_device(),
         on_step=on_step,
@@ -118,8 +132,8 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
     for image in validation.images:
         found[image.image_id] = next(detect(network, [load_image(image.path)]))
         log.progress(len(found), len(validation.images))
-    result = evaluate(found, validation.images, training.class_names, mask_threshold=network.config.mask_threshold)
-    log.facts({"metrics": asdict(result)})
+    metrics = _measured(found, validation, mask_threshold=network.config.mask_threshold)
+    log.facts({"metrics": metrics})
     recipe = json.loads((folder / "recipe.json").read_text())
     card = ModelCard(
         version=version,
@@ -128,11 +142,36 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
         created_at=utc_now(),
         parent=service.registry.active(project_key),
         data_fingerprint=_sha256((folder / "training.json").read_bytes()),
-        metrics=asdict(result),
+        metrics=metrics,
         training=recipe["training"],
         strategy=recipe.get("strategy", "tsp"),  # older releases knew no other
     )
     service.registry.add(project_key, card, network)
+
+
+def _measured(found: Mapping[str, Detections], truth: LabeledSet, *, mask_threshold: float) -> dict[str, Any]:
+    """The average precisions, ranked by c and by c x m as Mask Scoring R-CNN does, and how far both IoU branches can be
+    trusted."""
+    result = evaluate(found, truth.images, truth.class_names, mask_threshold=mask_threshold)
+    rescored = evaluate(
+        {image_id: _rescored(detections) for image_id, detections in found.items()},
+        truth.images,
+        truth.class_names,
+        mask_threshold=mask_threshold,
+    )
+    pairs = true_ious(found, truth.images, mask_threshold=mask_threshold)
+    return {
+        **asdict(result),
+        "rescored_map_50": rescored.map_50,
+        "rescored_map_50_95": rescored.map_50_95,
+        "box_reliability": asdict(reliability(pairs["box_scores"], pairs["box_ious"])),
+        "mask_reliability": asdict(reliability(pairs["mask_scores"], pairs["mask_ious"])),
+    }
+
+
+def _rescored(detections: Detections) -> Detections:
+    scores = detections.class_scores * detections.mask_scores
+    return replace(detections, class_scores=scores).select(np.argsort(-scores, kind="stable"))
 
 
 def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelConfig) -> LabeledImage:
@@ -172,6 +211,7 @@ def _freeze_recipe(service: Service, number: int, folder: Path, training: Labele
         "strategy": settings.strategy,
         "options": settings.network_options(training.images),
         "training": asdict(settings.training()),
+        "pseudo_labels": _trust(service),
     }
     write_json(folder / "recipe.json", recipe)
     digest = _sha256((folder / "training.json").read_bytes() + (folder / "recipe.json").read_bytes())
@@ -188,57 +228,75 @@ def _frozen(folder: Path, name: str) -> LabeledSet:
 
 
 def _frozen_pseudo_labels(
-    service: Service, project_key: str, folder: Path, training: LabeledSet
-) -> tuple[LabeledImage, ...]:
-    """D_semi, chosen when training first starts and the same whenever it goes on."""
+    service: Service,
+    project_key: str,
+    folder: Path,
+    training: LabeledSet,
+    config: TrainingConfig,
+    trust: PseudoLabelConfig | None,
+) -> tuple[tuple[LabeledImage, ...], FloatArray | None]:
+    """D_semi and sigma_c by class (None: one for all): decided when training first starts, then always the same.
+
+    With a teacher, which looks again, also the images in which nothing is trusted.
+    """
     if not (folder / "pseudo.json").exists():
-        measured = {image.image_id for image in _frozen(folder, "validation").images}
-        chosen = tuple(_pseudo_labeled(service, project_key, training, measured))
-        write_coco(folder / "pseudo.json", LabeledSet(images=chosen, class_names=training.class_names))
-    return _frozen(folder, "pseudo").images
+        chosen: list[LabeledImage] = []
+        adapted = None
+        if trust:
+            seen = list(_seen_unlabelled(service, project_key, folder, training, config, trust))
+            adapted = thresholds_by_class(seen, trust, num_classes=len(training.class_names))
+            images = (with_trusted(image, trust, adapted) for image in seen)
+            chosen = [image for image in images if len(image.labels) or config.ema_decay]
+        write_json(folder / "class_thresholds.json", None if adapted is None else adapted.tolist())
+        write_coco(folder / "pseudo.json", LabeledSet(images=tuple(chosen), class_names=training.class_names))
+    path = folder / "class_thresholds.json"  # older releases knew none
+    thresholds = json.loads(path.read_text()) if path.exists() else None
+    return _frozen(folder, "pseudo").images, None if thresholds is None else np.array(thresholds)
 
 
-def _pseudo_labeled(
-    service: Service, project_key: str, training: LabeledSet, measured: set[str]
-) -> Iterator[LabeledImage]:
-    """D_semi: what the active version trusted in images that nobody has annotated and that do not measure.
+def _seen_unlabelled(
+    service: Service,
+    project_key: str,
+    folder: Path,
+    training: LabeledSet,
+    config: TrainingConfig,
+    trust: PseudoLabelConfig,
+) -> Iterator[SeenImage]:
+    """What the active version saw in images that nobody has annotated and that do not measure, each image once.
 
     Images of tasks that were deleted or annotated since, and those missing from the cache, are left out.
     """
     version = service.registry.active(project_key)
-    if version is None or not service.settings.semi_supervised:
+    if version is None:
         return
-    taken = measured | {image.image_id for image in training.images}
+    taken = {image.image_id for image in (*training.images, *_frozen(folder, "validation").images)}
     open_tasks = {t.id for t in service.label_studio.tasks(service.project(project_key).id) if not t.is_annotated}
+    only_masks = only_masks_are_needed(trust, config)
     for line in read_scores(service.scores_file(project_key, version)):
-        pseudo = line.get("pseudo")
-        if not pseudo or line["task"] not in open_tasks or not Path(line["path"]).exists():
+        if "problem" in line or line["task"] not in open_tasks or not Path(line["path"]).exists():
             continue
         if line["image"] in taken or is_validation(line["image"], service.settings.validation_fraction):
             continue
         taken.add(line["image"])
-        known = [i for i, name in enumerate(pseudo["labels"]) if name in training.class_names]
-        if known:
-            yield LabeledImage(
-                image_id=line["image"],
-                path=Path(line["path"]),
-                image_hw=(line["image_hw"][0], line["image_hw"][1]),
-                labels=np.array([training.class_names.index(pseudo["labels"][i]) + 1 for i in known]),
-                rles=tuple(pseudo["rles"][i] for i in known),
-                pseudo=True,
-            )
+        yield seen_image(line, training.class_names, only_masks=only_masks)
 
 
-def _recipe(folder: Path) -> tuple[MaskRCNNWithScores, TrainingConfig]:
-    """The untrained network and the training configuration that the snapshot froze."""
+def _recipe(service: Service, folder: Path) -> tuple[MaskRCNNWithScores, TrainingConfig, PseudoLabelConfig | None]:
+    """The untrained network, how it trains and what is trusted (None: no pseudo labels), as the snapshot froze them."""
     recipe = json.loads((folder / "recipe.json").read_text())
     training = TrainingConfig(**{**recipe["training"], "milestones": tuple(recipe["training"]["milestones"])})
     torch.manual_seed(training.seed)
     network = build_model(recipe["profile"], recipe["num_classes"], weights=recipe["weights"], **recipe["options"])
-    return network, training
+    # Older releases did not freeze it: what holds now, held then.
+    trust = recipe["pseudo_labels"] if "pseudo_labels" in recipe else _trust(service)
+    return network, training, None if trust is None else PseudoLabelConfig(**trust)
+
+
+def _trust(service: Service) -> dict[str, Any] | None:
+    return asdict(service.settings.pseudo_labels()) if service.settings.semi_supervised else None
 
 
 def _trained_network(service: Service, folder: Path) -> MaskRCNNWithScores:
-    network, _ = _recipe(folder)
+    network, *_ = _recipe(service, folder)
     load_trained(network, folder / "checkpoint.safetensors")
     return network.to(service.settings.torch_device())

@@ -6,6 +6,7 @@ from typing import Any
 from sqlalchemy import select
 
 from ml_backend import inbox
+from ml_backend.cold_start import first_batch_progress
 from ml_backend.db import CycleRow, ProjectRow, WorkerRow
 from ml_backend.service import Service
 from ml_backend.sign_of_life import NAME
@@ -44,11 +45,19 @@ def overview(service: Service) -> list[dict[str, Any]]:
             "batch_size": service.settings.batch_size,
             "checked_at": project.checked_at,
             "active_version": service.registry.active(project.key),
+            "first_batch": _first_batch(service, project.key),
             "events": inbox.event_counts(service.database, project.key),
             "cycles": [_cycle(cycle) for cycle in cycles if cycle.project_key == project.key],
         }
         for project in projects
     ]
+
+
+def _first_batch(service: Service, project_key: str) -> dict[str, Any] | None:
+    """How far the spread-out first batch is; None when there is none, or a version has made it needless."""
+    if service.settings.cold_start != "spread" or service.registry.active(project_key) is not None:
+        return None
+    return first_batch_progress(service, project_key)
 
 
 def _cycle(cycle: CycleRow) -> dict[str, Any]:

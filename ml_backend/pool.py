@@ -16,12 +16,12 @@ from ml_backend.errors import ImageError
 from ml_backend.images import FetchedImage
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
+from ml_backend.pseudo_labels import kept_detections
 from ml_backend.service import Service
 from model.dataset import load_image
 from model.duplicates import distinct
 from model.errors import DatasetError
 from model.network import MaskRCNNWithScores
-from model.pseudo_labels import pseudo_labeled_image
 from model.registry import ModelCard
 from model.strategies import STRATEGIES, Observation, look
 from model.types import Detections, FloatArray
@@ -31,7 +31,7 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
     """Look at every task without annotation that this version has not seen; returns how many it looked at now.
 
     What is found goes line by line into the version's scores file: the score of its strategy (S for TSP), the
-    prediction, the trusted pseudo labels.
+    prediction, and what may become pseudo labels of the next cycle.
     """
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
@@ -160,13 +160,6 @@ def _seen(
         shown_threshold=settings.shown_threshold,
         mask_threshold=network.config.mask_threshold,
     )
-    pseudo = pseudo_labeled_image(
-        detections,
-        settings.pseudo_labels(),
-        image_id=fetched.sha256,
-        path=fetched.path,
-        mask_threshold=network.config.mask_threshold,
-    )
     line: Json = {
         "task": task_id,
         "image": fetched.sha256,
@@ -183,8 +176,12 @@ def _seen(
             mask_threshold=network.config.mask_threshold,
             max_vertices=settings.max_vertices,
         )["result"],
-        "pseudo": pseudo
-        and {"labels": [card.class_names[label - 1] for label in pseudo.labels.tolist()], "rles": list(pseudo.rles)},
+        "detections": kept_detections(
+            detections,
+            settings.pseudo_labels(),
+            class_names=card.class_names,
+            mask_threshold=network.config.mask_threshold,
+        ),
     }
     if STRATEGIES[card.strategy].compares_images:
         line["feature"] = packed(observation.feature)

@@ -81,6 +81,39 @@ class Settings(BaseSettings):
     pseudo_rule: Literal["and", "or"] = _env(
         "TSP_PSEUDO_RULE", "and", "`and`: all three thresholds (section 3.2); `or`: any of them (Algorithm 1, line 10)"
     )
+    class_wise_thresholds: bool = _env(
+        "TSP_CLASS_WISE_THRESHOLDS", False, "lower sigma_c for classes of which the model is less sure in general"
+    )
+    class_threshold_floor: float = _env(
+        "TSP_CLASS_THRESHOLD_FLOOR", 0.5, "below which TSP_CLASS_WISE_THRESHOLDS lowers no sigma_c", ge=0, le=1
+    )
+    soft_weights: bool = _env("TSP_SOFT_WEIGHTS", False, "pseudo labels count by their scores c, b, m instead of 1")
+    pseudo_negatives: Literal["none", "outside_ignored"] = _env(
+        "TSP_PSEUDO_NEGATIVES",
+        "none",
+        "background that teaches in pseudo-labelled images: `none` (eq. 4), or `outside_ignored`: where no detection "
+        "is in doubt",
+    )
+    ignore_threshold: float = _env(
+        "TSP_IGNORE_THRESHOLD", 0.1, "class score above which a detection that is not trusted is in doubt", ge=0, le=1
+    )
+    ramp_up: float = _env("TSP_RAMP_UP", 0.0, "share of a training over which beta rises from almost 0", ge=0, le=1)
+    pseudo_every_steps: int = _env(
+        "TSP_PSEUDO_EVERY_STEPS",
+        1,
+        "a pseudo-labelled image joins each n-th training step only, and counts n times; saves time",
+        ge=1,
+    )
+    teacher_decay: float = _env(
+        "TSP_TEACHER_DECAY",
+        0.0,
+        "of a mean teacher, which labels anew while the model trains; such as 0.999; 0: no teacher",
+        ge=0,
+        lt=1,
+    )
+    teacher_burn_in: float = _env(
+        "TSP_TEACHER_BURN_IN", 0.2, "share of a training after which the teacher begins to label", ge=0, le=1
+    )
     empty_policy: EmptyImagePolicy = _env(
         "TSP_EMPTY_POLICY",
         EmptyImagePolicy.MEDIAN,
@@ -207,6 +240,7 @@ class Settings(BaseSettings):
         try:
             NetworkConfig.for_profile(settings.profile, 2, **settings.network_options())
             settings.training()
+            settings.pseudo_labels()
         except InvalidInputError as error:
             raise SettingsError(f"settings: {error}. The README lists every setting.") from error
         if (settings.basic_auth_user is None) != (settings.basic_auth_pass is None):
@@ -276,6 +310,12 @@ class Settings(BaseSettings):
             milestones=(round(self.epochs * 0.9), round(self.epochs * 0.98)),  # the paper's 45 and 49 of 50
             gradient_clip=self.gradient_clip or None,
             beta=self.beta,
+            ramp_up=self.ramp_up,
+            soft_weights=self.soft_weights,
+            pseudo_negatives=self.pseudo_negatives,
+            pseudo_every_steps=self.pseudo_every_steps,
+            ema_decay=self.teacher_decay,
+            ema_burn_in=self.teacher_burn_in,
             seed=self.seed,
             checkpoint_every_steps=self.checkpoint_steps,
         )
@@ -287,6 +327,9 @@ class Settings(BaseSettings):
             box_threshold=self.box_threshold,
             mask_threshold=self.mask_score_threshold,
             rule=self.pseudo_rule,
+            class_wise_thresholds=self.class_wise_thresholds,
+            class_threshold_floor=self.class_threshold_floor,
+            ignore_threshold=self.ignore_threshold,
         )
 
 

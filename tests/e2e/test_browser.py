@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -172,6 +172,14 @@ def test_connecting_a_project_without_polygons_shows_why_it_was_refused(
     assert client.ml_backends(project.id) == []
 
 
+BOX_RELIABILITY: dict[str, Any] = {
+    "spearman": 0.61,
+    "calibration_error": 0.083,
+    "bins": [[0.55, 0.4, 3], [0.74, 0.81, 12], [0.97, 0.9, 31]],
+    "count": 46,
+}
+MASK_RELIABILITY: dict[str, Any] = BOX_RELIABILITY | {"spearman": -0.2, "bins": [[0.35, 0.6, 5], [0.83, 0.7, 41]]}
+UNSURE = {"spearman": None, "calibration_error": None, "bins": [], "count": 0}
 METRICS = {"map_50": 0.8, "map_50_95": 0.4, "images": 6, "ap_50_by_class": {"cell": 0.8, "lesion": None}}
 CYCLE: dict[str, Any] = {
     "number": 1,
@@ -184,6 +192,19 @@ CYCLE: dict[str, Any] = {
     "facts": {"annotated": 20, "pseudo_labeled": 3, "metrics": METRICS},
     "error": "",
     "finished_at": "2025-01-02T03:04:05.678901+00:00",
+}
+RELIABLE: dict[str, Any] = CYCLE | {
+    "facts": {
+        **CYCLE["facts"],
+        "pseudo_for_teacher": 8,
+        "strategy": "hybrid",
+        "batch": 20,
+        "metrics": METRICS
+        | {"rescored_map_50": 0.81, "box_reliability": BOX_RELIABILITY, "mask_reliability": MASK_RELIABILITY},
+    }
+}
+FEW = CYCLE | {
+    "facts": {"strategy": "tsp", "metrics": METRICS | {"box_reliability": UNSURE, "mask_reliability": UNSURE}}
 }
 RUNNING = CYCLE | {
     "number": 3,
@@ -216,6 +237,7 @@ PROJECT: dict[str, Any] = {
     "batch_size": 20,
     "checked_at": "2025-01-02T03:04:05.678901+00:00",
     "active_version": "tsp-1-0123abcd",
+    "first_batch": None,
     "events": {"received": 44, "waiting": 1},
     "cycles": [],
 }
@@ -236,6 +258,33 @@ PROJECT: dict[str, Any] = {
             id="a running, a failed and a finished cycle",
         ),
         pytest.param([PROJECT | {"cycles": [UNMEASURED]}], ["finished"], id="nothing could be measured"),
+        pytest.param(
+            [PROJECT | {"cycles": [RELIABLE | {"number": 2}, CYCLE]}],
+            [
+                "box score Spearman 0.61, calibration error 0.08; mask score Spearman -0.20, calibration error 0.08 "
+                "(46 detections)",
+                "Ranked by class times mask score the newest is 0.810.",
+                "next images by hybrid, a batch of 20",
+                "3 + 8 for the teacher",
+                "predicted IoU",
+            ],
+            id="measured branches",
+        ),
+        pytest.param(
+            [PROJECT | {"cycles": [FEW]}],
+            ["box score too few to say; mask score too few to say (0 detections)", "next images by tsp"],
+            id="too few detections",
+        ),
+        pytest.param(
+            [PROJECT | {"first_batch": {"done": 7, "total": 90, "tasks": 0, "is_published": False}}],
+            ["7 of 90 images looked at"],
+            id="a first batch that is being prepared",
+        ),
+        pytest.param(
+            [PROJECT | {"first_batch": {"done": 90, "total": 90, "tasks": 20, "is_published": True}}],
+            ["20 images that differ from each other are served first"],
+            id="a first batch",
+        ),
         pytest.param([PROJECT | {"problem": "no <PolygonLabels>"}], ["no <PolygonLabels>"], id="a problem"),
     ],
 )
@@ -256,6 +305,31 @@ def test_the_dashboard_draws_the_map_of_each_measured_cycle(page: Page) -> None:
     assert page.locator("circle").count() == len(cycles)
     labels = [label.bounding_box() for label in page.locator("svg text[text-anchor=middle]").all()]
     assert all(a and b and a["x"] + a["width"] < b["x"] for a, b in pairwise(labels))
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1400, "light")])
+def test_the_dashboard_draws_predicted_against_true_ious(
+    page: Page, width: int, scheme: Literal["dark", "light"]
+) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    _show(page, [PROJECT | {"cycles": [RELIABLE | {"number": 2}, CYCLE]}])
+    plot = page.get_by_role("img", name="reliability")
+    drawn = plot.bounding_box()
+    assert drawn is not None
+    assert drawn["x"] + drawn["width"] <= width
+    branches = plot.locator("g.branch")
+    # One mark for each bin and one in the legend.
+    marks = [branch.locator("path").count() for branch in branches.all()]
+    assert marks == [len(BOX_RELIABILITY["bins"]) + 1, len(MASK_RELIABILITY["bins"]) + 1]
+    assert plot.locator("title").first.text_content() == "box: 0.55 predicted, 0.40 true, 3 detections"
+    colours = [branch.evaluate("e => getComputedStyle(e).fill") for branch in branches.all()]
+    assert len({*colours, plot.locator("text").first.evaluate("e => getComputedStyle(e).fill")}) == 3
+
+
+def test_without_detections_there_is_no_plot(page: Page) -> None:
+    _show(page, [PROJECT | {"cycles": [FEW]}])
+    assert page.locator("svg").count() == 0
 
 
 def test_the_dashboard_tells_that_the_worker_is_missing(page: Page) -> None:

@@ -10,6 +10,7 @@ import pytest
 from ml_backend.cold_start import first_batch, prepare_first_batch, spread_batch
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
 from ml_backend.ls_format import Json
+from ml_backend.overview import overview
 from ml_backend.pool import packed, score_pool
 from ml_backend.predictor import UNTRAINED, Predictor
 from ml_backend.publish import publish
@@ -60,6 +61,12 @@ def batch_of(service: Service, key: str) -> list[int]:
     batch = first_batch(service, key)
     assert batch is not None
     return list(batch.tasks)
+
+
+def shown_progress(service: Service) -> Json | None:
+    (project,) = overview(service)
+    shown: Json | None = project["first_batch"]
+    return shown
 
 
 # --- what is chosen
@@ -144,14 +151,20 @@ def test_preparing_goes_on_in_the_middle_and_ends_once(
     service: Service, client: LabelStudioClient, project: Project, key: str
 ) -> None:
     import_images(client, project, phantom_images(6))
+    assert shown_progress(service) is None
     steps = prepare_first_batch(service, key)
     assert len(list(islice(steps, 2))) == 2
     steps.close()  # type: ignore[attr-defined]
+    progress = shown_progress(service)
+    assert progress is not None
+    assert progress["done"] in (1, 2)  # told once a second
+    assert (progress["total"], progress["tasks"], progress["is_published"]) == (6, 0, False)
     (path,) = service.scores_folder(key).glob("cold-start-*.jsonl")
     with path.open("a") as file:
         file.write('{"task": 1, "ima')  # cut off
     assert first_batch(service, key) is None
     assert prepare(service, key) == 4
+    assert shown_progress(service) == {"done": 6, "total": 6, "tasks": BATCH, "is_published": True}
     before = first_batch(service, key)
 
     (service.scores_folder(key) / "cold-start.json").unlink()
@@ -234,3 +247,4 @@ def test_the_first_trained_version_replaces_the_first_batch(
     publish(service, key, VERSION, begin_cycle(service, key))
     assert client.model_versions(project.id) == {VERSION: 5}
     assert client.project(project.id).model_version == VERSION
+    assert shown_progress(service) is None

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sqlalchemy import select
 
 from ml_backend.cycle import evaluate_version, snapshot, train_version
@@ -16,9 +18,12 @@ from ml_backend.db import UsedTaskRow
 from ml_backend.errors import LabelConfigError
 from ml_backend.ls_client import LabelStudioClient, Project
 from ml_backend.service import Service
-from model.dataset import read_coco
+from model.calibration import reliability, true_ious
+from model.dataset import load_image, read_coco
 from model.errors import TSPError
+from model.files import read_tensors
 from model.geometry import polygons_to_rle
+from model.predict import detect
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, raw_api
 from tests.ml_backend.examples import (
@@ -289,6 +294,176 @@ def test_nothing_is_learnt_from_unlabelled_images_when_that_is_switched_off(
         snapshot(supervised, key, 2, second)
         train_version(supervised, key, 2, second)
         assert cycle_row(supervised, key, 2).facts["pseudo_labeled"] == 0
+
+
+BEYOND_THE_PAPER: dict[str, Any] = {
+    "TSP_EPOCHS": 4,  # of one image and one step each
+    "TSP_CHECKPOINT_STEPS": 1,
+    "TSP_BETA": 1,
+    "TSP_RAMP_UP": 0.8,
+    "TSP_SOFT_WEIGHTS": "true",
+    "TSP_PSEUDO_NEGATIVES": "outside_ignored",
+    "TSP_PSEUDO_EVERY_STEPS": 2,
+    "TSP_TEACHER_DECAY": 0.5,
+    "TSP_TEACHER_BURN_IN": 0.4,
+    "TSP_CLASS_WISE_THRESHOLDS": "true",
+    "TSP_CLASS_THRESHOLD": 0.95,
+    "TSP_CLASS_THRESHOLD_FLOOR": 0.5,
+    "TSP_BOX_THRESHOLD": 0,
+    "TSP_MASK_THRESHOLD": 0,
+    "TSP_IGNORE_THRESHOLD": 0.1,
+}
+
+
+class PowerCutError(Exception):
+    """Nothing after it happens."""
+
+
+class LogUntilPowerCut(CycleLog):
+    """Training ends in the middle, after a checkpoint."""
+
+    def progress(self, done: int, total: int) -> None:
+        super().progress(done, total)
+        if done == 3:
+            raise PowerCutError
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return read_tensors(folder / "checkpoint.safetensors")[0]
+
+
+def scores_line(service: Service, task: int, image: bytes, seen: list[tuple[str, float]]) -> dict[str, Any]:
+    """A line of the scores file: squares of these classes and class scores."""
+    fetched = service.images.fetch(task_id=task, uri=data_uri(image))
+    box = [8.0, 8.0, 40.0, 40.0]
+    square = polygons_to_rle([np.array([[8, 8], [40, 8], [40, 40], [8, 40]])], (64, 64))
+    return {
+        "task": task,
+        "image": fetched.sha256,
+        "path": str(fetched.path),
+        "image_hw": list(fetched.image_hw),
+        "detections": {
+            "labels": [name for name, _ in seen],
+            "triplets": [[c, 0.9, 0.8] for _, c in seen],
+            "boxes_xyxy": [box] * len(seen),
+            "rles": [square if c > 0.5 else None for _, c in seen],
+        },
+    }
+
+
+def write_scores(service: Service, key: str, version: str, lines: list[dict[str, Any]]) -> None:
+    scores = service.scores_file(key, version)
+    scores.parent.mkdir(parents=True, exist_ok=True)
+    scores.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_cycle_with_every_option_ends_with_the_same_weights_when_it_is_killed_and_settings_change(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, tmp_path: Path
+) -> None:
+    annotated, *pool = phantom_images(4)
+    annotate(client, project, [annotated])
+    teaching = snapshot(service, key, 1, log)
+    train_version(service, key, 1, log)
+    evaluate_version(service, key, 1, teaching, log)
+    service.registry.activate(key, teaching)
+    tasks = import_images(client, project, pool)
+    found = [[("cell", 0.96), ("lesion", 0.7), ("cell", 0.3)], [("cell", 0.6)], []]
+    lines = [scores_line(service, *of_image) for of_image in zip(tasks, pool, found, strict=True)]
+    write_scores(service, key, teaching, lines)
+
+    folder = service.cycle_folder(key, 2)
+    with another_service(service, tmp_path, **BEYOND_THE_PAPER) as beyond:
+        second = begin_cycle(beyond, key, 2)
+        version = snapshot(beyond, key, 2, second)
+        with pytest.raises(PowerCutError):
+            train_version(beyond, key, 2, LogUntilPowerCut(beyond.database, key, 2))
+    write_scores(service, key, teaching, [])  # what is decided stays decided
+    train_version(service, key, 2, second)  # whose settings have none of the options
+    evaluate_version(service, key, 2, version, second)
+    resumed = weights(folder)
+
+    facts = cycle_row(service, key, 2).facts
+    assert facts["class_thresholds"] == {
+        "cell": pytest.approx(0.95),
+        "lesion": pytest.approx(0.95 * 0.7 / ((0.96 + 0.6) / 2)),
+    }
+    # By the class: 0.7 is less than its threshold, 0.85.
+    assert (facts["pseudo_labeled"], facts["pseudo_instances"], facts["pseudo_for_teacher"]) == (1, 1, 2)
+    (first, *rest) = read_coco(folder / "pseudo.json", Path("/")).images
+    assert first.triplets is not None
+    assert first.triplets.tolist() == [[0.96, 0.9, 0.8]]
+    assert [len(image.ignored_boxes_xyxy) for image in (first, *rest) if image.ignored_boxes_xyxy is not None] == [
+        2, 1, 0
+    ]  # fmt: skip
+
+    (folder / "checkpoint.safetensors").unlink()
+    train_version(service, key, 2, second)
+    assert {name for name in resumed if name.startswith("teacher.")}
+    uninterrupted = weights(folder)
+    assert resumed.keys() == uninterrupted.keys()
+    assert [name for name in resumed if not torch.equal(resumed[name], uninterrupted[name])] == []
+    network, card = service.registry.load(key, version)
+    assert (card.training["ema_decay"], card.training["soft_weights"]) == (0.5, True)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, resumed[f"teacher.{name}"])
+
+
+def test_what_was_seen_by_an_older_release_breaks_no_cycle_that_needs_more(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, tmp_path: Path
+) -> None:
+    annotated, *pool = phantom_images(3)
+    annotate(client, project, [annotated])
+    version = snapshot(service, key, 1, log)
+    train_version(service, key, 1, log)
+    evaluate_version(service, key, 1, version, log)
+    service.registry.activate(key, version)
+    tasks = import_images(client, project, pool)
+    old, new = (scores_line(service, t, image, [("cell", 0.96)]) for t, image in zip(tasks, pool, strict=True))
+    seen = old.pop("detections")
+    old["pseudo"] = {"labels": seen["labels"], "rles": seen["rles"]}
+    write_scores(service, key, version, [old, new])
+    with another_service(service, tmp_path, **BEYOND_THE_PAPER) as beyond:
+        second = begin_cycle(beyond, key, 2)
+        snapshot(beyond, key, 2, second)
+        train_version(beyond, key, 2, second)
+    facts = cycle_row(service, key, 2).facts
+    assert (facts["pseudo_labeled"], facts["pseudo_for_teacher"]) == (1, 1)
+
+
+def test_a_cycle_that_an_older_release_began_goes_on(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    annotate(client, project, phantom_images(1))
+    snapshot(service, key, 1, log)
+    recipe = service.cycle_folder(key, 1) / "recipe.json"
+    frozen = json.loads(recipe.read_text())
+    del frozen["pseudo_labels"]
+    recipe.write_text(json.dumps(frozen))
+    train_version(service, key, 1, log)
+    (service.cycle_folder(key, 1) / "class_thresholds.json").unlink()
+    train_version(service, key, 1, log)
+    assert cycle_row(service, key).facts["pseudo_labeled"] == 0
+
+
+def test_both_iou_branches_are_measured_on_the_validation_images(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, tmp_path: Path
+) -> None:
+    annotate(client, project, [*phantom_images(1), *phantom_images(2, validation=True)])
+    with another_service(service, tmp_path, TSP_MIN_STEPS=60, TSP_WEIGHTS="imagenet") as patient:
+        version = snapshot(patient, key, 1, log)
+        train_version(patient, key, 1, log)
+        evaluate_version(patient, key, 1, version, log)
+    metrics = cycle_row(service, key).facts["metrics"]
+    network, card = service.registry.load(key, version)
+    validation = read_coco(service.cycle_folder(key, 1) / "validation.json", Path("/")).images
+    found = {image.image_id: next(detect(network, [load_image(image.path)])) for image in validation}
+    pairs = true_ious(found, validation, mask_threshold=network.config.mask_threshold)
+    for branch in ("box", "mask"):
+        expected = asdict(reliability(pairs[f"{branch}_scores"], pairs[f"{branch}_ious"]))
+        assert metrics[f"{branch}_reliability"] == json.loads(json.dumps(expected))
+        assert metrics[f"{branch}_reliability"]["count"] > 0
+    assert 0 < metrics["rescored_map_50_95"] <= metrics["rescored_map_50"] <= 1
+    assert card.metrics == metrics
 
 
 def test_settings_that_change_in_the_middle_of_a_cycle_count_from_the_next_one(

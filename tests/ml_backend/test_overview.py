@@ -28,6 +28,7 @@ def test_a_new_project_has_no_version_and_no_cycle(lonely_service: Service) -> N
             "batch_size": 500,
             "checked_at": "",
             "active_version": None,
+            "first_batch": None,
             "events": {"received": 0, "waiting": 0},
             "cycles": [],
         }

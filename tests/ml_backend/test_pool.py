@@ -10,6 +10,7 @@ from ml_backend.errors import LabelConfigError
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import LabelStudioClient, Project
 from ml_backend.pool import detections_for_people, is_validation, read_scores, score_pool
+from ml_backend.pseudo_labels import seen_image
 from ml_backend.service import Service
 from model.types import Detections
 from tests.label_studio import POLYGON_CONFIG, polygon_result
@@ -70,6 +71,9 @@ def test_each_task_without_annotation_gets_one_line(
         assert line["instances"] > 0
         assert 0 <= line["score"] <= 1
         assert {region["type"] for region in line["result"]} <= {"polygonlabels"}
+        kept = seen_image(line, ("cell", "lesion"), only_masks=False)
+        assert len(kept.detections) == len(kept.rles) == len(line["detections"]["labels"]) > 0
+        assert set(kept.rles) == {None}  # nobody has trained this network
     row = cycle_row(service, key)
     assert (row.stage, row.done, row.total) == ("scoring the unlabelled images", 3, 3)
     assert row.facts == {"pool": 3, "pool_without_detections": 0, "pool_problems": [], "pool_problem_count": 0}

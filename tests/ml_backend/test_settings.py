@@ -8,7 +8,7 @@ import pytest
 
 from ml_backend.errors import SettingsError
 from ml_backend.settings import Settings
-from model.config import NetworkConfig
+from model.config import NetworkConfig, PseudoLabelConfig, TrainingConfig
 from model.strategies import STRATEGIES
 from model.tsp import EmptyImagePolicy
 from scripts.settings_table import README, settings_table, table_in, with_table
@@ -39,6 +39,27 @@ def test_the_defaults_are_those_of_the_paper_where_it_gives_one(tmp_path: Path) 
     assert settings.label_studio_api_key is None
 
 
+def test_what_goes_beyond_the_paper_is_off() -> None:
+    settings = Settings.from_environment()
+    assert settings.pseudo_labels() == PseudoLabelConfig()
+    paper = TrainingConfig()
+    for name in ("ramp_up", "soft_weights", "pseudo_negatives", "pseudo_every_steps", "ema_decay", "ema_burn_in"):
+        assert getattr(settings.training(), name) == getattr(paper, name)
+
+
+def test_the_options_of_semi_supervised_training_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {name: text for name, text, *_ in EXAMPLES}
+    training, pseudo = read(monkeypatch, given).training(), Settings().pseudo_labels()
+    assert (training.ramp_up, training.soft_weights, training.pseudo_negatives) == (0.3, True, "outside_ignored")
+    assert (training.pseudo_every_steps, training.ema_decay, training.ema_burn_in) == (4, 0.999, 0.5)
+    assert (pseudo.class_wise_thresholds, pseudo.class_threshold_floor, pseudo.ignore_threshold) == (True, 0.4, 0.2)
+
+
+def test_a_floor_above_the_threshold_that_it_bounds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=r"class_threshold_floor: expected a number from 0 to class_threshold"):
+        read(monkeypatch, {"TSP_CLASS_WISE_THRESHOLDS": "true", "TSP_CLASS_THRESHOLD": "0.4"})
+
+
 EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("LABEL_STUDIO_URL", "https://ls.example.com/label/", "label_studio_url", "https://ls.example.com/label"),
     ("TSP_HOST", "0.0.0.0", "host", "0.0.0.0"),
@@ -56,6 +77,15 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("TSP_BOX_THRESHOLD", "0.6", "box_threshold", 0.6),
     ("TSP_MASK_THRESHOLD", "0.7", "mask_score_threshold", 0.7),
     ("TSP_PSEUDO_RULE", "or", "pseudo_rule", "or"),
+    ("TSP_CLASS_WISE_THRESHOLDS", "true", "class_wise_thresholds", True),
+    ("TSP_CLASS_THRESHOLD_FLOOR", "0.4", "class_threshold_floor", 0.4),
+    ("TSP_SOFT_WEIGHTS", "true", "soft_weights", True),
+    ("TSP_PSEUDO_NEGATIVES", "outside_ignored", "pseudo_negatives", "outside_ignored"),
+    ("TSP_IGNORE_THRESHOLD", "0.2", "ignore_threshold", 0.2),
+    ("TSP_RAMP_UP", "0.3", "ramp_up", 0.3),
+    ("TSP_PSEUDO_EVERY_STEPS", "4", "pseudo_every_steps", 4),
+    ("TSP_TEACHER_DECAY", "0.999", "teacher_decay", 0.999),
+    ("TSP_TEACHER_BURN_IN", "0.5", "teacher_burn_in", 0.5),
     ("TSP_EMPTY_POLICY", "last", "empty_policy", EmptyImagePolicy.LAST),
     ("TSP_FROM_NAME", "outline", "from_name", "outline"),
     ("TSP_MAX_VERTICES", "12", "max_vertices", 12),
@@ -133,6 +163,10 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("TSP_BETA", "nan", "finite"),
         ("TSP_CLASS_THRESHOLD", "90", "less than or equal to 1"),
         ("TSP_PSEUDO_RULE", "xor", "'and' or 'or'"),
+        ("TSP_PSEUDO_NEGATIVES", "all", "'none' or 'outside_ignored'"),
+        ("TSP_RAMP_UP", "2", "less than or equal to 1"),
+        ("TSP_PSEUDO_EVERY_STEPS", "0", "greater than or equal to 1"),
+        ("TSP_TEACHER_DECAY", "1", "less than 1"),
         ("TSP_EMPTY_POLICY", "middle", "'first', 'last' or 'median'"),
         ("TSP_MAX_VERTICES", "3", "greater than or equal to 4"),
         ("TSP_PROFILE", "resnet101", "'resnet50_fpn', 'resnet18_fpn' or 'efficientnet_lite0_fpn'"),
