@@ -58,27 +58,6 @@ def class_thresholds(
     return thresholds
 
 
-def pseudo_labeled_image(
-    detections: Detections,
-    config: PseudoLabelConfig,
-    *,
-    image_id: str,
-    path: Path,
-    mask_threshold: float,
-    class_thresholds: FloatArray | None = None,
-) -> LabeledImage | None:
-    """The image with its trusted instances as labels, or None when none survives: then it is not in D_semi."""
-    image = image_with_trusted(
-        detections,
-        config,
-        image_id=image_id,
-        path=path,
-        mask_threshold=mask_threshold,
-        class_thresholds=class_thresholds,
-    )
-    return image if len(image.labels) else None
-
-
 def image_with_trusted(
     detections: Detections,
     config: PseudoLabelConfig,
@@ -88,7 +67,7 @@ def image_with_trusted(
     mask_threshold: float,
     class_thresholds: FloatArray | None = None,
 ) -> LabeledImage:
-    """The image with its trusted instances as labels, of which there may be none: a teacher will look at it again.
+    """The image with its trusted instances as labels. If there are none it is not in D_semi; a teacher may look again.
 
     What is not trusted, but has a class score above `ignore_threshold`, goes into the ignored boxes.
     """

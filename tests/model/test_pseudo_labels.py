@@ -6,7 +6,7 @@ import pytest
 from model.config import PseudoLabelConfig
 from model.errors import InvalidInputError
 from model.geometry import rle_to_mask
-from model.pseudo_labels import class_thresholds, image_with_trusted, pseudo_labeled_image, trusted
+from model.pseudo_labels import class_thresholds, image_with_trusted, trusted
 from tests.model.examples import detections, rectangle
 
 BOX = [10.0, 10.0, 40.0, 40.0]
@@ -19,9 +19,7 @@ def one_instance(**scores):
 
 
 def pseudo(found, **config):
-    return pseudo_labeled_image(
-        found, PseudoLabelConfig(**config), image_id="7", path=Path("7.png"), mask_threshold=0.3
-    )
+    return image_with_trusted(found, PseudoLabelConfig(**config), image_id="7", path=Path("7.png"), mask_threshold=0.3)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +84,7 @@ def test_trusted_instances_become_labels_with_their_masks_and_the_others_vanish(
 def test_an_image_without_a_surviving_instance_is_left_out(found, rule):
     if rule == "or" and found.class_scores.tolist() == [0.5]:
         found = one_instance(c=0.5, b=0.5, m=0.5)
-    assert pseudo(found, rule=rule) is None
+    assert len(pseudo(found, rule=rule).labels) == 0
 
 
 def test_an_instance_without_a_pixel_is_left_out_of_an_image_that_has_others():
@@ -158,7 +156,7 @@ def test_thresholds_by_class_by_hand(scores, labels, expected):
 def test_each_instance_is_measured_by_the_threshold_of_its_class():
     found = detections([BOX] * 4, labels=[1, 2, 1, 2], class_scores=[0.91, 0.8, 0.8, 0.7])
     assert trusted(found, BY_CLASS, class_thresholds=np.array([0.9, 0.75])).tolist() == [True, True, False, False]
-    image = pseudo_labeled_image(
+    image = image_with_trusted(
         found, BY_CLASS, image_id="7", path=Path("7.png"), mask_threshold=0.3, class_thresholds=np.array([0.9, 0.75])
     )
     assert image.labels.tolist() == [1, 2]
