@@ -43,7 +43,7 @@ def test_what_goes_beyond_the_paper_is_off() -> None:
     settings = Settings.from_environment()
     assert settings.pseudo_labels() == PseudoLabelConfig()
     paper = TrainingConfig()
-    for name in ("ramp_up", "soft_weights", "pseudo_negatives", "pseudo_every_steps", "ema_decay", "ema_burn_in"):
+    for name in ("ramp_up", "soft_weights", "pseudo_negatives", "ema_decay", "ema_burn_in"):
         assert getattr(settings.training(), name) == getattr(paper, name)
 
 
