@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     pseudo_every_steps: int = _env(
         "TSP_PSEUDO_EVERY_STEPS",
         8,
-        "a pseudo-labelled image joins each n-th training step only, and counts n times: 8 costs a tenth more time, 1 half",
+        "a pseudo-labelled image joins each n-th training step only, and counts n times: 8 cost a tenth more time",
         ge=1,
     )
     teacher_decay: float = _env(
