@@ -2,9 +2,10 @@
 and maps that bring the predicted closer to the true ones."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from model.errors import InvalidInputError
@@ -97,28 +98,34 @@ def fit_calibration(predicted: FloatArray, true: FloatArray, *, prior: float = 1
     if predicted.shape != true.shape or predicted.ndim != 1:
         raise InvalidInputError(f"expected two arrays of the same shape (N,), got {predicted.shape} and {true.shape}")
     design = np.stack([_logit(predicted), np.ones(len(predicted))], axis=1)
-    start = np.array([1.0, 0.0])
+    best = _least_loss(design, true, prior, at=np.array([1.0, 0.0]), free=np.array([True, True]))
+    if best[0] < _LEAST_SLOPE:  # the loss is convex, so the best allowed map has just that slope
+        best = _least_loss(design, true, prior, at=np.array([_LEAST_SLOPE, 0.0]), free=np.array([False, True]))
+    return Calibration(slope=float(best[0]), intercept=float(best[1]))
+
+
+def _least_loss(
+    design: FloatArray, true: FloatArray, prior: float, *, at: FloatArray, free: NDArray[np.bool_]
+) -> FloatArray:
+    """Slope and intercept (2,) of the least loss from `at`, of which only the `free` ones move: Newton's method."""
+    no_change = np.array([1.0, 0.0])
 
     def loss(at: FloatArray) -> float:
         z = design @ at
-        return float((np.logaddexp(0, z) - true * z).sum() + prior / 2 * ((at - start) ** 2).sum())
+        return float((np.logaddexp(0, z) - true * z).sum() + prior / 2 * ((at - no_change) ** 2).sum())
 
-    at = start
-    for _ in range(50):  # Newton's method, each step halved until it helps; the loss is convex
+    for _ in range(50):
         q = _sigmoid(design @ at)
-        gradient = design.T @ (q - true) + prior * (at - start)
-        step = np.linalg.solve((design.T * (q * (1 - q))) @ design + prior * np.eye(2), gradient)
-        tries = [np.maximum(at - step / 2**k, (_LEAST_SLOPE, -np.inf)) for k in range(20)]
-        better = next((there for there in tries if loss(there) < loss(at) - 1e-10), None)
+        gradient = (design.T @ (q - true) + prior * (at - no_change))[free]
+        curvature = ((design.T * (q * (1 - q))) @ design + prior * np.eye(2))[np.ix_(free, free)]
+        step = np.zeros(2)
+        step[free] = np.linalg.solve(curvature, gradient)
+        # Halved until it helps: far from the minimum a whole step may overshoot.
+        better = next((there for k in range(20) if loss(there := at - step / 2**k) < loss(at) - 1e-10), None)
         if better is None:
             break
         at = better
-    return Calibration(slope=float(at[0]), intercept=float(at[1]))
-
-
-def calibrated(detections: Detections, *, box: Calibration, mask: Calibration) -> Detections:
-    """The same detections with calibrated b and m."""
-    return replace(detections, box_scores=box(detections.box_scores), mask_scores=mask(detections.mask_scores))
+    return at
 
 
 def _logit(p: FloatArray) -> FloatArray:

@@ -43,9 +43,8 @@ class ExpectedTSP(TSP):
 
     def observe(self, sight: Sight) -> Observation:
         columns = [sight.counted[name].double() for name in TRIPLET]
-        found = len(columns[0]) > 0
         expected = expected_uncertainty(columns[0], instance_scores(*columns))
-        return Observation(score=math.exp(-expected) if found else None, feature=sight.feature)
+        return Observation(score=math.exp(-expected), feature=sight.feature)  # 1, last, where nothing was found
 
 
 class PresentTSP(TSP):
@@ -55,8 +54,8 @@ class PresentTSP(TSP):
 
     def observe(self, sight: Sight) -> Observation:
         s = uncertainty(sight)
-        present = 1 - float((1 - sight.counted["scores"].double()).prod())
-        return Observation(score=None if s is None else 1 - (1 - s) * present, feature=sight.feature)
+        present = 1 - float((1 - sight.counted["scores"].double()).prod())  # 0 where nothing was found
+        return Observation(score=1.0 if s is None else 1 - (1 - s) * present, feature=sight.feature)
 
 
 def uncertainty(sight: Sight, scores: Sequence[str] = TRIPLET) -> float | None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from model.calibration import Calibration, calibrated, fit_calibration, reliability, true_ious
+from model.calibration import Calibration, fit_calibration, reliability, true_ious
 from model.errors import InvalidInputError
 from tests.model.examples import detections, labeled_image, rectangle
 
@@ -186,13 +186,15 @@ def test_an_order_that_is_wrong_is_flattened_and_ends_stay_finite():
     assert (np.diff(result) >= 0).all()
 
 
-def test_detections_get_their_b_and_m_calibrated_each_by_its_own_map():
-    found = detections([[0, 0, 9, 9], [5, 5, 20, 20]], box_scores=[0.5, 0.8], mask_scores=[0.5, 0.9])
-    box, mask = Calibration(slope=1, intercept=1.0), Calibration(slope=2, intercept=-1.0)
-    result = calibrated(found, box=box, mask=mask)
-    assert result.box_scores.tolist() == box(found.box_scores).tolist()
-    assert result.mask_scores.tolist() == mask(found.mask_scores).tolist()
-    assert result.class_scores is found.class_scores
+def test_a_flattened_map_has_the_best_intercept():
+    """At the least slope the loss must not fall by moving the intercept alone."""
+    predicted = np.random.default_rng(0).uniform(0.5, 0.99, 300)
+    true = 1 - 0.6 * (predicted - 0.5)
+    best = fit_calibration(predicted, true)
+    assert best.slope == pytest.approx(0.05)
+    gradient = (best(predicted) - true).sum() + best.intercept  # the prior's part is the intercept itself
+    assert gradient == pytest.approx(0, abs=1e-3)
+    assert best(predicted).mean() == pytest.approx(true.mean(), abs=0.01)
 
 
 def test_calibration_refuses_columns_that_do_not_fit():
