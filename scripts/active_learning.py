@@ -39,7 +39,7 @@ from scripts.benchmark_lines import (
     without_semi_supervision,
 )
 from scripts.benchmark_measures import compare, iou_pairs, measured, pseudo_quality
-from scripts.benchmark_sets import Data, at_input_size, fingerprint
+from scripts.benchmark_sets import Data, at_input_size
 
 KEPT = "network"  # the folder of a run, in the form of a registry, where its last network is kept on demand
 
@@ -101,8 +101,9 @@ def _load(folder: Path, name: RunName, experiment: Experiment, data: Data) -> di
     settings = {
         **asdict(experiment),
         "data": data.name,
-        "pool": fingerprint(data.pool),
-        "test": fingerprint(data.test),
+        "crop": data.crop,
+        "pool": data.fingerprints[0],
+        "test": data.fingerprints[1],
         "pool_images": len(data.pool.images),
         "pool_instances": sum(len(image.labels) for image in data.pool.images),
         "test_images": len(data.test.images),
@@ -172,7 +173,7 @@ class _Cycles:
             return result, None
         with timed(seconds, "scoring"):
             following, result["queue"] = self._next_plan(number, network, plan["annotated"])
-        return result, following
+        return result, self._with_truth(network, following)
 
     def _first_plan(self, number: int) -> Plan:
         """What the first cycle trains on."""
@@ -234,8 +235,7 @@ class _Cycles:
             first_cycle_settings(self.settings),
             self.network_options,
             [image.image_id for image in images],
-            fingerprint(self.data.pool),
-            fingerprint(self.data.test),
+            *self.data.fingerprints,
         ]
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
         checkpoint, record = self.shared / f"{digest}.safetensors", self.shared / f"{digest}-measured.json"
@@ -256,7 +256,7 @@ class _Cycles:
             network=network.config.to_json(),
             class_names=self.data.pool.class_names,
             created_at=datetime.now(UTC).isoformat(),
-            data_fingerprint=fingerprint(self.data.pool),
+            data_fingerprint=self.data.fingerprints[0],
         )
         Registry(self.folder).add(KEPT, card, network)
 
@@ -310,20 +310,11 @@ class _Cycles:
         seed = self.name.seed * 1000 + number
         torch.manual_seed(seed)  # MC dropout draws; how the training went must not matter
         found: dict[str, Detections] = {}  # what pseudo labels may be made of
-        pairs: dict[str, dict[str, FloatArray]] = {}
 
         def observe(image: LabeledImage) -> Observation:
             sight, detections = self._look(network, image)
-            if image.image_id not in annotated:
-                compared = compare(
-                    {image.image_id: detections},
-                    [image],
-                    len(self.data.pool.class_names),
-                    mask_threshold=self.mask_threshold,
-                )
-                pairs[image.image_id] = iou_pairs(compared)
-                if self.name.semi_supervised:
-                    found[image.image_id] = _perhaps_trusted(detections, self.settings.pseudo)
+            if self.name.semi_supervised and image.image_id not in annotated:
+                found[image.image_id] = _perhaps_trusted(detections, self.settings.pseudo)
             return strategy.observe(sight)
 
         pool = _Observations(unlabelled, observe)
@@ -336,25 +327,36 @@ class _Cycles:
             seed=seed,
             empty_policy=EmptyImagePolicy(selection.empty_policy),
         )
-        for i in chosen.tolist():
-            pool[i]  # random has not looked at them
         new_ids = [unlabelled[i].image_id for i in chosen]
-        rest = {image.image_id: image for image in unlabelled if image.image_id not in new_ids}
+        rest = [image for image in unlabelled if image.image_id not in new_ids]
         thresholds = self._class_thresholds(list(found.values()))
-        kept = self._pseudo_labeled(rest.values(), found, thresholds)
-        held_out = {
-            name: [round(float(v), 4) for image_id in new_ids for v in pairs[image_id][name]]
-            for name in ("mask_scores", "mask_ious")
-        }
+        kept = self._pseudo_labeled(rest, found, thresholds)
         plan = {
             "annotated": [*annotated_ids, *new_ids],
             "new": len(new_ids),
             "pseudo": [_pseudo_to_json(image) for image in kept],
-            "pseudo_quality": pseudo_quality(kept, rest) if self.name.semi_supervised else None,
             "class_thresholds": None if thresholds is None else thresholds.tolist(),
-            "held_out": held_out,
         }
         return plan, pool.summary(set(chosen.tolist()))
+
+    def _with_truth(self, network: MaskRCNNWithScores, plan: Plan) -> Plan:
+        """The plan with what the hidden labels say of it, which is looked up only when everything is chosen."""
+        annotated = set(plan["annotated"])
+        hidden = {image_id: image for image_id, image in self.small.items() if image_id not in annotated}
+        pseudo = [self._pseudo_from_json(item) for item in plan["pseudo"]]
+        return {
+            **plan,
+            "pseudo_quality": pseudo_quality(pseudo, hidden) if self.name.semi_supervised else None,
+            "held_out": self._held_out(network, plan["annotated"][len(plan["annotated"]) - plan["new"] :]),
+        }
+
+    def _held_out(self, network: MaskRCNNWithScores, new_ids: Sequence[str]) -> dict[str, list[float]]:
+        """Predicted and true mask IoUs in the images that people annotate now, which the network has not learnt."""
+        images = [self.small[image_id] for image_id in new_ids]
+        found = {image.image_id: self._look(network, image)[1] for image in images}
+        compared = compare(found, images, len(self.data.pool.class_names), mask_threshold=self.mask_threshold)
+        pairs = iou_pairs(compared)
+        return {name: [round(float(value), 4) for value in pairs[name]] for name in ("mask_scores", "mask_ious")}
 
     def _class_thresholds(self, found: Sequence[Detections]) -> FloatArray | None:
         if not self.settings.pseudo.class_wise_thresholds or not found:

@@ -189,21 +189,11 @@ def _print_what_is_left(names: list[RunName], experiment: Experiment, data: Data
     for name in names:
         done, total = cycles_done(name, experiment, data, out / name.folder)
         if done < total:
-            busy = ", another process is at it" if _is_locked(out / name.folder) else ""
-            left.append(f"  {name.folder}: {done} of {total} cycles{busy}")
+            left.append(f"  {name.folder}: {done} of {total} cycles")
     if left:
-        print("\n".join([f"{len(left)} of {len(names)} runs are not finished; the same command goes on:", *left]))
-
-
-def _is_locked(folder: Path) -> bool:
-    if not (folder / "lock").exists():
-        return False
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        # Whether another process is at one is not tried out: for a moment, that would take the run from all others.
+        unfinished = f"{len(left)} of {len(names)} runs are not finished"
+        print("\n".join([f"{unfinished}; the same command goes on with those that no other process is at:", *left]))
 
 
 def _device(wanted: str | None) -> str:

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -21,12 +22,21 @@ from scripts.crops import cropped
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The pool, the test set, and by image the vertices of its outlines, where the set has polygons."""
+    """The pool, the test set, and by image the vertices of its outlines, where the set has polygons.
+
+    `crop` is the side, in pixels, to which larger images were cut, if they were.
+    """
 
     name: str
     pool: LabeledSet
     test: LabeledSet
     drawn_vertices: Mapping[str, int] = field(default_factory=dict)
+    crop: int | None = None
+
+    @cached_property
+    def fingerprints(self) -> tuple[str, str]:
+        """Of the pool and of the test set; every image is read for them, once."""
+        return fingerprint(self.pool), fingerprint(self.test)
 
 
 def read_data(
@@ -52,13 +62,17 @@ def read_data(
     if crop is None or shared is None:
         return Data(name=name, pool=pool, test=test, drawn_vertices=_drawn_vertices(file))
     crops = shared / f"crops-{crop}-{fingerprint(pool)}-{fingerprint(test)}"
-    return Data(name=f"{name}, {crop} px crops", pool=_cropped(pool, crops, crop), test=_cropped(test, crops, crop))
+    pool, test = _cropped(pool, crops, crop), _cropped(test, crops, crop)
+    return Data(name=f"{name}, {crop} px crops", pool=pool, test=test, crop=crop)
 
 
 def fingerprint(dataset: LabeledSet) -> str:
-    """Tells one set from another by its labels."""
-    content = json.dumps([[i.image_id, i.labels.tolist(), [r["counts"] for r in i.rles]] for i in dataset.images])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    """Tells one set from another by its labels and by the bytes of its image files."""
+    described = [
+        [i.image_id, hashlib.sha256(i.path.read_bytes()).hexdigest(), i.labels.tolist(), [r["counts"] for r in i.rles]]
+        for i in dataset.images
+    ]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
 def at_input_size(data: Data, network: NetworkConfig, shared: Path) -> tuple[dict[str, LabeledImage], dict[str, int]]:
@@ -68,7 +82,7 @@ def at_input_size(data: Data, network: NetworkConfig, shared: Path) -> tuple[dic
     Instances that vanish at that size are left out. The files stay in a folder of `shared`; several processes may ask
     for them at once. Outlines are the set's own polygons or, where it has masks, such as annotators would be shown.
     """
-    key = f"{fingerprint(data.pool)} {network.min_size} {network.max_size}"
+    key = f"{data.fingerprints[0]} {network.min_size} {network.max_size}"
     folder = shared / f"images-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:

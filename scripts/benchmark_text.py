@@ -119,8 +119,9 @@ def _setting(report: Report) -> str:
         f"{settings['test_images']} test images. First batch {settings['first_batch']}, then {settings['batch']} a "
         f"cycle, {settings['cycles']} cycles, {seeds_and_epochs[0]}. `{settings['profile']}` at "
         f"{network['min_size']} px from {settings['weights']} weights, {seeds_and_epochs[1]} (at least "
-        f"{training['min_steps']} steps of {training['batch_size']} images). {supervision} All masks are measured at "
-        "the images' own size. Intervals are 95 % of the mean over seeds (Student's t)."
+        f"{training['min_steps']} steps of {training['batch_size']} images). Anchor sizes and the number of detections come from the labels of "
+        f"the whole pool, alike for all lines. {supervision} All masks are measured at the images' own size. "
+        "Intervals are 95 % of the mean over seeds (Student's t)."
     )
 
 

@@ -26,7 +26,7 @@ from model.registry import ModelCard, Registry
 from model.tsp import image_score, instance_scores
 from model.types import Detections, LabeledImage
 from scripts.active_learning import KEPT
-from scripts.benchmark_sets import fingerprint, read_data
+from scripts.benchmark_sets import read_data
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -115,8 +115,14 @@ def _from_run(options: argparse.Namespace) -> tuple[MaskRCNNWithScores, ModelCar
         raise ValueError(f"{options.run}: expected a run of the benchmark, there is no run.json")
     state = json.loads(path.read_text())
     settings = state["settings"]
-    data = read_data(options.data, pool_size=settings["pool_images"], test_size=settings["test_images"])
-    if fingerprint(data.pool) != settings["pool"]:
+    data = read_data(
+        options.data,
+        pool_size=settings["pool_images"],
+        test_size=settings["test_images"],
+        crop=settings.get("crop"),  # older runs do not say it
+        shared=options.run.resolve().parent / "shared",  # where the benchmark keeps its crops
+    )
+    if data.fingerprints[0] != settings["pool"]:
         raise ValueError(f"{options.run} was made with other images than those in {options.data}")
     versions = Registry(options.run).versions(KEPT)
     if not versions:

@@ -317,7 +317,9 @@ def test_a_report_of_unfinished_runs_says_so(tmp_path):
 
 
 def test_every_table_of_a_single_finished_run_can_be_written():
-    assert "| `tsp` | 1 |" in markdown(make_report([made_run("tsp", 0, [0.1, 0.2, 0.3])]), {})
+    text = markdown(make_report([made_run("tsp", 0, [0.1, 0.2, 0.3])]), {})
+    assert "| `tsp` | 1 |" in text
+    assert "Anchor sizes and the number of detections come from the labels of the whole pool" in text
 
 
 def test_runs_of_different_settings_are_not_compared(tmp_path):

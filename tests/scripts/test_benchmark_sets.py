@@ -65,6 +65,20 @@ def test_the_shrunk_images_are_made_once(folder, tmp_path):
     assert vertices == vertices_again
 
 
+def test_other_pixels_under_the_same_labels_are_another_set(folder, tmp_path):
+    data = read_data(folder, pool_size=None, test_size=None)
+    old, _ = at_input_size(data, NETWORK, tmp_path / "shared")
+    changed, same = data.pool.images[:2]
+    cv2.imwrite(str(changed.path), 255 - cv2.imread(str(changed.path)))
+    other = read_data(folder, pool_size=None, test_size=None)
+    assert other.fingerprints[0] != data.fingerprints[0]
+    assert other.fingerprints[1] == data.fingerprints[1]
+    new, _ = at_input_size(other, NETWORK, tmp_path / "shared")
+    inverted = 255 - load_image(old[changed.image_id].path).astype(int)
+    assert np.abs(load_image(new[changed.image_id].path) - inverted).max() <= 1  # rounded the other way
+    np.testing.assert_array_equal(load_image(new[same.image_id].path), load_image(old[same.image_id].path))
+
+
 def test_vertices_are_those_of_the_polygons_or_else_of_outlines_of_the_masks(folder, tmp_path):
     coco = json.loads((folder / "annotations.json").read_text())
     for image in coco["images"]:
@@ -102,7 +116,7 @@ def test_of_larger_images_only_the_middle_is_used(folder, tmp_path):
             np.testing.assert_array_equal(rle_to_mask(image.rles[0]), rle_to_mask(original.rles[0])[window])
             cut = max(height, width) > 90  # then the speck of three pixels is left out
             assert image.labels.tolist() == ([1] if cut else [1, 2])
-    assert data.name == "set, 90 px crops"
+    assert (data.name, data.crop) == ("set, 90 px crops", 90)
 
 
 def _parts(data):

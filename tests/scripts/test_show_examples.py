@@ -50,6 +50,15 @@ def test_the_picture_of_a_run_shows_images_that_nobody_annotated(tmp_path, data,
     assert picture.std() > 10
 
 
+def test_the_picture_of_a_run_on_crops_shows_the_crops(tmp_path, data, monkeypatch, capsys):
+    name = parse_line("random", 0)
+    sets = read_data(data, pool_size=None, test_size=None, crop=48, shared=tmp_path / "shared")
+    run(name, EXPERIMENT, sets, tmp_path / name.folder, tmp_path / "shared", keep_network=True)
+    arguments = ("--data", data, "--run", tmp_path / name.folder, "--out", tmp_path / "examples.png")
+    here(monkeypatch, *arguments, "--threshold", "0")
+    assert "of 4 images" in capsys.readouterr().out
+
+
 def test_the_picture_of_a_version_shows_the_whole_pool(tmp_path, data, monkeypatch, capsys):
     network = tiny_network(num_classes=4)
     card = ModelCard(
