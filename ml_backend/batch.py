@@ -73,7 +73,7 @@ def _annotated(
     network.to(service.settings.torch_device())
     with path.open("a") as lines:
         for done, image in enumerate(waiting, start=1):
-            observation, _ = look_at(service, network, card, path=image.path, image_sha256=image.image_id)
+            observation, _ = look_at(service, network, card, image.path)
             append_line(lines, {"image": image.image_id, "feature": packed(observation.feature)})
             log.progress(done, len(waiting))
     return [_observation(line) for line in read_scores(path)]

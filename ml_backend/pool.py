@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError
@@ -105,14 +104,10 @@ def feature_of(text: str) -> FloatArray:
 
 
 def look_at(
-    service: Service, network: MaskRCNNWithScores, card: ModelCard, *, path: Path, image_sha256: str
+    service: Service, network: MaskRCNNWithScores, card: ModelCard, path: Path
 ) -> tuple[Observation, Detections]:
     """What a version sees in an image: what its strategy keeps of it, and all detections."""
     sight, detections = look(network, load_image(path), queue_threshold=service.settings.queue_threshold)
-    if network.config.dropout > 0:
-        # An image gets the same score whenever it is looked at. Nowhere else: a training of another project may be
-        # drawing from the same generator in another thread.
-        torch.manual_seed(int(image_sha256[:15], 16))
     return STRATEGIES[card.strategy].observe(sight), detections
 
 
@@ -152,7 +147,7 @@ def _seen(
     """One line of the scores file. `score` is the strategy's (S of eq. 3 for TSP and for strategies that have none of
     their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
     settings = service.settings
-    observation, detections = look_at(service, network, card, path=fetched.path, image_sha256=fetched.sha256)
+    observation, detections = look_at(service, network, card, fetched.path)
     shown = detections_for_people(
         detections,
         config,
