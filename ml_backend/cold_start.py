@@ -19,7 +19,7 @@ from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project, Task
 from ml_backend.ls_format import Json, image_uri
 from ml_backend.order import QueueOrder
-from ml_backend.pool import append_line, cut_unfinished_line, feature_of, is_validation, packed, read_scores
+from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, packed, read_scores
 from ml_backend.publish import import_lines
 from ml_backend.service import Service
 from model.dataset import load_image
@@ -113,9 +113,7 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
     """Look at the tasks' images, annotated ones too; line by line into a file, so that it can go on in the middle."""
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     path = _features_file(service, project_key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_unfinished_line(path)
-    seen = {line["task"] for line in read_scores(path)}
+    seen = go_on_with(path, "task")
     waiting = [task for task in tasks if task.id not in seen]
     if not waiting:
         return
