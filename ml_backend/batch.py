@@ -8,7 +8,7 @@ import numpy as np
 from ml_backend.cycle_log import CycleLog
 from ml_backend.ls_format import Json
 from ml_backend.order import frozen_batch
-from ml_backend.pool import append_line, cut_unfinished_line, feature_of, is_validation, look_at, packed, read_scores
+from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, look_at, packed, read_scores
 from ml_backend.service import Service
 from model.dataset import read_coco
 from model.files import write_json
@@ -64,16 +64,14 @@ def _annotated(
 ) -> list[Observation]:
     """What the version sees in the images it was trained on; kept line by line, so that it can go on in the middle."""
     path = service.annotated_file(project_key, version)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_unfinished_line(path)
-    seen = {line["image"] for line in read_scores(path)}
+    seen = go_on_with(path, "image")
     waiting = [image for image in images if image.image_id not in seen]
     log.stage("looking at the annotated images", total=len(waiting))
     network, card = service.registry.load(project_key, version)
     network.to(service.settings.torch_device())
     with path.open("a") as lines:
         for done, image in enumerate(waiting, start=1):
-            observation, _ = look_at(service, network, card, path=image.path, image_sha256=image.image_id)
+            observation, _ = look_at(service, network, card, image.path)
             append_line(lines, {"image": image.image_id, "feature": packed(observation.feature)})
             log.progress(done, len(waiting))
     return [_observation(line) for line in read_scores(path)]

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ml_backend.errors import ImageError
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project, Task
 from ml_backend.ls_format import Json, image_uri
 from ml_backend.order import QueueOrder
-from ml_backend.pool import append_line, cut_unfinished_line, feature_of, is_validation, packed, read_scores
+from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, packed, read_scores
 from ml_backend.publish import import_lines
 from ml_backend.service import Service
 from model.dataset import load_image
@@ -58,7 +59,10 @@ def prepare_first_batch(service: Service, project_key: str) -> Iterator[None]:
     tasks = list(service.label_studio.tasks(project.id))
     if batch is None or (not batch.is_full and any(task.id > batch.newest_task for task in tasks)):
         yield from _observe(service, project_key, project, tasks)
-        batch = _choose(service, project_key, tasks)
+        newest_task = max((task.id for task in tasks), default=0)
+        # Looking takes long: people have annotated and skipped tasks meanwhile.
+        now = list(service.label_studio.tasks(project.id))
+        batch = _choose(service, project_key, now, newest_task=newest_task)
     if not batch.is_published:
         _publish(service, project.id, batch)
         write_json(_batch_file(service, project_key), asdict(replace(batch, is_published=True)))
@@ -109,9 +113,7 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
     """Look at the tasks' images, annotated ones too; line by line into a file, so that it can go on in the middle."""
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     path = _features_file(service, project_key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_unfinished_line(path)
-    seen = {line["task"] for line in read_scores(path)}
+    seen = go_on_with(path, "task")
     waiting = [task for task in tasks if task.id not in seen]
     if not waiting:
         return
@@ -136,7 +138,7 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
             yield
 
 
-def _choose(service: Service, project_key: str, tasks: Sequence[Task]) -> FirstBatch:
+def _choose(service: Service, project_key: str, tasks: Sequence[Task], *, newest_task: int) -> FirstBatch:
     """Choose and freeze. Tasks that are annotated already count towards the batch; the others keep away from them."""
     settings = service.settings
     annotated_tasks = {task.id for task in tasks if task.is_annotated}
@@ -154,7 +156,7 @@ def _choose(service: Service, project_key: str, tasks: Sequence[Task]) -> FirstB
     batch = FirstBatch(
         version=f"{_VERSIONS}{digest[:8]}",
         tasks=tuple(chosen),
-        newest_task=max((task.id for task in tasks), default=0),
+        newest_task=newest_task,
         is_full=len(chosen) == count,
     )
     write_json(_batch_file(service, project_key), asdict(batch))
@@ -183,6 +185,8 @@ def _pretrained(service: Service) -> MaskRCNNWithScores:
     """The network as training starts with it. Only its body counts: what its heads would cost is avoided."""
     settings = service.settings
     cheap = {"score_threshold": 1.0, "proposals_inference": 1}
+    if settings.weights == "none":  # a body at random, the same after a restart
+        torch.manual_seed(settings.seed)
     network = build_model(settings.profile, 2, weights=settings.weights, **{**settings.network_options(), **cheap})
     return network.eval().to(settings.torch_device())
 
@@ -190,10 +194,11 @@ def _pretrained(service: Service) -> MaskRCNNWithScores:
 def _features_file(service: Service, project_key: str) -> Path:
     """Its name tells what the features depend on, so that other settings do not find them."""
     settings = service.settings
-    depends_on = json.dumps([settings.profile, settings.weights, settings.image_size])
-    return (
-        service.scores_folder(project_key) / f"cold-start-{hashlib.sha256(depends_on.encode()).hexdigest()[:8]}.jsonl"
-    )
+    depends_on = [settings.profile, settings.weights, settings.image_size]
+    if settings.weights == "none":
+        depends_on.append(settings.seed)
+    digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    return service.scores_folder(project_key) / f"cold-start-{digest[:8]}.jsonl"
 
 
 def _progress_file(service: Service, project_key: str) -> Path:

@@ -6,9 +6,11 @@ sequence of stages durable.
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from ml_backend.service import Service
 from model.calibration import reliability, true_ious
 from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import LabeledSet, load_image, read_coco, write_coco
-from model.errors import DatasetError, TSPError
+from model.errors import CheckpointError, DatasetError, TSPError
 from model.evaluate import evaluate
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
@@ -35,6 +37,8 @@ from model.predict import detect
 from model.registry import ModelCard
 from model.train import Progress, load_trained, train
 from model.types import Detections, FloatArray, LabeledImage
+
+logger = logging.getLogger(__name__)
 
 
 def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> str:
@@ -107,17 +111,26 @@ def train_version(service: Service, project_key: str, number: int, log: CycleLog
     def on_step(progress: Progress) -> None:
         log.progress(progress.step, progress.steps)
 
-    started = time.monotonic()
-    progress = train(
+    checkpoint = folder / "checkpoint.safetensors"
+    run = partial(
+        train,
         network,
         [*training.images, *pseudo],
         config,
         pseudo=trust,
         class_thresholds=thresholds,
-        checkpoint=folder / "checkpoint.safetensors",
+        checkpoint=checkpoint,
         device=service.settings.torch_device(),
         on_step=on_step,
     )
+    started = time.monotonic()
+    try:
+        progress = run()
+    except CheckpointError as error:
+        # The snapshot is frozen, so no other run can have written it: an older release did, or the disk has damaged it.
+        logger.warning("project %s: cycle %d trains from the start: %s", project_key, number, error)
+        checkpoint.unlink()
+        progress = run()
     if progress:  # none when the checkpoint was complete already
         log.facts({"training_seconds": round(time.monotonic() - started, 1), "loss": progress.losses})
 

@@ -86,11 +86,10 @@ class UsedTaskRow(Base):
 class WorkerRow(Base):
     """A worker process: when it was last alive, and whether Label Studio lets it in."""
 
-    __tablename__ = "workers"
+    __tablename__ = "signs_of_life"
 
     name: Mapped[str] = mapped_column(primary_key=True)
     seen_at: Mapped[str] = mapped_column(default=utc_now)
-    label_studio_user: Mapped[str] = mapped_column(default="")  # whom Label Studio takes the token for
     problem: Mapped[str] = mapped_column(default="")  # why Label Studio cannot be worked with
 
 

@@ -20,12 +20,12 @@ def worker_overview(service: Service) -> dict[str, Any]:
         row = session.get(WorkerRow, NAME)
     if row is None:
         problem = "The worker was never here: start `python -m ml_backend.worker` with the same environment."
-        return {"seen_at": None, "label_studio_user": "", "problem": problem}
+        return {"seen_at": None, "problem": problem}
     silent = (datetime.now(UTC) - datetime.fromisoformat(row.seen_at)).total_seconds()
     problem = row.problem
     if silent > _SILENT_SECONDS:
         problem = f"The worker gave no sign of life since {row.seen_at[:19]} UTC: start it again, its log says why."
-    return {"seen_at": row.seen_at, "label_studio_user": row.label_studio_user, "problem": problem}
+    return {"seen_at": row.seen_at, "problem": problem}
 
 
 def overview(service: Service) -> list[dict[str, Any]]:

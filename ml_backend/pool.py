@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-import torch
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError
@@ -36,8 +35,7 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     path = service.scores_file(project_key, version)
-    cut_unfinished_line(path)
-    seen = {line["task"] for line in read_scores(path)}
+    seen = go_on_with(path, "task")
     waiting = [t for t in service.label_studio.tasks(project.id) if not t.is_annotated and t.id not in seen]
     if log:
         log.stage("scoring the unlabelled images", total=len(waiting))
@@ -45,7 +43,6 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
         return 0
     network, card = service.registry.load(project_key, version)
     network.to(service.settings.torch_device())
-    path.parent.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
     empty = 0
     with path.open("a") as lines:
@@ -87,11 +84,16 @@ def append_line(file: IO[str], line: Json) -> None:
     file.flush()
 
 
-def cut_unfinished_line(path: Path) -> None:
-    """Remove a last line that a crash cut off, so that the next one starts on a line of its own."""
+def go_on_with(path: Path, name: str) -> set[Any]:
+    """What the lines of a file, which may not be there yet, say under `name`; afterwards lines can be added to it.
+
+    A last line that a crash cut off is removed, so that the next one starts on a line of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         with path.open("rb+") as file:
             file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+    return {line[name] for line in read_scores(path)}
 
 
 def packed(feature: FloatArray) -> str:
@@ -105,14 +107,10 @@ def feature_of(text: str) -> FloatArray:
 
 
 def look_at(
-    service: Service, network: MaskRCNNWithScores, card: ModelCard, *, path: Path, image_sha256: str
+    service: Service, network: MaskRCNNWithScores, card: ModelCard, path: Path
 ) -> tuple[Observation, Detections]:
     """What a version sees in an image: what its strategy keeps of it, and all detections."""
     sight, detections = look(network, load_image(path), queue_threshold=service.settings.queue_threshold)
-    if network.config.dropout > 0:
-        # An image gets the same score whenever it is looked at. Nowhere else: a training of another project may be
-        # drawing from the same generator in another thread.
-        torch.manual_seed(int(image_sha256[:15], 16))
     return STRATEGIES[card.strategy].observe(sight), detections
 
 
@@ -152,7 +150,7 @@ def _seen(
     """One line of the scores file. `score` is the strategy's (S of eq. 3 for TSP and for strategies that have none of
     their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
     settings = service.settings
-    observation, detections = look_at(service, network, card, path=fetched.path, image_sha256=fetched.sha256)
+    observation, detections = look_at(service, network, card, fetched.path)
     shown = detections_for_people(
         detections,
         config,

@@ -67,7 +67,7 @@ class Predictor:
         settings, task_id = self._service.settings, task.get("id", 0)
         try:
             fetched = self._service.images.fetch(task_id=task_id, uri=image_uri(task, config))
-            seen, found = look_at(self._service, network, card, path=fetched.path, image_sha256=fetched.sha256)
+            seen, found = look_at(self._service, network, card, fetched.path)
         except (ImageError, DatasetError) as error:
             logger.warning("%s", error)
             return empty_prediction(card.version, score=1.0)

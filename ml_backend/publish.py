@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from itertools import islice
 
 from ml_backend.cycle_log import CycleLog
@@ -79,15 +79,36 @@ def import_lines(
             log.progress(done, len(missing))
     if missing:
         _replace_refused(service, project_id, order, missing, scores)
+    surplus = _with_surplus(service, project_id, order, wanted)
+    if not surplus:
+        return len(missing)
+    logger.warning("project %s: tasks have two predictions; %s is imported anew", project_id, " and ".join(surplus))
+    shown = client.project(project_id).model_version
+    for version in surplus:
+        client.delete_model_version(project_id, version)
+    imported = import_lines(service, project_id, order, lines, log)
+    if shown in surplus and shown in client.model_versions(project_id):  # Label Studio has forgotten that it showed it
+        client.set_model_version(project_id, shown)
+    return imported
+
+
+def _with_surplus(service: Service, project_id: int, order: QueueOrder, wanted: Set[int]) -> list[str]:
+    """The names under which a task has two predictions, or one that belongs under the other name.
+
+    An import that broke off had gone on in Label Studio unseen, or somebody retrieved predictions of the pool.
+    """
+    client = service.label_studio
     counts = client.model_versions(project_id)
     stored = [version for version in order.versions if version in counts]
-    if sum(counts[version] for version in stored) > len(wanted):
-        # An import that broke off had gone on in Label Studio unseen, and its tasks have two predictions now.
-        logger.warning("project %s: %s was imported twice in part; it is imported anew", project_id, order.version)
-        for version in stored:
-            client.delete_model_version(project_id, version)
-        return import_lines(service, project_id, order, lines, log)
-    return len(missing)
+    if sum(counts[version] for version in stored) <= len(wanted):
+        return []
+    tasks = {version: client.predicted_task_ids(project_id, version) for version in stored}
+    return [
+        version
+        for version in stored
+        if counts[version] > len(tasks[version])
+        or any(order.version_of(task) != version for task in tasks[version] & wanted)
+    ]
 
 
 def _prediction(order: QueueOrder, line: Json) -> Json:

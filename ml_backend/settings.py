@@ -160,8 +160,11 @@ class Settings(BaseSettings):
     schedule: Literal["step", "one_cycle"] = _env(
         "TSP_SCHEDULE", "one_cycle", "learning rate over time: `step` is the paper's, `one_cycle` needs fewer epochs"
     )
-    learning_rate: float = _env(
-        "TSP_LEARNING_RATE", 0.001, "peak learning rate (the paper: 0.001 with `sgd` and `step`)", gt=0
+    learning_rate: float | None = _env(
+        "TSP_LEARNING_RATE",
+        None,
+        "peak learning rate; none: 0.001, the paper's with `sgd` and `step`, but 0.02 with `sgd` and `one_cycle`",
+        gt=0,
     )
     gradient_clip: float = _env("TSP_GRADIENT_CLIP", 5.0, "largest gradient norm; 0: gradients are not clipped", ge=0)
     images_per_step: int = _env("TSP_IMAGES_PER_STEP", 2, "annotated images in a training step", ge=1)
@@ -237,6 +240,11 @@ class Settings(BaseSettings):
         except ValidationError as error:
             problems = "; ".join(_described(problem) for problem in error.errors())
             raise SettingsError(f"settings: {problems}. The README lists every setting.") from error
+        if settings.class_wise_thresholds and settings.class_threshold_floor > settings.class_threshold:
+            raise SettingsError(
+                f"TSP_CLASS_THRESHOLD_FLOOR: expected a number from 0 to TSP_CLASS_THRESHOLD "
+                f"({settings.class_threshold}), got {settings.class_threshold_floor}"
+            )
         try:
             NetworkConfig.for_profile(settings.profile, 2, **settings.network_options())
             settings.training()
@@ -299,6 +307,7 @@ class Settings(BaseSettings):
 
     def training(self) -> TrainingConfig:
         """How a cycle trains."""
+        sgd_in_one_cycle = self.optimizer == "sgd" and self.schedule == "one_cycle"
         return TrainingConfig(
             epochs=self.epochs,
             min_steps=self.min_steps,
@@ -306,7 +315,7 @@ class Settings(BaseSettings):
             optimizer=self.optimizer,
             weight_decay=0.01 if self.optimizer == "adamw" else 1e-4,  # AdamW's is decoupled from the gradient
             schedule=self.schedule,
-            learning_rate=self.learning_rate,
+            learning_rate=self.learning_rate or (0.02 if sgd_in_one_cycle else 0.001),
             milestones=(round(self.epochs * 0.9), round(self.epochs * 0.98)),  # the paper's 45 and 49 of 50
             gradient_clip=self.gradient_clip or None,
             beta=self.beta,

@@ -89,22 +89,24 @@ class MaskRCNNWithScores(nn.Module):
                 image["predicted_loss"] = loss[None]
         return self.transform.postprocess(detections, batch.image_sizes, original_hw)  # type: ignore[no-any-return]
 
-    def stochastic_passes(self, image: Tensor, passes: int) -> list[dict[str, Tensor]]:
+    def stochastic_passes(self, image: Tensor, passes: int, *, seed: int) -> list[dict[str, Tensor]]:
         """What the heads find in one image (3, H, W) in each of several passes with dropout, as `forward` tells it.
 
-        Body and proposals, which have no dropout, run once. Boxes are in pixels of the network's input.
+        Body and proposals, which have no dropout, run once. Boxes are in pixels of the network's input. What is
+        dropped depends on the seed alone: another thread may be training with torch's global generator.
         """
         batch, _ = self.transform([image])
         pyramid = self.backbone(batch.tensors)
         proposals, _ = self.rpn(batch, pyramid)
-        dropouts = [module for module in self.modules() if isinstance(module, nn.Dropout)]
+        dropouts = [module for module in self.modules() if isinstance(module, _Dropout)]
+        generator = torch.Generator(device=image.device).manual_seed(seed)
         for dropout in dropouts:
-            dropout.train()
+            dropout.generator = generator
         try:
             return [self.roi_heads.detect(pyramid, proposals, batch.image_sizes)[0] for _ in range(passes)]
         finally:
             for dropout in dropouts:
-                dropout.eval()
+                dropout.generator = None
 
     def freeze_stages(self) -> None:
         """Keep all stages of a pretrained body but the top `trainable_stages` as they are."""
@@ -171,6 +173,18 @@ class IoUBranch(nn.Sequential):
         )
 
 
+class _Dropout(nn.Dropout):
+    """While it has a `generator` it drops also in evaluation, and draws from that one."""
+
+    generator: torch.Generator | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.generator is None:
+            return super().forward(input)
+        kept = torch.rand(input.shape, generator=self.generator, device=input.device) >= self.p
+        return input * kept / (1 - self.p)
+
+
 class _ScoringRPN(RegionProposalNetwork):
     """torchvision's region proposal network with the losses of eq. 1 and 4."""
 
@@ -230,7 +244,7 @@ class _ScoringRoIHeads(RoIHeads):
         self.box_iou_branch = box_iou_branch
         self.mask_iou_branch = mask_iou_branch
         self.mask_threshold = mask_threshold
-        self.box_dropout, self.mask_dropout = nn.Dropout(dropout), nn.Dropout(dropout)
+        self.box_dropout, self.mask_dropout = _Dropout(dropout), _Dropout(dropout)
 
     def losses(
         self,

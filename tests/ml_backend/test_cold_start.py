@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ml_backend.cold_start import first_batch, prepare_first_batch, spread_batch
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
@@ -176,6 +177,55 @@ def test_preparing_goes_on_in_the_middle_and_ends_once(
     import_images(client, project, phantom_images(8)[6:])
     assert prepare(service, key) == 0  # the batch was full
     assert client.project(project.id).model_version == "theirs"  # people may choose
+
+
+@pytest.mark.label_studio
+def test_what_people_did_during_the_looking_counts(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    images = phantom_images(9)
+    tasks = import_images(client, project, images[:8])
+    steps = prepare_first_batch(service, key)
+    next(steps)
+    done, skipped = tasks[: BATCH - 1], tasks[-1]
+    for task in done:
+        client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
+    client.skip(skipped)
+    import_images(client, project, images[8:])
+    assert len(list(steps)) == 7
+    batch = first_batch(service, key)
+    assert batch is not None
+    assert (len(batch.tasks), batch.is_full, batch.newest_task) == (1, True, max(tasks))
+    assert not set(batch.tasks) & {*done, skipped}
+
+
+@pytest.mark.label_studio
+def test_a_body_at_random_is_the_same_after_a_restart(
+    service: Service, client: LabelStudioClient, project: Project, key: str, tmp_path: Path
+) -> None:
+    place = {
+        "LABEL_STUDIO_URL": service.settings.label_studio_url,
+        "LABEL_STUDIO_API_KEY": service.settings.require_api_key(),
+    }
+    tasks = import_images(client, project, phantom_images(4))
+    for seed in (0, 1):
+        random = Service.connect(
+            settings(tmp_path, TSP_COLD_START="spread", TSP_WEIGHTS="none", TSP_SEED=seed, **place)
+        )
+        before = set(random.scores_folder(key).glob("cold-start-*.jsonl"))
+        steps = prepare_first_batch(random, key)
+        assert len(list(islice(steps, 2))) == 2
+        steps.close()  # type: ignore[attr-defined]
+        torch.rand(1)  # what else a process draws
+        assert prepare(random, key) == 2
+        (path,) = set(random.scores_folder(key).glob("cold-start-*.jsonl")) - before
+        restarted = path.read_bytes()
+        (random.scores_folder(key) / "cold-start.json").unlink()
+        path.unlink()
+        assert prepare(random, key) == len(tasks)
+        assert path.read_bytes() == restarted
+        (random.scores_folder(key) / "cold-start.json").unlink()
+        random.close()
 
 
 @pytest.mark.label_studio

@@ -21,7 +21,7 @@ from ml_backend.service import Service
 from model.calibration import reliability, true_ious
 from model.dataset import load_image, read_coco
 from model.errors import TSPError
-from model.files import read_tensors
+from model.files import read_tensors, write_bytes, write_tensors
 from model.geometry import polygons_to_rle
 from model.predict import detect
 from scripts.label_studio_server import LabelStudioServer
@@ -294,6 +294,26 @@ def test_nothing_is_learnt_from_unlabelled_images_when_that_is_switched_off(
         snapshot(supervised, key, 2, second)
         train_version(supervised, key, 2, second)
         assert cycle_row(supervised, key, 2).facts["pseudo_labeled"] == 0
+
+
+@pytest.mark.parametrize("what", ["of an older release", "damaged"])
+def test_a_checkpoint_that_cannot_be_gone_on_with_is_removed_and_training_starts_anew(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, what: str
+) -> None:
+    annotate(client, project, phantom_images(2))
+    snapshot(service, key, 1, log)
+    train_version(service, key, 1, log)
+    checkpoint = service.cycle_folder(key, 1) / "checkpoint.safetensors"
+    tensors, metadata = read_tensors(checkpoint)
+    if what == "damaged":
+        write_bytes(checkpoint, checkpoint.read_bytes()[:-1000])
+    else:  # it told runs apart by another fingerprint
+        halved = {name: tensor / 2 for name, tensor in tensors.items()}
+        write_tensors(checkpoint, halved, {**metadata, "run": "another fingerprint"})
+    train_version(service, key, 1, log)
+    again, metadata_again = read_tensors(checkpoint)
+    assert metadata_again == metadata
+    assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
 
 
 BEYOND_THE_PAPER: dict[str, Any] = {

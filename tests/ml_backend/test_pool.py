@@ -9,7 +9,7 @@ import pytest
 from ml_backend.errors import LabelConfigError
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import LabelStudioClient, Project
-from ml_backend.pool import detections_for_people, is_validation, read_scores, score_pool
+from ml_backend.pool import append_line, detections_for_people, go_on_with, is_validation, read_scores, score_pool
 from ml_backend.pseudo_labels import seen_image
 from ml_backend.service import Service
 from model.types import Detections
@@ -143,6 +143,22 @@ def test_a_line_without_its_end_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     path.write_text(json.dumps({"task": 1}) + "\n" + json.dumps({"task": 2}))
     assert list(read_scores(path)) == [{"task": 1}]
+
+
+@pytest.mark.parametrize(
+    ("content", "known"),
+    [(None, set()), ("", set()), ('{"task": 1}\n{"task": 5}\n', {1, 5}), ('{"task": 1}\n{"task": 5', {1})],
+    ids=["no folder", "empty", "whole", "cut off"],
+)
+def test_a_file_of_lines_can_be_gone_on_with(tmp_path: Path, content: str | None, known: set[int]) -> None:
+    path = tmp_path / "scores" / "lines.jsonl"
+    if content is not None:
+        path.parent.mkdir()
+        path.write_text(content)
+    assert go_on_with(path, "task") == known
+    with path.open("a") as file:
+        append_line(file, {"task": 9})
+    assert [line["task"] for line in read_scores(path)] == [*sorted(known), 9]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ml_backend.app import create_app
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
 from ml_backend.pool import read_scores, score_pool
 from ml_backend.publish import import_missing, publish
@@ -22,6 +23,7 @@ from tests.ml_backend.examples import (
     grey_images,
     import_images,
     key_of,
+    served,
     served_order,
     sha256,
 )
@@ -238,18 +240,65 @@ def test_publishing_a_batch_goes_on_wherever_it_broke_off(
 
 
 @pytest.mark.label_studio
-def test_what_was_imported_twice_over_both_names_is_imported_anew(
+def test_a_prediction_that_somebody_retrieves_by_hand_changes_neither_the_order_nor_what_is_shown(
     service: Service, client: LabelStudioClient, project: Project, key: str, label_studio: LabelStudioServer
 ) -> None:
-    tasks = import_images(client, project, grey_images(4))
+    tasks = import_images(client, project, grey_images(6))
+    batch, pool = tasks[3:1:-1], [*tasks[:2], *tasks[4:]]
     write_scores(service, key, [scored(task, 0.5) for task in tasks])
-    write_batch(service, key, tasks[:2])
+    write_batch(service, key, batch)
     publish(service, key, VERSION, begin_cycle(service, key))
-    client.import_predictions(project.id, [prediction(tasks[2], score=0.1, version=VERSION)])
-    assert import_missing(service, key, VERSION) == 4
+    before = {task: [p["id"] for p in stored(label_studio, task)] for task in pool}
+    chosen = {"selectedItems": {"all": False, "included": [pool[0]]}}
+    with served(create_app(service.settings)) as url, raw_api(label_studio) as api:
+        client.connect_backend(project.id, url=url, title="TSP")
+        action = {"id": "retrieve_tasks_predictions", "project": project.id}
+        assert api.post("/api/dm/actions", params=action, json=chosen).is_success
+    assert [p["model_version"] for p in stored(label_studio, pool[0])].count(VERSION) == 1
+    assert client.model_versions(project.id) == {VERSION: 3, POOL: 4}
+    assert import_missing(service, key, VERSION) == 2  # the batch alone
+    assert client.model_versions(project.id) == {VERSION: 2, POOL: 4}
+    assert {task: [p["id"] for p in stored(label_studio, task)] for task in pool} == before
+    assert client.project(project.id).model_version == VERSION
+    assert served_order(client, project)[:2] == batch
+
+
+@pytest.mark.label_studio
+@pytest.mark.parametrize("twice", [VERSION, POOL], ids=["the batch", "the rest"])
+def test_what_was_imported_twice_is_imported_anew_and_stays_what_is_shown(
+    service: Service,
+    client: LabelStudioClient,
+    project: Project,
+    key: str,
+    label_studio: LabelStudioServer,
+    twice: str,
+) -> None:
+    tasks = import_images(client, project, grey_images(5))
+    write_scores(service, key, [scored(task, 0.5) for task in tasks])
+    write_batch(service, key, tasks[1::-1])
+    publish(service, key, VERSION, begin_cycle(service, key))
+    again = {VERSION: tasks[0], POOL: tasks[2]}[twice]
+    client.import_predictions(project.id, [prediction(again, score=0.1, version=twice)])
+    assert import_missing(service, key, VERSION) == {VERSION: 2, POOL: 3}[twice]
     assert [[p["model_version"] for p in stored(label_studio, task)] for task in tasks] == [
-        [VERSION], [VERSION], [POOL], [POOL]
+        [VERSION], [VERSION], [POOL], [POOL], [POOL]
     ]  # fmt: skip
+    assert client.project(project.id).model_version == VERSION
+    assert served_order(client, project)[:2] == tasks[1::-1]
+
+
+@pytest.mark.label_studio
+def test_predictions_of_tasks_that_were_never_scored_are_no_reason_to_import_anew(
+    service: Service, client: LabelStudioClient, project: Project, key: str, label_studio: LabelStudioServer
+) -> None:
+    scored_task, other = import_images(client, project, grey_images(2))
+    write_scores(service, key, [scored(scored_task, 0.5)])
+    publish(service, key, VERSION, begin_cycle(service, key))
+    client.import_predictions(project.id, [prediction(other, score=0.1, version=VERSION)])
+    before = stored(label_studio, scored_task)
+    assert import_missing(service, key, VERSION) == 0
+    assert stored(label_studio, scored_task) == before
+    assert client.model_versions(project.id) == {VERSION: 2}
 
 
 @pytest.mark.label_studio

@@ -56,8 +56,20 @@ def test_the_options_of_semi_supervised_training_arrive(monkeypatch: pytest.Monk
 
 
 def test_a_floor_above_the_threshold_that_it_bounds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match=r"class_threshold_floor: expected a number from 0 to class_threshold"):
+    with pytest.raises(SettingsError, match=r"TSP_CLASS_THRESHOLD_FLOOR: .* to TSP_CLASS_THRESHOLD \(0.4\), got 0.5"):
         read(monkeypatch, {"TSP_CLASS_WISE_THRESHOLDS": "true", "TSP_CLASS_THRESHOLD": "0.4"})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "rate"),
+    [("adamw", "one_cycle", 0.001), ("adamw", "step", 0.001), ("sgd", "one_cycle", 0.02), ("sgd", "step", 0.001)],
+)
+def test_the_default_learning_rate_fits_the_optimizer_and_the_schedule(
+    monkeypatch: pytest.MonkeyPatch, optimizer: str, schedule: str, rate: float
+) -> None:
+    environment = {"TSP_OPTIMIZER": optimizer, "TSP_SCHEDULE": schedule}
+    assert read(monkeypatch, environment).training().learning_rate == rate
+    assert read(monkeypatch, {**environment, "TSP_LEARNING_RATE": "0.005"}).training().learning_rate == 0.005
 
 
 EXAMPLES: list[tuple[str, str, str, Any]] = [

@@ -22,12 +22,12 @@ def test_a_worker_that_was_never_started_is_a_problem(lonely_service: Service) -
 
 
 def test_a_worker_that_lives_is_none(lonely_service: Service) -> None:
-    sign_of_life(lonely_service).give(ask=False)
+    sign_of_life(lonely_service).give()
     assert worker_overview(lonely_service)["problem"] == ""
 
 
 def test_a_worker_that_fell_silent_is_a_problem(lonely_service: Service) -> None:
-    sign_of_life(lonely_service).give(ask=False)
+    sign_of_life(lonely_service).give()
     with lonely_service.database.session() as session:
         session.get_one(WorkerRow, NAME).seen_at = "2025-01-02T03:04:05.000000+00:00"
     assert "no sign of life since 2025-01-02T03:04:05 UTC" in worker_overview(lonely_service)["problem"]
@@ -37,26 +37,29 @@ def test_label_studio_being_away_is_told_before_any_project_is_known(
     lonely_service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
     life = sign_of_life(lonely_service)
-    life.give(ask=True)
-    life.give(ask=False)  # does not forget the answer
-    life.give(ask=True)
+    life.ask()
+    life.give()  # does not forget the answer
+    life.ask()
     assert "no answer from Label Studio" in worker_overview(lonely_service)["problem"]
     told = [record for record in caplog.records if record.levelname == "ERROR"]
     assert len(told) == 1  # once, not every minute
 
 
 @pytest.mark.label_studio
-def test_a_good_token_is_told_with_its_owner_and_a_wrong_one_with_what_to_do(
-    service: Service, label_studio: LabelStudioServer, tmp_path: Path
+def test_the_owner_of_a_good_token_is_told_to_the_log_alone_and_a_wrong_token_with_what_to_do(
+    service: Service, label_studio: LabelStudioServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sign_of_life(service).give(ask=True)
-    told = worker_overview(service)
-    assert (told["label_studio_user"], told["problem"]) == (USERNAME, "")
+    caplog.set_level("INFO", logger="ml_backend.sign_of_life")
+    sign_of_life(service).ask()
+    assert f"knows us as {USERNAME}" in caplog.text
+    assert worker_overview(service)["problem"] == ""
+    with service.database.session() as session:
+        row = vars(session.get_one(WorkerRow, NAME))
+    assert USERNAME not in f"{worker_overview(service)} {row}"  # anybody may read /status
 
     wrong = Service.connect(settings(tmp_path, LABEL_STUDIO_URL=label_studio.url, LABEL_STUDIO_API_KEY="f" * 40))
-    sign_of_life(wrong).give(ask=True)
+    sign_of_life(wrong).ask()
     told = worker_overview(wrong)
     wrong.close()
-    assert told["label_studio_user"] == ""
     assert "Label Studio refused the token" in told["problem"]
     assert "f" * 40 not in told["problem"]

@@ -124,6 +124,21 @@ def test_a_worker_that_is_first_on_an_empty_database_finds_projects_later(
     assert "no answer from Label Studio" in project["problem"]
 
 
+def test_a_label_studio_that_never_answers_does_not_keep_the_worker_from_giving_signs(tmp_path: Path) -> None:
+    with socket.create_server((HOST, 0)) as silent:  # takes what is sent, and says nothing
+        place = {"LABEL_STUDIO_URL": f"http://{HOST}:{silent.getsockname()[1]}"}
+        with Running(tmp_path, **place) as running:
+            signs = set()
+            deadline = time.monotonic() + 15  # Label Studio is given up after 60
+            while len(signs) < 2 and time.monotonic() < deadline:
+                worker = running.web.get("/status").json()["worker"]
+                signs.add(worker["seen_at"])
+                time.sleep(0.1)
+    assert None not in signs  # the first one is there when the worker is ready
+    assert len(signs) == 2
+    assert worker["problem"] == ""
+
+
 @pytest.mark.label_studio
 def test_a_worker_that_is_killed_in_the_middle_of_training_finishes_the_same_cycle_once(
     label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path

@@ -262,6 +262,10 @@ def test_hybrid_takes_one_of_several_near_duplicates_before_the_others(labelled)
 # --- MC dropout
 
 
+def dropouts_of(network):
+    return [module for module in network.modules() if isinstance(module, nn.Dropout)]
+
+
 def test_without_dropout_the_passes_agree_entirely():
     network = tiny_network().eval()
     sight = seen_by(network)
@@ -274,19 +278,40 @@ def test_with_dropout_the_passes_agree_less_and_the_network_is_as_before():
     sight = seen_by(network)
     score = STRATEGIES["mc_dropout"].observe(sight).score
     assert 0 < score < 0.999
-    dropouts = [module for module in network.modules() if isinstance(module, nn.Dropout)]
-    assert len(dropouts) == 2
+    assert [module.generator for module in dropouts_of(network)] == [None, None]
     assert not any(module.training for module in network.modules())
     again = seen_by(network)
     assert torch.equal(sight.output["scores"], again.output["scores"])
+
+
+def test_mc_dropout_scores_an_image_alike_whatever_else_draws_and_takes_nothing_from_others():
+    network = tiny_network(dropout=0.5).eval()
+    first = STRATEGIES["mc_dropout"].observe(seen_by(network)).score
+    torch.manual_seed(1)  # as a training in another thread might
+    before = torch.get_rng_state()
+    assert STRATEGIES["mc_dropout"].observe(seen_by(network)).score == first
+    assert torch.equal(torch.get_rng_state(), before)
+    assert STRATEGIES["mc_dropout"].observe(seen_by(network, seed=1)).score != first
+
+
+def test_the_seed_decides_what_is_dropped_and_what_is_left_has_the_same_mean():
+    network = tiny_network(dropout=0.5).eval()
+    with torch.inference_mode():
+        scores = {seed: network.stochastic_passes(image(), 1, seed=seed)[0]["scores"].tolist() for seed in (1, 2)}
+        assert network.stochastic_passes(image(), 1, seed=1)[0]["scores"].tolist() == scores[1] != scores[2]
+    (dropout, _) = dropouts_of(network)
+    dropout.generator = torch.Generator().manual_seed(0)
+    dropped = dropout(torch.ones(100, 1000))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
 
 
 def test_the_dropout_is_off_again_after_a_pass_that_failed():
     network = tiny_network(dropout=0.5).eval()
     network.roi_heads.mask_iou_branch[0] = nn.Conv2d(3, 3, 1).eval()  # not as many channels as the features have
     with pytest.raises(RuntimeError):
-        network.stochastic_passes(image(), 2)
-    assert not any(module.training for module in network.modules())
+        network.stochastic_passes(image(), 2, seed=0)
+    assert [module.generator for module in dropouts_of(network)] == [None, None]
 
 
 def test_mc_dropout_has_no_score_where_the_first_pass_finds_nothing():
@@ -298,7 +323,7 @@ def test_passes_without_dropout_find_what_the_network_finds():
     network = tiny_network().eval()
     picture = image()
     with torch.inference_mode():
-        (usual,), passes = network([picture]), network.stochastic_passes(picture, 2)
+        (usual,), passes = network([picture]), network.stochastic_passes(picture, 2, seed=0)
     for output in passes:
         for name in ("boxes", "scores", "class_probabilities", "mask_scores", "roi_masks"):
             torch.testing.assert_close(output[name], usual[name])
