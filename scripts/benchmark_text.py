@@ -221,8 +221,8 @@ def _cost_table(report: Report) -> str:
     return "\n\n".join(
         [
             f"After the last cycle. Money and time are the paper's rates ({rates['minutes_an_image']:g} minutes and "
-            f"{rates['dollars_an_image']:.2f} dollars a CT image), once for each image alike and once for each instance alike, "
-            "so that a strategy that picks crowded images pays for them.",
+            f"{rates['dollars_an_image']:.2f} dollars a CT image), once for each image alike and once for each "
+            "instance alike, so that a strategy that picks crowded images pays for them.",
             _table(header, rows),
         ]
     )
