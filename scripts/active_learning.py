@@ -38,7 +38,7 @@ from scripts.benchmark_lines import (
 )
 from scripts.benchmark_measures import compare, iou_pairs, measured, pseudo_quality
 from scripts.benchmark_sets import Data, at_input_size
-from scripts.files import locked
+from scripts.shared_files import locked
 
 KEPT = "network"  # the folder of a run, in the form of a registry, where its last network is kept on demand
 

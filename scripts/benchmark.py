@@ -32,7 +32,7 @@ from scripts.active_learning import anchors_for, cycles_done, run
 from scripts.benchmark_lines import Experiment, RunName, Selection, parse_line
 from scripts.benchmark_report import write_reports
 from scripts.benchmark_sets import Data, read_data
-from scripts.files import locked
+from scripts.shared_files import locked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from model.files import write_json
 from model.geometry import mask_to_polygons, mask_to_rle, rle_to_mask
 from model.types import LabeledImage
 from scripts.crops import cropped
-from scripts.files import locked, write_png
+from scripts.shared_files import locked, write_png
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import numpy as np
 from model.dataset import LabeledSet, load_image, write_coco
 from model.geometry import mask_to_rle, rle_area, rle_to_mask
 from model.types import LabeledImage
-from scripts.files import write_png
+from scripts.shared_files import write_png
 
 _LEAST_AREA = 16  # pixels; less of an instance is not worth a label
 

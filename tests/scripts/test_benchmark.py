@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scripts import benchmark
-from scripts.files import locked
+from scripts.shared_files import locked
 from tests.scripts.examples import without_seconds
 
 COMMAND = ["--size", "64", "--epochs", "1", "--min-steps", "3", "--first-batch", "3", "--batch", "2", "--cycles", "2"]

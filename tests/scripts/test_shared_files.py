@@ -5,7 +5,7 @@ import threading
 import cv2
 import numpy as np
 
-from scripts.files import locked, write_png
+from scripts.shared_files import locked, write_png
 
 
 def test_who_does_not_wait_learns_that_a_lock_is_held(tmp_path):
