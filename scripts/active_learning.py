@@ -3,31 +3,29 @@
 A run's folder holds `run.json`, what is known so far cycle by cycle, and the checkpoint of the training that goes on.
 """
 
-import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
 
 from model.calibration import fit_calibration
-from model.config import NetworkConfig, PseudoLabelConfig, TrainingConfig
+from model.config import NetworkConfig, TrainingConfig
 from model.dataset import LabeledSet, fitting_anchors, load_image
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
-from model.pseudo_labels import class_thresholds, image_with_trusted
 from model.registry import ModelCard, Registry
-from model.strategies import STRATEGIES, Observation, Sight, look
+from model.strategies import STRATEGIES, Sight, look
 from model.strategies.core_set import k_centre_greedy
 from model.train import train
-from model.tsp import EmptyImagePolicy
-from model.types import Detections, FloatArray, LabeledImage
+from model.types import Detections, LabeledImage
+from scripts.benchmark_choice import choose_next
 from scripts.benchmark_clock import Seconds, Stopwatch, timed
 from scripts.benchmark_lines import (
     FULL,
@@ -40,6 +38,7 @@ from scripts.benchmark_lines import (
 )
 from scripts.benchmark_measures import compare, iou_pairs, measured, pseudo_quality
 from scripts.benchmark_sets import Data, at_input_size
+from scripts.shared_files import locked
 
 KEPT = "network"  # the folder of a run, in the form of a registry, where its last network is kept on demand
 
@@ -65,7 +64,7 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _load(folder, name, experiment, data)
-    cycles = _Cycles(name, experiment, data, folder, shared, device, keep_network)
+    cycles = _Cycles(name, experiment, data, folder=folder, shared=shared, device=device, keep_network=keep_network)
     _remove_checkpoint(folder, len(state["cycles"]))
     while len(state["cycles"]) < cycles.total and time.monotonic() < deadline:
         number = len(state["cycles"]) + 1
@@ -134,6 +133,7 @@ class _Cycles:
         name: RunName,
         experiment: Experiment,
         data: Data,
+        *,
         folder: Path,
         shared: Path,
         device: str,
@@ -239,8 +239,7 @@ class _Cycles:
         ]
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
         checkpoint, record = self.shared / f"{digest}.safetensors", self.shared / f"{digest}-measured.json"
-        with checkpoint.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and then has nothing left to do
+        with locked(checkpoint.with_suffix(".lock")):  # who comes second waits, and then has nothing left to do
             config = without_semi_supervision(self.settings.training)
             network, training = self._trained(images, config, checkpoint)
             if not record.exists():
@@ -302,42 +301,26 @@ class _Cycles:
     def _next_plan(
         self, number: int, network: MaskRCNNWithScores, annotated_ids: list[str]
     ) -> tuple[Plan, dict[str, Any]]:
-        """Algorithm 1, lines 7 to 10: score D_u, choose b, pseudo-label the rest. Also a summary of the scores."""
-        strategy, selection = strategy_of(self.name, self.settings.selection), self.settings.selection
+        """What the next cycle trains on, as far as it is known without hidden labels. Also a summary of the scores."""
         annotated = set(annotated_ids)
-        unlabelled = [image for image_id, image in self.small.items() if image_id not in annotated]
-        labelled = [image for image_id, image in self.small.items() if image_id in annotated]
-        seed = self.name.seed * 1000 + number
-        torch.manual_seed(seed)  # MC dropout draws; how the training went must not matter
-        found: dict[str, Detections] = {}  # what pseudo labels may be made of
-
-        def observe(image: LabeledImage) -> Observation:
-            sight, detections = self._look(network, image)
-            if self.name.semi_supervised and image.image_id not in annotated:
-                found[image.image_id] = _perhaps_trusted(detections, self.settings.pseudo)
-            return strategy.observe(sight)
-
-        pool = _Observations(unlabelled, observe)
-        if self.name.semi_supervised:
-            pool.look_at_all()
-        chosen = strategy.choose(
-            pool,
-            _Observations(labelled, observe),
-            self.settings.batch,
-            seed=seed,
-            empty_policy=EmptyImagePolicy(selection.empty_policy),
+        paths = {image_id: image.path for image_id, image in self.small.items()}
+        choice = choose_next(
+            network,
+            strategy_of(self.name, self.settings.selection),
+            self.settings,
+            labelled={image_id: path for image_id, path in paths.items() if image_id in annotated},
+            unlabelled={image_id: path for image_id, path in paths.items() if image_id not in annotated},
+            semi_supervised=self.name.semi_supervised,
+            seed=self.name.seed * 1000 + number,
         )
-        new_ids = [unlabelled[i].image_id for i in chosen]
-        rest = [image for image in unlabelled if image.image_id not in new_ids]
-        thresholds = self._class_thresholds(list(found.values()))
-        kept = self._pseudo_labeled(rest, found, thresholds)
+        thresholds = choice.class_thresholds
         plan = {
-            "annotated": [*annotated_ids, *new_ids],
-            "new": len(new_ids),
-            "pseudo": [_pseudo_to_json(image) for image in kept],
+            "annotated": [*annotated_ids, *choice.new_ids],
+            "new": len(choice.new_ids),
+            "pseudo": [_pseudo_to_json(image) for image in choice.pseudo],
             "class_thresholds": None if thresholds is None else thresholds.tolist(),
         }
-        return plan, pool.summary(set(chosen.tolist()))
+        return plan, choice.queue
 
     def _with_truth(self, network: MaskRCNNWithScores, plan: Plan) -> Plan:
         """The plan with what the hidden labels say of it, which is looked up only when everything is chosen."""
@@ -358,30 +341,6 @@ class _Cycles:
         pairs = iou_pairs(compared)
         return {name: [round(float(value), 4) for value in pairs[name]] for name in ("mask_scores", "mask_ious")}
 
-    def _class_thresholds(self, found: Sequence[Detections]) -> FloatArray | None:
-        if not self.settings.pseudo.class_wise_thresholds or not found:
-            return None
-        scores, labels = (np.concatenate([getattr(d, name) for d in found]) for name in ("class_scores", "labels"))
-        return class_thresholds(scores, labels, self.settings.pseudo, num_classes=len(self.data.pool.class_names))
-
-    def _pseudo_labeled(
-        self, images: Iterable[LabeledImage], found: dict[str, Detections], thresholds: FloatArray | None
-    ) -> list[LabeledImage]:
-        """D_semi; for a teacher also the images without any label, at which it will look again."""
-        labeled = [
-            image_with_trusted(
-                found[image.image_id],
-                self.settings.pseudo,
-                image_id=image.image_id,
-                path=image.path,
-                mask_threshold=self.mask_threshold,
-                class_thresholds=thresholds,
-            )
-            for image in images
-            if image.image_id in found
-        ]
-        return labeled if self.settings.training.ema_decay > 0 else [image for image in labeled if len(image.labels)]
-
     def _pseudo_from_json(self, item: dict[str, Any]) -> LabeledImage:
         return replace(
             self.small[item["image_id"]],
@@ -391,51 +350,6 @@ class _Cycles:
             triplets=np.array(item["triplets"], dtype=np.float64).reshape(-1, 3),
             ignored_boxes_xyxy=np.array(item["ignored_boxes_xyxy"], dtype=np.float64).reshape(-1, 4),
         )
-
-
-class _Observations(Sequence[Observation]):
-    """What a strategy keeps of images, made when it asks: nothing is looked at that it does not need."""
-
-    def __init__(self, images: Sequence[LabeledImage], observe: Callable[[LabeledImage], Observation]) -> None:
-        self._images, self._observe = images, observe
-        self._known: dict[int, Observation] = {}
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    @overload
-    def __getitem__(self, index: int) -> Observation: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Observation]: ...
-    def __getitem__(self, index: int | slice) -> Observation | Sequence[Observation]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        if index not in self._known:
-            self._known[index] = self._observe(self._images[index])
-        return self._known[index]
-
-    def look_at_all(self) -> None:
-        """Look at every image."""
-        for _ in self:
-            pass
-
-    def summary(self, chosen: set[int]) -> dict[str, Any]:
-        """The scores of the chosen and of the other images that were looked at, if the strategy gives any."""
-        parts: dict[str, list[float | None]] = {"chosen": [], "rest": []}
-        for index, observation in self._known.items():
-            parts["chosen" if index in chosen else "rest"].append(observation.score)
-        return {part: _summary(scores) for part, scores in parts.items()}
-
-
-def _summary(scores: list[float | None]) -> dict[str, Any]:
-    known = [score for score in scores if score is not None]
-    result: dict[str, Any] = {"images": len(scores), "without_score": len(scores) - len(known)}
-    if known:
-        quantiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1])
-        result |= {"mean": float(np.mean(known)), "quartiles": [float(value) for value in quantiles]}
-    return result
 
 
 def _pseudo_to_json(image: LabeledImage) -> dict[str, Any]:
@@ -448,14 +362,6 @@ def _pseudo_to_json(image: LabeledImage) -> dict[str, Any]:
             for name, values in (("triplets", image.triplets), ("ignored_boxes_xyxy", image.ignored_boxes_xyxy))
         },
     }
-
-
-def _perhaps_trusted(detections: Detections, config: PseudoLabelConfig) -> Detections:
-    """Without those that can neither be trusted nor ignored nor count for the thresholds by class: there are many."""
-    if config.rule == "or":
-        return detections
-    least = min(config.class_threshold, config.class_threshold_floor, config.ignore_threshold)
-    return detections.select(detections.class_scores >= least)
 
 
 def _checkpoint(folder: Path, number: int) -> Path:

@@ -10,7 +10,6 @@ again, and several processes may work on one --out, also under torchrun, each on
 """
 
 import argparse
-import fcntl
 import json
 import os
 import signal
@@ -33,6 +32,7 @@ from scripts.active_learning import anchors_for, cycles_done, run
 from scripts.benchmark_lines import Experiment, RunName, Selection, parse_line
 from scripts.benchmark_report import write_reports
 from scripts.benchmark_sets import Data, read_data
+from scripts.shared_files import locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +150,8 @@ def _run(options: argparse.Namespace) -> None:
         if done >= total or time.monotonic() >= deadline:
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with locked(folder / "lock", wait=False) as free:
+            if not free:
                 continue  # another process is at it
             print(f"{folder} ...\n", end="", flush=True)  # in one piece: other processes print as well
             run(
@@ -166,7 +164,6 @@ def _run(options: argparse.Namespace) -> None:
                 deadline=deadline,
                 keep_network=options.keep_networks,
             )
-        # The lock file stays: another process may have it open, and a new one would be a second lock.
     if not options.worker and os.environ.get("RANK", "0") == "0":
         _print_what_is_left(names, experiment, data, options.out)
 

@@ -1,6 +1,5 @@
 """The images of a benchmark: pool and test set of a COCO folder, and the pool at the size that the network sees."""
 
-import fcntl
 import hashlib
 import json
 from collections import defaultdict
@@ -9,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from model.config import NetworkConfig
 from model.dataset import LabeledSet, read_coco, training_sample
-from model.files import write_bytes, write_json
+from model.files import write_json
 from model.geometry import mask_to_polygons, mask_to_rle, rle_to_mask
 from model.types import LabeledImage
 from scripts.crops import cropped
+from scripts.shared_files import locked, write_png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +84,7 @@ def at_input_size(data: Data, network: NetworkConfig, shared: Path) -> tuple[dic
     key = f"{data.fingerprints[0]} {network.min_size} {network.max_size}"
     folder = shared / f"images-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / "lock"):
         index = folder / "labels.json"
         if not index.exists():
             write_json(index, [_shrunk(image, data, network, folder, n) for n, image in enumerate(data.pool.images)])
@@ -108,8 +106,7 @@ def _shrunk(image: LabeledImage, data: Data, network: NetworkConfig, folder: Pat
     tensor, target = training_sample(image, network, flip=False)
     path = folder / f"{number:06d}.png"
     if not path.exists():  # else somebody was interrupted
-        pixels = (tensor * 255).round().byte().permute(1, 2, 0).numpy()
-        write_bytes(path, cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes())
+        write_png(path, (tensor * 255).round().byte().permute(1, 2, 0).numpy())
     masks = target["masks"].numpy().astype(bool)
     return {
         "file": path.name,

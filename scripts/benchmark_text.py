@@ -119,9 +119,9 @@ def _setting(report: Report) -> str:
         f"{settings['test_images']} test images. First batch {settings['first_batch']}, then {settings['batch']} a "
         f"cycle, {settings['cycles']} cycles, {seeds_and_epochs[0]}. `{settings['profile']}` at "
         f"{network['min_size']} px from {settings['weights']} weights, {seeds_and_epochs[1]} (at least "
-        f"{training['min_steps']} steps of {training['batch_size']} images). Anchor sizes and the number of detections come from the labels of "
-        f"the whole pool, alike for all lines. {supervision} All masks are measured at the images' own size. "
-        "Intervals are 95 % of the mean over seeds (Student's t)."
+        f"{training['min_steps']} steps of {training['batch_size']} images). Anchor sizes and the "
+        f"number of detections come from the labels of the whole pool, alike for all lines. {supervision} All masks "
+        "are measured at the images' own size. Intervals are 95 % of the mean over seeds (Student's t)."
     )
 
 
@@ -215,13 +215,14 @@ def _cost_table(report: Report) -> str:
     full = report["full_supervision"]
     if full is not None:
         rows.append(["full", str(full["images"]), str(full["instances"]), str(full["vertices"]),
-                     f"{4 * full['images']:.0f}, {8.5 * full['images']:.0f}", "the same", "-", "-",
+                     f"{full['annotation_minutes']:.0f}, {full['annotation_dollars']:.0f}", "the same", "-", "-",
                      _number(full["training_cpu_seconds"], digits=0), "-"])  # fmt: skip
+    rates = report["annotation_rates"]
     return "\n\n".join(
         [
-            "After the last cycle. Money and time are the paper's rates (4 minutes and 8.50 dollars a CT image), once "
-            "for each image alike and once for each instance alike, so that a strategy that picks crowded images pays "
-            "for them.",
+            f"After the last cycle. Money and time are the paper's rates ({rates['minutes_an_image']:g} minutes and "
+            f"{rates['dollars_an_image']:.2f} dollars a CT image), once for each image alike and once for each "
+            "instance alike, so that a strategy that picks crowded images pays for them.",
             _table(header, rows),
         ]
     )

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from model.dataset import LabeledSet, load_image, write_coco
-from model.files import write_bytes
 from model.geometry import mask_to_rle, rle_area, rle_to_mask
 from model.types import LabeledImage
+from scripts.shared_files import write_png
 
 _LEAST_AREA = 16  # pixels; less of an instance is not worth a label
 
@@ -22,8 +21,7 @@ def cropped(image: LabeledImage, path: Path, *, size: int) -> LabeledImage:
     y, x = max(0, (height - size) // 2), max(0, (width - size) // 2)
     window = np.s_[y : y + size, x : x + size]
     if not path.exists():
-        pixels = cv2.cvtColor(load_image(image.path)[window], cv2.COLOR_RGB2BGR)
-        write_bytes(path, cv2.imencode(".png", pixels)[1].tobytes())
+        write_png(path, load_image(image.path)[window])
     rles = [mask_to_rle(np.ascontiguousarray(rle_to_mask(rle)[window])) for rle in image.rles]
     seen = [i for i, rle in enumerate(rles) if rle_area(rle) >= _LEAST_AREA]
     return LabeledImage(

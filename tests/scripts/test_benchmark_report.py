@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from scripts import benchmark_report
 from scripts.benchmark_lines import parse_line
+from scripts.benchmark_measures import Compared, matches
 from scripts.benchmark_report import make_report, write_report, write_reports
 from scripts.benchmark_statistics import (
     area_under,
@@ -55,12 +55,14 @@ def test_the_paired_t_test_by_hand():
     [
         pytest.param([0.0, 0.0, 0.0], 1.0, id="no difference"),
         pytest.param([0.1, 0.11, 0.12], 0.0001, id="far from zero against the spread"),
+        # Only three times the largest is as far from the mean as the mean is from zero: one case of 27.
+        pytest.param([0.1, 1.0, 5.0], 1 / 27, id="one sign, one large"),
         # Centred -1, 0, 1: |sum of three draws| >= 1.5 in 8 of 27 cases (sums 2, 3, -2, -3: 3 + 1 + 3 + 1).
         pytest.param([-0.5, 0.5, 1.5], 8 / 27, id="half a spread"),
     ],
 )
 def test_the_bootstrap_by_hand(differences, p):
-    assert bootstrap_p(np.array(differences)) == pytest.approx(p, abs=0.02 if p == 8 / 27 else 1e-4)
+    assert bootstrap_p(np.array(differences)) == pytest.approx(p, abs=1e-4 if p in (0.0001, 1) else 0.02)
 
 
 def test_the_bootstrap_of_three_seeds_is_surer_than_the_t_test_and_than_any_test_of_signs():
@@ -171,7 +173,9 @@ def test_a_line_has_means_intervals_areas_and_the_images_to_reach_full_supervisi
     assert line["annotated_instances"] == [20, 40, 60]
     assert line["seconds"] == {"training": 6, "evaluation": 6, "scoring": 4}
     assert line["empty_images_share"] == pytest.approx((2 + 3) / 20)
-    assert (report["full_supervision"]["map_50"], report["full_supervision"]["images"]) == (0.5, 100)
+    full = report["full_supervision"]
+    assert (full["map_50"], full["images"]) == (0.5, 100)
+    assert (full["annotation_minutes"], full["annotation_dollars"]) == (400, 850)
     assert report["comparisons"] == []
 
 
@@ -219,7 +223,7 @@ def test_lines_are_compared_with_random_with_random_ssl_and_with_their_twin_and_
     ]
     found = make_report(runs)["comparisons"]
     assert sorted((c["one"], c["other"]) for c in found) == [
-        ("random", "random+ssl"),
+        ("random+ssl", "random"),
         ("tsp", "random"),
         ("tsp", "random+ssl"),
         ("tsp+ssl@beta=0.05", "random"),
@@ -233,15 +237,20 @@ def test_lines_are_compared_with_random_with_random_ssl_and_with_their_twin_and_
     assert all(c["bootstrap_p_holm"] >= c["bootstrap_p"] for c in found)
 
 
-def test_a_comparison_has_an_interval_over_the_test_images_when_the_matches_are_there(monkeypatch):
+def test_a_comparison_has_an_interval_over_the_test_images_when_the_matches_are_there():
     runs = [made_run(line, seed, [0.1 + seed / 10] * 3) for line in ("random", "tsp") for seed in (0, 1)]
-    for run in runs:
-        run["cycles"][-1]["matches"] = {"a": run["line"], "b": ""}
-    none = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
-    codes = {"random": none, "tsp": (np.array([0, 1]), np.array([True, True])), "": none}
-    monkeypatch.setattr(benchmark_report, "unpacked", codes.__getitem__)
+    for run in runs:  # tsp finds the one instance of each test image, random none
+        found = [perfect(image) for image in (0, 1)] if run["line"] == "tsp" else []
+        run["cycles"][-1]["matches"] = matches(found, ("a", "b"))
     [comparison] = make_report(runs)["comparisons"]
     assert comparison["test_images_interval_95"] == [1.0, 1.0]
+
+
+def perfect(image):
+    """A detection in that image which is its instance of the class a."""
+    one = np.array([1.0])
+    scores = {"class_scores": one, "box_scores": one, "mask_scores": one}
+    return Compared(image=image, label=1, instances=1, **scores, box_ious=one[:, None], mask_ious=one[:, None])
 
 
 def test_reliability_is_put_together_over_all_runs():
@@ -269,6 +278,19 @@ def test_the_report_says_what_cannot_be_told_apart_what_only_seems_and_what_is()
     assert any("**core_set** cannot be told apart from random" in sentence for sentence in said)
     assert any("**hybrid** looks better than random, but not after correction" in sentence for sentence in said)
     assert any("With 4 seeds even 4 differences of one sign come by chance with p = 0.125" in s for s in said)
+
+
+def test_pseudo_labels_of_randomly_chosen_images_are_held_against_random():
+    heights = {"random": 0.2, "random+ssl": 0.1}
+    runs = [
+        made_run(line, seed, [height + 0.001 * seed * height] * 3, precision=0.9)
+        for line, height in heights.items()
+        for seed in range(3)
+    ]
+    report = make_report(runs)
+    [said] = [sentence for sentence in claims(report) if "**random+ssl**" in sentence]
+    assert said.startswith("**random+ssl** is worse than random (-0.100 ")
+    assert "| `random+ssl` | `random` | 3 | -0.100 " in markdown(report, {})
 
 
 @pytest.mark.parametrize(

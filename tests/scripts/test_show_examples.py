@@ -5,7 +5,6 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from model.dataset import read_coco
 from model.registry import ModelCard, Registry
@@ -17,20 +16,12 @@ from scripts.benchmark_sets import read_data
 from scripts.make_phantoms import make_phantoms
 from scripts.show_examples import score
 from tests.model.examples import detections, tiny_network
-from tests.scripts.test_benchmark import EXPERIMENT
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("phantoms")
-    make_phantoms(folder, images=12, size=64, seed=0)
-    return folder
+from tests.scripts.examples import EXPERIMENT
 
 
 @pytest.fixture(scope="module")
 def kept(data, tmp_path_factory):
     """A run of two cycles whose network is kept; five of its nine images are annotated at its end."""
-    torch.set_num_threads(1)
     out, name = tmp_path_factory.mktemp("runs"), parse_line("tsp", 0)
     sets = read_data(data, pool_size=None, test_size=None)
     run(name, EXPERIMENT, sets, out / name.folder, out / "shared", keep_network=True)

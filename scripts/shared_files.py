@@ -1,0 +1,32 @@
+"""Files that several processes of a benchmark share: locks on them, and pictures."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from model.files import write_bytes
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file, which is made for it; without `wait`, say at once whether it could be had.
+
+    The file stays: another process may have it open, and a new one would be a second lock.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            held = False
+        yield held
+
+
+def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Replace `path` by a picture (H, W, 3) uint8 RGB, in one step."""
+    write_bytes(path, cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes())

@@ -1,0 +1,47 @@
+"""The speed ratios: each benchmark runs, says what it measured, and compares like with like."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from scripts import bench
+from scripts.make_phantoms import CLASS_NAMES
+from tests.model.examples import rectangle, target, tiny_network
+
+PROFILE = "efficientnet_lite0_fpn"
+
+
+@pytest.mark.parametrize("name", bench.BENCHMARKS)
+def test_the_last_line_is_what_was_measured(name, monkeypatch, capsys):
+    arguments = ["--profile", PROFILE, "--size", "64", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench", name, *arguments])
+    bench.main()
+    words, line = capsys.readouterr().out.splitlines()
+    measured = json.loads(line)
+    setting = {"name": name, "profile": PROFILE, "size": 64, "rounds": 1, "threads": 1}
+    assert {key: measured[key] for key in setting} == setting
+    assert set(measured) == {*setting, "ours", "theirs", "ratio"}
+    assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"])
+    assert words.startswith(bench.BENCHMARKS[name][0])
+    monkeypatch.setattr(sys, "argv", ["bench", name, *arguments, "--json"])
+    bench.main()
+    assert set(json.loads(capsys.readouterr().out)) == set(measured)
+
+
+def test_torchvisions_network_has_our_weights_but_for_the_iou_branches():
+    ours = tiny_network(num_classes=len(CLASS_NAMES) + 1)
+    theirs = bench.torchvision_network(ours)
+    shared = {id(parameter) for parameter in theirs.parameters()}
+    left_out = {name for name, parameter in ours.named_parameters() if id(parameter) not in shared}
+    assert left_out
+    assert all(name.startswith(("roi_heads.box_iou_branch", "roi_heads.mask_iou_branch")) for name in left_out)
+    assert len(shared) + len(left_out) == len(list(ours.parameters()))
+
+
+def test_torchvisions_network_trains_on_the_same_batch():
+    theirs = bench.torchvision_network(tiny_network(num_classes=len(CLASS_NAMES) + 1).train()).train()
+    losses = theirs([torch.rand(3, 64, 64)], [target((1, rectangle(10, 12, 40, 44)))])
+    assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+    assert all(torch.isfinite(loss) for loss in losses.values())

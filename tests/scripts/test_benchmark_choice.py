@@ -1,0 +1,87 @@
+"""The choice of the next images: what it looks at, and that it is Algorithm 1's."""
+
+from dataclasses import replace
+
+import pytest
+
+from model.strategies import STRATEGIES, Strategy
+from scripts.benchmark_choice import choose_next
+from scripts.benchmark_lines import Selection
+from tests.model.examples import tiny_network
+from tests.scripts.examples import EXPERIMENT
+
+SETTINGS = replace(EXPERIMENT, selection=Selection(queue_threshold=0))
+
+
+class Watched(Strategy):
+    """A strategy, and all that it observed."""
+
+    name = "watched"
+
+    def __init__(self, name):
+        self.strategy, self.observed = STRATEGIES[name], []
+
+    def observe(self, sight):
+        self.observed.append(self.strategy.observe(sight))
+        return self.observed[-1]
+
+    def choose(self, *images, **options):
+        return self.strategy.choose(*images, **options)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny_network(num_classes=4, detections_per_image=8).eval()
+
+
+@pytest.fixture
+def files(sets):
+    """Three annotated images and six that are not, as the choice gets them."""
+    paths = [(image.image_id, image.path) for image in sets.pool.images]
+    return {"labelled": dict(paths[:3]), "unlabelled": dict(paths[3:])}
+
+
+@pytest.mark.parametrize(
+    ("name", "semi_supervised", "looks"),
+    [
+        pytest.param("random", False, 0, id="random chooses blindly"),
+        pytest.param("random", True, 6, id="pseudo labels take a look at every image that is left"),
+        pytest.param("tsp", False, 6, id="scores too"),
+        pytest.param("tsp", True, 6, id="one look is enough for both"),
+        pytest.param("core_set", False, 9, id="what compares images looks at the annotated ones as well"),
+    ],
+)
+def test_no_image_is_looked_at_more_than_once(network, files, name, semi_supervised, looks):
+    strategy = Watched(name)
+    choice = choose_next(network, strategy, SETTINGS, **files, semi_supervised=semi_supervised, seed=0)
+    assert len(set(choice.new_ids)) == 2
+    assert set(choice.new_ids) < set(files["unlabelled"])
+    assert len({observation.feature.tobytes() for observation in strategy.observed}) == looks
+    assert len(strategy.observed) == looks
+
+
+def test_the_lowest_scores_are_annotated_and_the_rest_is_pseudo_labelled(network, files):
+    strategy = Watched("tsp")
+    choice = choose_next(network, strategy, SETTINGS, **files, semi_supervised=True, seed=0)
+    scores = {i: observed.score for i, observed in zip(files["unlabelled"], strategy.observed, strict=True)}
+    assert None not in scores.values()
+    lowest = sorted(scores, key=scores.get)[:2]
+    rest = [image_id for image_id in scores if image_id not in lowest]
+    assert choice.new_ids == lowest
+    # Every detection passes thresholds of zero.
+    assert [(image.image_id, image.pseudo) for image in choice.pseudo] == [(image_id, True) for image_id in rest]
+    assert choice.queue["chosen"]["mean"] == pytest.approx(sum(scores[i] for i in lowest) / 2)
+    assert choice.queue["rest"]["quartiles"][0] == min(scores[i] for i in rest)
+    assert choice.queue["rest"]["images"] == 4
+
+
+def test_without_semi_supervision_nothing_is_labelled_by_the_network(network, files):
+    choice = choose_next(network, STRATEGIES["tsp"], SETTINGS, **files, semi_supervised=False, seed=0)
+    assert (choice.pseudo, choice.class_thresholds) == ([], None)
+
+
+@pytest.mark.parametrize(("threshold", "without_score"), [(0, [0, 0]), (1, [2, 4])])
+def test_only_detections_of_some_confidence_count_in_the_queue(network, files, threshold, without_score):
+    settings = replace(SETTINGS, selection=Selection(queue_threshold=threshold))
+    queue = choose_next(network, STRATEGIES["tsp"], settings, **files, semi_supervised=False, seed=0).queue
+    assert [part["without_score"] for part in queue.values()] == without_score
