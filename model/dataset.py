@@ -122,7 +122,9 @@ def image_tensor(pixels: NDArray[np.uint8], hw: tuple[int, int]) -> Tensor:
 def fitting_anchors(images: Sequence[LabeledImage], config: NetworkConfig) -> tuple[int, ...]:
     """Five anchor sizes, doubling, for the instances in these images at the network's input size.
 
-    The smallest is the power of two from 4 to 32 below all but the smallest tenth of the instances.
+    The smallest is the power of two from 8 to 32 below all but the smallest tenth of the instances. It sits on the
+    pyramid's finest level, of stride 4: an anchor of 4 would leave that level to specks and push every object to a
+    coarser one (docs/decisions/008).
     """
     sizes = [
         np.sqrt(rle_area(rle)) * input_hw(image.image_hw, config)[0] / image.image_hw[0]
@@ -131,7 +133,7 @@ def fitting_anchors(images: Sequence[LabeledImage], config: NetworkConfig) -> tu
     ]
     if not sizes:
         return config.anchor_sizes
-    smallest = 2 ** int(np.clip(np.floor(np.log2(max(np.quantile(sizes, 0.1), 1))), 2, 5))
+    smallest = 2 ** int(np.clip(np.floor(np.log2(max(np.quantile(sizes, 0.1), 1))), 3, 5))
     return tuple(smallest * 2**level for level in range(5))
 
 

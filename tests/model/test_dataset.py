@@ -349,11 +349,11 @@ def test_instances_that_vanish_at_the_input_size_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("side", "expected"),
     [
-        pytest.param(6, (4, 8, 16, 32, 64), id="small"),
+        pytest.param(10, (8, 16, 32, 64, 128), id="small"),
         pytest.param(20, (16, 32, 64, 128, 256), id="middling"),
         pytest.param(60, (32, 64, 128, 256, 512), id="large"),
-        pytest.param(1, (4, 8, 16, 32, 64), id="specks"),
-        pytest.param(0, (4, 8, 16, 32, 64), id="empty masks"),
+        pytest.param(1, (8, 16, 32, 64, 128), id="specks"),
+        pytest.param(0, (8, 16, 32, 64, 128), id="empty masks"),
     ],
 )
 def test_anchors_fit_the_instances(side, expected, tmp_path):
