@@ -19,7 +19,7 @@ import torch
 from sqlalchemy import select
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import UsedTaskRow, utc_now
+from ml_backend.db import ProjectRow, UsedTaskRow, utc_now
 from ml_backend.errors import ImageError
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import choose_annotation, image_uri, instances_from_annotation
@@ -209,6 +209,7 @@ def _mark_used(service: Service, project_key: str, number: int, task_ids: list[i
         known = set(session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key)))
         new = [task_id for task_id in task_ids if task_id not in known]
         session.add_all(UsedTaskRow(project_key=project_key, task_id=t, first_cycle=number) for t in new)
+        session.get_one(ProjectRow, project_key).new_annotated = 0  # until the next look counts those that came since
 
 
 def _freeze_recipe(service: Service, number: int, folder: Path, training: LabeledSet) -> str:

@@ -1,9 +1,12 @@
 """What a cycle is doing, written into its row for the dashboard."""
 
+import logging
 import time
 from typing import Any
 
 from ml_backend.db import UNFINISHED, CycleRow, Database, utc_now
+
+logger = logging.getLogger(__name__)
 
 
 class CycleLog:
@@ -24,6 +27,7 @@ class CycleLog:
 
     def stage(self, stage: str, *, done: int = 0, total: int = 0) -> None:
         """A new stage has begun."""
+        logger.info("project %s, cycle %d: %s", *self._identity, stage)
         self._last_write = time.monotonic()
         self._update(stage=stage, done=done, total=total)
 
@@ -42,6 +46,7 @@ class CycleLog:
     def finish(self, status: str, *, error: str = "") -> None:
         """The cycle is over: "done" or "failed"."""
         stage = "finished" if status == "done" else "failed"
+        logger.info("project %s, cycle %d: %s", *self._identity, stage)
         self._update(status=status, stage=stage, error=error, finished_at=utc_now())
 
     def abandon(self, error: str) -> None:

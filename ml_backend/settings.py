@@ -132,7 +132,7 @@ class Settings(BaseSettings):
         le=1,
     )
     shown_threshold: float = _env(
-        "TSP_SHOWN_THRESHOLD", 0.3, "class score from which annotators see a detection's polygon", ge=0, le=1
+        "TSP_SHOWN_THRESHOLD", 0.2, "class score from which annotators see a detection's polygon", ge=0, le=1
     )
 
     profile: Profile = _env(

@@ -8,10 +8,11 @@ import argparse
 import json
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,18 +20,24 @@ from xml.sax.saxutils import quoteattr
 
 import httpx
 
+from ml_backend.db import UNFINISHED, utc_now
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
 from ml_backend.predictor import UNTRAINED
 from model.dataset import LabeledSet, read_coco
 from model.errors import TSPError
 from scripts.backend_processes import BackendProcessError, BackendProcesses
-from scripts.label_studio_server import LabelStudioServer, LabelStudioServerError
+from scripts.label_studio_server import LabelStudioServer, LabelStudioServerError, refuse_taken_port
 from scripts.make_phantoms import make_phantoms
 from scripts.oracle import Oracle
 
 EMAIL, PASSWORD = "annotator@example.com", "label-with-me"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 PHANTOMS, PHANTOM_SIZE = 150, 192
+PHANTOM_INSTRUCTION = (
+    "Outline each lesion in the brain. Haemorrhage: a patch brighter than the brain. Oedema: a faint patch darker than "
+    "the brain. Calcification: a small, very bright spot. The four dark leaves in the middle are ventricles, no lesions; "
+    "some images have no lesion: submit them empty."
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class DemoImages:
     paths: tuple[Path, ...]
     labels: tuple[str, ...]
     truth: LabeledSet | None
+    instruction: str = ""  # what annotators are told
 
 
 def main() -> None:
@@ -60,6 +68,8 @@ def main() -> None:
 
 def _run(options: argparse.Namespace) -> None:
     folder = Path(options.folder).resolve()
+    for option, port in (("PORT", options.port), ("BACKEND_PORT", options.backend_port)):
+        refuse_taken_port(port, hint=f"choose another with {option}=")
     images = _images(options, folder)
     if options.oracle and images.truth is None:
         raise TSPError(f"{options.data}: the simulated annotator needs a COCO annotations.json beside images/")
@@ -78,7 +88,7 @@ def _run(options: argparse.Namespace) -> None:
         project_id = _project(client, images, folder / "projects.json")
         client.connect_backend(project_id, url=backend.url, title="TSP Mask R-CNN")
         client.create_webhook(project_id, url=f"{backend.url}/webhook")
-        _explain(server, backend, project_id, options)
+        _explain(server, backend, project_id, options, images.instruction)
         if options.oracle:
             _annotate(client, backend, project_id, images, options)
             if options.exit_when_done:
@@ -133,9 +143,10 @@ def _images(options: argparse.Namespace, folder: Path) -> DemoImages:
     """The folder that was asked for, or CT phantoms: a fresh machine may download nothing."""
     if not options.data:
         phantoms = folder / "phantoms"
-        _say(f"{PHANTOMS} CT phantoms are drawn ...")
+        if not (phantoms / "annotations.json").exists():
+            _say(f"{PHANTOMS} CT phantoms are drawn ...")
         make_phantoms(phantoms, images=PHANTOMS, size=PHANTOM_SIZE, seed=0)
-        return _coco_images("CT phantoms", phantoms)
+        return replace(_coco_images("CT phantoms", phantoms), instruction=PHANTOM_INSTRUCTION)
     data = Path(options.data).resolve()
     if not data.is_dir():
         raise TSPError(f"DATA: expected a folder, got {data}")
@@ -160,7 +171,12 @@ def _project(client: LabelStudioClient, images: DemoImages, remembered: Path) ->
     key = f"{images.name} ({len(images.paths)} images)"
     if key not in known:
         project = client.create_project(title=images.name, label_config=_label_config(images.labels))
-        client.update_project(project.id, sampling=UNCERTAINTY_SAMPLING, maximum_annotations=1)
+        client.update_project(
+            project.id,
+            sampling=UNCERTAINTY_SAMPLING,
+            maximum_annotations=1,
+            expert_instruction=images.instruction,
+        )
         known[key] = project.id
         remembered.write_text(json.dumps(known))
     project_id = int(known[key])
@@ -180,8 +196,14 @@ def _label_config(labels: tuple[str, ...]) -> str:
 
 
 def _explain(
-    server: LabelStudioServer, backend: BackendProcesses, project_id: int, options: argparse.Namespace
+    server: LabelStudioServer,
+    backend: BackendProcesses,
+    project_id: int,
+    options: argparse.Namespace,
+    instruction: str,
 ) -> None:
+    if instruction:
+        print(f"\n{textwrap.indent(textwrap.fill(instruction, 110), '  ')}")
     print(
         f"""
   Label Studio   {server.url}/projects/{project_id}/data
@@ -207,9 +229,11 @@ def _annotate(
         return
     oracle = Oracle(client, project_id, images.truth)
     status = _Status(backend, project_id)
+    if (finished := status.finished_cycles()) >= options.cycles:
+        _say(f"{finished} cycles are finished already: CYCLES={finished + 1} would add one")
     while status.finished_cycles() < options.cycles:
         status.wait_while_busy()
-        wanted = options.batch_size - client.count_annotated_tasks(project_id) % options.batch_size
+        wanted = options.batch_size - status.newly_annotated()
         for number in range(1, wanted + 1):
             served = oracle.annotate_next()
             if served is None:
@@ -218,7 +242,7 @@ def _annotate(
             trained = served.score is not None and served.model_version != UNTRAINED
             by = f"S {served.score:.3f}" if trained else "drawn at random"
             _say(f"annotated task {served.task_id} ({served.instances} instances, {by}), {number} of {wanted}")
-        status.wait_for_cycle()
+        status.wait_for_cycle(options.batch_size)
     status.print_table()
 
 
@@ -231,23 +255,40 @@ class _Status:
 
     def cycles(self) -> list[dict[str, Any]]:
         """The newest first."""
+        cycles: list[dict[str, Any]] = self._project().get("cycles", [])
+        return cycles
+
+    def newly_annotated(self) -> int:
+        """What counts towards the next batch, as the backend has it."""
+        return int(self._project().get("new_annotated", 0))
+
+    def _project(self) -> dict[str, Any]:
         self._backend.check()
         projects = httpx.get(f"{self._backend.url}/status", timeout=30).json()["projects"]
-        return next((p["cycles"] for p in projects if p["id"] == self._project_id), [])
+        return next((project for project in projects if project["id"] == self._project_id), {})
 
     def finished_cycles(self) -> int:
         return sum(cycle["status"] in ("done", "failed") for cycle in self.cycles())
 
-    def wait_for_cycle(self) -> None:
-        """Until one more cycle than now is finished."""
-        finished = self.finished_cycles()
-        self._wait(lambda: self.finished_cycles() > finished)
-        newest = self.cycles()[0]
-        if newest["status"] == "failed":
+    def wait_for_cycle(self, batch_size: int) -> None:
+        """Until one more cycle than now is finished, or the backend has looked and found the batch too small."""
+        finished, asked_at = self.finished_cycles(), utc_now()
+
+        def is_over() -> bool:
+            project = self._project()
+            too_small = project["checked_at"] > asked_at and project["new_annotated"] < batch_size
+            return self.finished_cycles() > finished or (too_small and not self._is_busy())
+
+        self._wait(is_over)
+        newest = next(iter(self.cycles()), None)
+        if newest is not None and newest["status"] == "failed":
             raise TSPError(f"cycle {newest['number']} failed: {newest['error']}")
 
     def wait_while_busy(self) -> None:
-        self._wait(lambda: all(cycle["status"] in ("done", "failed") for cycle in self.cycles()))
+        self._wait(lambda: not self._is_busy())
+
+    def _is_busy(self) -> bool:
+        return any(cycle["status"] in UNFINISHED for cycle in self.cycles())
 
     def _wait(self, is_over: Callable[[], bool]) -> None:
         told = ""

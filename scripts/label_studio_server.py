@@ -77,8 +77,8 @@ class LabelStudioServer:
         is_first_start = not (self.data_dir / "label_studio.sqlite3").exists()
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self._keep_token()
-        self._refuse_taken_port()
         with _locked(self.data_dir / "server.lock") as lock, self.log_path.open("ab") as log:
+            refuse_taken_port(self.port)  # Label Studio itself would silently take the next free one
             self._process = self._launch(lock, log)
         atexit.register(self.stop)
         answers = False
@@ -150,17 +150,6 @@ class LabelStudioServer:
             path.write_text(self._given_token or secrets.token_hex(20))
         elif self._given_token not in (None, self.token):
             raise LabelStudioServerError(f"{self.data_dir} was made with another token; it is in {path}")
-
-    def _refuse_taken_port(self) -> None:
-        # Label Studio itself would silently take the next free one.
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, self.port))
-            except OSError as error:
-                raise LabelStudioServerError(
-                    f"port {self.port} is taken: stop what uses it or choose another"
-                ) from error
 
     def _launch(self, lock: IO[bytes], log: IO[bytes]) -> subprocess.Popen[bytes]:
         command = [str(self._executable), "start", "--no-browser", "--internal-host", HOST, "--port", str(self.port)]
@@ -248,6 +237,18 @@ def _submit(browser: httpx.Client, path: str, form: dict[str, str]) -> bool:
         raise LabelStudioServerError(f"{page.url}: expected a form of Label Studio")
     answer = browser.post(path, data={**form, "csrfmiddlewaretoken": match[1]}, headers={"Referer": str(page.url)})
     return answer.is_redirect
+
+
+def refuse_taken_port(port: int, *, hint: str = "choose another") -> None:
+    """LabelStudioServerError when something listens on a port of this machine, or no such port exists."""
+    if not 0 < port < 65536:
+        raise LabelStudioServerError(f"port {port}: expected 1 to 65535, {hint}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise LabelStudioServerError(f"port {port} is taken: stop what uses it, or {hint}") from error
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from ml_backend.ls_client import LabelStudioClient
-from scripts.label_studio_server import LabelStudioServer, LabelStudioServerError
+from scripts.label_studio_server import LabelStudioServer, LabelStudioServerError, refuse_taken_port
 from tests.label_studio import PASSWORD, POLYGON_CONFIG, USERNAME, new_server
 
 
@@ -70,6 +70,12 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(LabelStudioServerError, match=f"port {port} is taken"):
             new_server(tmp_path, port=port).start()
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_port_that_cannot_exist_is_refused(port: int) -> None:
+    with pytest.raises(LabelStudioServerError, match=f"port {port}: expected 1 to 65535, choose another"):
+        refuse_taken_port(port)
 
 
 def test_without_label_studio_it_says_what_to_do(tmp_path: Path) -> None:
