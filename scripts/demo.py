@@ -35,7 +35,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 PHANTOMS, PHANTOM_SIZE = 150, 192
 PHANTOM_INSTRUCTION = (
     "Outline each lesion in the brain. Haemorrhage: a patch brighter than the brain. Oedema: a faint patch darker than "
-    "the brain. Calcification: a small, very bright spot. The four dark leaves in the middle are ventricles, no lesions; "
+    "the brain. Calcification: a small, very bright spot. The four dark leaves in the middle are ventricles; "
     "some images have no lesion: submit them empty."
 )
 
