@@ -100,9 +100,12 @@ def semi_supervised_step(setting: Setting) -> tuple[Work, Work]:
 
 
 def branches(setting: Setting) -> tuple[Work, Work]:
-    """Inference with both IoU branches, against inference that leaves them out; the masks stay in their boxes."""
-    network = _network(setting).eval()
-    without = _network(setting).eval()
+    """Inference with both IoU branches, against inference that leaves them out; the masks stay in their boxes.
+
+    A score threshold of 0 lets an untrained network, too, fill its 100 detections, for which the branches work.
+    """
+    network = _network(setting, score_threshold=0.0).eval()
+    without = _network(setting, score_threshold=0.0).eval()
     without.load_state_dict(network.state_dict())
     for name in ("box_iou_branch", "mask_iou_branch"):
         setattr(without.roi_heads, name, _Nothing())
@@ -158,10 +161,10 @@ class _Nothing(nn.Module):
         return features.new_zeros(len(features))
 
 
-def _network(setting: Setting) -> MaskRCNNWithScores:
+def _network(setting: Setting, **options: Any) -> MaskRCNNWithScores:
     torch.manual_seed(0)
-    side = setting.size
-    return build_model(setting.profile, len(CLASS_NAMES) + 1, min_size=side, max_size=side).train()
+    sides: dict[str, Any] = {"min_size": setting.size, "max_size": setting.size}
+    return build_model(setting.profile, len(CLASS_NAMES) + 1, **sides, **options).train()
 
 
 def _batch(size: int, count: int, *, pseudo: bool = False) -> tuple[list[Tensor], list[dict[str, Any]]]:
