@@ -74,6 +74,8 @@ def run(
             state["next"] = following  # in the same file as the cycle that made it: never one without the other
         write_json(folder / "run.json", state)
         _remove_checkpoint(folder, number)
+        done = f"cycle {number} of {cycles.total}: {cycle['annotated_images']} images, mAP@0.5 {cycle['map_50']:.3f}"
+        print(f"{name.folder}, {done}\n", end="", flush=True)  # in one piece: other processes print as well
 
 
 def cycles_done(name: RunName, experiment: Experiment, data: Data, folder: Path) -> tuple[int, int]:

@@ -12,6 +12,7 @@ again, and several processes may work on one --out, also under torchrun, each on
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,8 +29,9 @@ if not __package__:  # started as a file, not by `python -m`
 
 from model.config import PROFILES, PseudoLabelConfig, TrainingConfig
 from model.errors import TSPError
+from model.strategies import STRATEGIES
 from scripts.active_learning import anchors_for, cycles_done, run
-from scripts.benchmark_lines import Experiment, RunName, Selection, parse_line
+from scripts.benchmark_lines import FULL, Experiment, RunName, Selection, parse_line
 from scripts.benchmark_report import write_reports
 from scripts.benchmark_sets import Data, read_data
 from scripts.shared_files import locked
@@ -75,6 +77,10 @@ EFFORTS = {
 }
 
 _OUT = Path("docs/benchmark")
+_LINES_HELP = (
+    f"by commas, of {', '.join(STRATEGIES)}, each also with +ssl (learns from pseudo labels), and {FULL} (all images "
+    "annotated at once); options follow, as in tsp+ssl@beta=0.05; default: %(default)s"
+)
 
 
 def main() -> None:
@@ -90,7 +96,9 @@ def main() -> None:
     except (TSPError, ValueError) as error:
         sys.exit(f"The benchmark cannot go on: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)  # nothing is lost: the same command goes on from the last checkpoint
+        if options.command == "run" and _speaks(options):
+            print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
 
 
 def _options() -> argparse.Namespace:
@@ -99,7 +107,7 @@ def _options() -> argparse.Namespace:
     runner = commands.add_parser("run", help="carry out the runs that are not finished")
     runner.add_argument("--data", type=Path, required=True, help="COCO folder: images/ and annotations.json")
     runner.add_argument("--out", type=Path, help=f"where the runs are kept; default: {_OUT}/<the set's name>")
-    runner.add_argument("--lines", default="random,tsp,random+ssl,tsp+ssl,full", help="by commas")
+    runner.add_argument("--lines", default="random,tsp,random+ssl,tsp+ssl,full", help=_LINES_HELP)
     runner.add_argument("--seeds", default="0,1,2", help="by commas")
     runner.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     runner.add_argument("--max-minutes", type=float, help="start no new cycle after so many minutes")
@@ -144,6 +152,8 @@ def _run(options: argparse.Namespace) -> None:
     device = _device(options.device)
     torch.set_num_threads(1)
     data, experiment, names = _task(options)
+    if _speaks(options):
+        _print_what_is_smaller(options, data)
     for name in names:
         folder = options.out / name.folder
         done, total = cycles_done(name, experiment, data, folder)
@@ -164,8 +174,13 @@ def _run(options: argparse.Namespace) -> None:
                 deadline=deadline,
                 keep_network=options.keep_networks,
             )
-    if not options.worker and os.environ.get("RANK", "0") == "0":
-        _print_what_is_left(names, experiment, data, options.out)
+    if _speaks(options):
+        _print_what_is_next(names, experiment, data, options.out)
+
+
+def _speaks(options: argparse.Namespace) -> bool:
+    """Whether this one of several processes says what concerns all."""
+    return not options.worker and os.environ.get("RANK", "0") == "0"
 
 
 def _task(options: argparse.Namespace) -> tuple[Data, Experiment, list[RunName]]:
@@ -181,7 +196,13 @@ def _task(options: argparse.Namespace) -> tuple[Data, Experiment, list[RunName]]
     return data, _experiment(options, data), names
 
 
-def _print_what_is_left(names: list[RunName], experiment: Experiment, data: Data, out: Path) -> None:
+def _print_what_is_smaller(options: argparse.Namespace, data: Data) -> None:
+    for option, wanted, part in (("--pool", options.pool, data.pool), ("--test", options.test, data.test)):
+        if wanted is not None and wanted > len(part.images):
+            print(f"{option} {wanted}: there are only {len(part.images)} images for it, and all are used", flush=True)
+
+
+def _print_what_is_next(names: list[RunName], experiment: Experiment, data: Data, out: Path) -> None:
     left = []
     for name in names:
         done, total = cycles_done(name, experiment, data, out / name.folder)
@@ -191,6 +212,8 @@ def _print_what_is_left(names: list[RunName], experiment: Experiment, data: Data
         # Whether another process is at one is not tried out: for a moment, that would take the run from all others.
         unfinished = f"{len(left)} of {len(names)} runs are not finished"
         print("\n".join([f"{unfinished}; the same command goes on with those that no other process is at:", *left]))
+    else:
+        print(f"All runs are finished. Next: python -m scripts.benchmark report --out {shlex.quote(str(out))}")
 
 
 def _device(wanted: str | None) -> str:
@@ -202,6 +225,9 @@ def _device(wanted: str | None) -> str:
 
 def _share(options: argparse.Namespace) -> None:
     """The same command in several processes; each takes the runs that no other one works on. They end with this one."""
+    data, experiment, names = _task(options)
+    if _speaks(options):
+        _print_what_is_smaller(options, data)
     command = [sys.executable, __file__, *sys.argv[1:], "--jobs", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGTERM, _stop)
@@ -217,8 +243,8 @@ def _share(options: argparse.Namespace) -> None:
             worker.wait()
     if failed:
         sys.exit(failed[0])
-    data, experiment, names = _task(options)
-    _print_what_is_left(names, experiment, data, options.out)
+    if _speaks(options):
+        _print_what_is_next(names, experiment, data, options.out)
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> None:

@@ -66,12 +66,14 @@ def _figure_2(report: Report) -> Figure | None:
 
 def _figure_4(report: Report) -> Figure | None:
     """Pseudo labels with other strategies, values of beta, and TSP without some of its scores."""
+    whole = ("tsp", "tsp+ssl")
     chosen = [
         name
         for name, line in report["lines"].items()
-        if set(line["options"]) <= {"beta"} and (line["semi_supervised"] or line["strategy"].startswith("tsp"))
+        if set(line["options"]) <= {"beta"}
+        and (name in whole or line["semi_supervised"] or line["strategy"].startswith("tsp_without"))
     ]
-    return _curves(report, chosen) if any(name not in ("tsp", "tsp+ssl") for name in chosen) else None
+    return _curves(report, chosen) if set(chosen) - set(whole) else None
 
 
 def _figure_options(report: Report) -> Figure | None:
@@ -97,19 +99,26 @@ def _curves(report: Report, names: Sequence[str]) -> Figure:
             heights,
             yerr=line["map_50_half_width_95"] if len(line["seeds"]) > 1 else None,
             label=name,
-            elinewidth=0.7,
-            capsize=1.5,
+            elinewidth=0.8,
+            capsize=3,
             **_style(name, names),
         )
     _mark_full(axes, report)
     _finish(axes, "annotated images", "mask mAP@0.5 on the test images")
-    heights_of_all = [h for name in names for h in report["lines"][name]["map_50"]]
-    if report["full_supervision"]:
-        heights_of_all.append(report["full_supervision"]["map_50"])
-    # The intervals of few seeds are wide: the means decide what is shown.
-    axes.set_ylim(0, 1.15 * max(*heights_of_all, 0.01))
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.set_ylim(*_limits(report, names))
+    _legend(axes)
     return figure
+
+
+def _limits(report: Report, names: Sequence[str]) -> tuple[float, float]:
+    """From 0, or from below it, to above every interval: a bar that is cut looks like a narrower one."""
+    lines = [report["lines"][name] for name in names]
+    pairs = [p for line in lines for p in zip(line["map_50"], line["map_50_half_width_95"], strict=True)]
+    full = [report["full_supervision"]["map_50"]] if report["full_supervision"] else []
+    lowest = min(0, *(height - width for height, width in pairs))
+    highest = max(0.01, *(height + width for height, width in pairs), *full)
+    margin = 0.05 * (highest - lowest)
+    return (lowest - margin if lowest < 0 else 0), highest + margin
 
 
 def _figure_cost(report: Report) -> Figure | None:
@@ -122,7 +131,7 @@ def _figure_cost(report: Report) -> Figure | None:
             axes.plot(line[f"annotated_{unit}"], line["map_50"], label=name, **_style(name, list(lines)))
         _mark_full(axes, report)
         _finish(axes, f"annotated {unit}", "mask mAP@0.5" if unit == "instances" else "")
-    panels[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _legend(panels[1])
     return figure
 
 
@@ -142,7 +151,7 @@ def _figure_pseudo(report: Report) -> Figure | None:
         _finish(axes, "cycle", f"{measure} of the pseudo labels")
         axes.set_ylim(0, 1.02)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _legend(panels[1])
     return figure
 
 
@@ -162,19 +171,28 @@ def _figure_reliability(report: Report) -> Figure | None:
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         axes.set_aspect("equal")
+    seeds = {seed for line in report["lines"].values() for seed in line["seeds"]}
+    names = list(report["lines"])
+    which = names[0] if len(names) == 1 else f"{len(names)} lines together"
+    figure.suptitle(f"Last cycle of {which}, {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=10)
     return figure
 
 
 def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Colour by strategy, so that a line with pseudo labels (whole) looks like its twin without (dashed)."""
+    """Colour by strategy, so that a line with pseudo labels (whole, filled) looks like its twin (dashed, open)."""
     same = [other for other in names if _head(other) == _head(name) and _is_ssl(other) == _is_ssl(name)]
     return {
-        "color": _COLOURS.get(_head(name), "#bcbd22"),
+        "color": _colour(name),
         "marker": _MARKERS[same.index(name) % len(_MARKERS)],
-        "ms": 4.5,
+        "markerfacecolor": _colour(name) if _is_ssl(name) else "white",
+        "ms": 5 if _is_ssl(name) else 7,  # the open one is a ring around its twin where both are equal
         "lw": 1.6,
         "ls": "-" if _is_ssl(name) else "--",
     }
+
+
+def _colour(name: str) -> str:
+    return _COLOURS.get(_head(name), "#bcbd22")
 
 
 def _head(name: str) -> str:
@@ -189,6 +207,11 @@ def _mark_full(axes: Axes, report: Report) -> None:
     full = report["full_supervision"]
     if full is not None:
         axes.axhline(full["map_50"], color="black", lw=1, ls=":", label=f"full supervision ({full['images']} images)")
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the axes, with handles long enough for dashes on both sides of a marker."""
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=5.5)
 
 
 def _finish(axes: Axes, x: str, y: str) -> None:

@@ -4,6 +4,8 @@
 """
 
 import json
+import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +51,10 @@ def write_reports(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def write_report(folder: Path) -> dict[str, Any]:
-    """Write report.json, report.md and the figures of one --out folder; returns what report.json holds."""
+    """Write report.json, report.md and the figures of one --out folder; returns what report.json holds.
+
+    What was written is said on stderr.
+    """
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/run.json"))]
     runs = [run for run in runs if run["cycles"]]
     if not runs:
@@ -61,6 +66,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     figures = plot_all(report, folder)
     (folder / "report.md").write_text(markdown(report, figures))
+    print(f"{folder}: wrote {', '.join(['report.md', 'report.json', *figures])}", file=sys.stderr)
     return report
 
 
@@ -69,13 +75,16 @@ def make_report(runs: Sequence[Run]) -> dict[str, Any]:
     lines = _finished(runs)
     full = _full_supervision(lines.pop(FULL, []))
     variants = {line: lines.pop(line) for line in list(lines) if lines[line][0]["strategy"] == FULL}
+    unfit = _unfit(full, lines.get("random", []))
+    reference = full if unfit is None else None
     pool = runs[0]["settings"]["pool_images"]
     return {
         "settings": runs[0]["settings"],
         "annotation_rates": _RATES,
         "full_supervision": full,
+        "full_supervision_unfit": unfit,
         "full_supervision_variants": {line: _full_supervision(of_line) for line, of_line in variants.items()},
-        "lines": {line: _line(of_line, lines, full, pool) for line, of_line in lines.items()},
+        "lines": {line: _line(of_line, lines, reference, pool) for line, of_line in lines.items()},
         "comparisons": _comparisons(lines),
         "reliability": {branch: _reliability(lines, f"{branch}_reliability") for branch in ("box", "mask")},
         "unfinished": [
@@ -115,6 +124,17 @@ def _full_supervision(runs: Sequence[Run]) -> dict[str, Any] | None:
         "map_50_95": float(_column(last, "map_50_95").mean()),
         "training_cpu_seconds": _mean([_training_seconds(run) for run in runs]),
     }
+
+
+def _unfit(full: dict[str, Any] | None, random: Sequence[Run]) -> str | None:
+    """Why full supervision cannot be what lines are measured against, if it cannot."""
+    if full is None:
+        return None
+    if full["map_50"] <= full["map_50_half_width_95"]:
+        return "cannot be told apart from 0"
+    if random and full["map_50"] < (height := _curves(random)[:, -1].mean()):
+        return f"is below random's last cycle ({height:.3f} with {random[0]['cycles'][-1]['annotated_images']} images)"
+    return None
 
 
 def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None, pool: int) -> dict[str, Any]:
@@ -200,13 +220,17 @@ def _differences(one: Sequence[Run], other: Sequence[Run], value: Any) -> FloatA
 def _reached(
     images: list[int], curve: FloatArray, full: dict[str, Any] | None, pool: int
 ) -> dict[str, dict[str, float] | None]:
-    """By percent of full supervision: the annotated images that the mean curve needs, and their share of the pool."""
+    """By percent of full supervision: the annotated images that the mean curve needs, and their share of the pool.
+
+    Between cycles the curve is straight, and nobody annotates a part of an image: rounded up.
+    """
     if full is None:
         return {}
     result: dict[str, dict[str, float] | None] = {}
     for percent in _SHARES_OF_FULL:
         reached = images_to_reach(images, curve, full["map_50"] * percent / 100)
-        result[str(percent)] = None if reached is None else {"images": reached, "share_of_pool": reached / pool}
+        whole = None if reached is None else math.ceil(round(reached, 6))
+        result[str(percent)] = None if whole is None else {"images": whole, "share_of_pool": whole / pool}
     return result
 
 

@@ -20,8 +20,7 @@ def markdown(report: Report, figures: Mapping[str, str]) -> str:
         _lines_table(report),
         "## Comparisons",
         _comparisons_table(report),
-        "## Labels needed",
-        _labels_table(report),
+        *_labels_section(report),
         "## Cost",
         _cost_table(report),
         _pictures(figures, "cost.png"),
@@ -44,8 +43,14 @@ def claims(report: Report) -> list[str]:
         comparison = _between(report, name, "random")
         if comparison is not None:
             found.append(_verdict(comparison, f"**{name}**", "random"))
+    if full is not None and report["full_supervision_unfit"] is not None:
+        found.append(
+            f"Full supervision ({_with_width(full['map_50'], full['map_50_half_width_95'])}) "
+            f"{report['full_supervision_unfit']}: it is no reference, so how many labels reach it is left out."
+        )
+    elif full is not None and "tsp+ssl" in lines:
+        found.append(_half_the_labels(lines["tsp+ssl"], full))
     if "tsp+ssl" in lines:
-        found += _half_the_labels(lines["tsp+ssl"], full)
         second = lines["tsp+ssl"]["second_cycle_over_random"]
         if second is not None:
             found.append(
@@ -86,21 +91,19 @@ def _verdict(comparison: dict[str, Any], one: str, other: str) -> str:
     return f"{one} cannot be told apart from {other} ({numbers})."
 
 
-def _half_the_labels(line: dict[str, Any], full: dict[str, Any] | None) -> list[str]:
-    if full is None:
-        return []
+def _half_the_labels(line: dict[str, Any], full: dict[str, Any]) -> str:
     reached = line["images_to_reach"]["100"]
     paper = "the paper: with half of them"
     if reached is None:
         best = max(line["map_50"])
-        return [
+        return (
             f"tsp+ssl does not reach full supervision ({full['map_50']:.3f} with {full['images']} images) with up to "
             f"{line['annotated_images'][-1]} images: at best {best:.3f}, {_percent(best / full['map_50'])} ({paper})."
-        ]
-    return [
+        )
+    return (
         f"tsp+ssl reaches full supervision ({full['map_50']:.3f}) with {reached['images']:.0f} images, "
         f"{_percent(reached['share_of_pool'])} of the pool ({paper})."
-    ]
+    )
 
 
 def _setting(report: Report) -> str:
@@ -180,18 +183,22 @@ def _comparisons_table(report: Report) -> str:
     )
 
 
-def _labels_table(report: Report) -> str:
+def _labels_section(report: Report) -> list[str]:
+    if report["full_supervision_unfit"] is not None:
+        return []
+    title = "## Labels needed"
     if report["full_supervision"] is None:
-        return "Unknown without full supervision: run the line `full`."
+        return [title, "Unknown without full supervision: run the line `full`."]
     shares = ("80", "90", "95", "100")
     rows = [
         [f"`{name}`", *(_reached(line["images_to_reach"][share]) for share in shares)]
         for name, line in report["lines"].items()
     ]
     text = (
-        "Annotated images with which the mean curve reaches a share of full supervision's mAP@0.5 (share of the pool)."
+        "Annotated images with which the mean curve reaches a share of full supervision's mAP@0.5 (share of the pool); "
+        "between cycles on a straight line, rounded up."
     )
-    return f"{text}\n\n{_table(['line', *(f'{share} %' for share in shares)], rows)}"
+    return [title, text, _table(["line", *(f"{share} %" for share in shares)], rows)]
 
 
 def _cost_table(report: Report) -> str:

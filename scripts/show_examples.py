@@ -3,8 +3,9 @@
     python -m scripts.show_examples --data <COCO folder> --run <folder of a run> --out examples.png
     python -m scripts.show_examples --data <COCO folder> --weights <folder of a version> --out examples.png
 
-Outlines are the network's, with "class: c, b, m" on each instance and S (eq. 3) as the title; the ground truth is
-dashed. A run is one of `benchmark run --keep-networks`; of its pool, only images that nobody annotated are shown.
+Outlines are the network's, with "class: c, b, m" on the instances of the best class scores and S (eq. 3) as the title;
+the ground truth is dashed. A run is one of `benchmark run --keep-networks`; of its pool, only images that nobody
+annotated are shown.
 """
 
 import argparse
@@ -34,8 +35,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Polygon
 
 _COLOURS = ("#ffb000", "#4dc3ff", "#ff5f8f", "#6be36b", "#c78bff", "#ff8c4d")
-_LABELS = 12  # instances with text; more cannot be read
+_LABELS = 6  # instances with text; more hide the image
 _PANEL = 3.4  # inches
+_FONT = 6.5  # points
+_LINE, _CHARACTER = 0.055, 0.0165  # height of a label and width of a character of it, by the image's longer side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ def main() -> None:
         draw(examples, card.class_names, options.out, columns=options.columns, network=network)
     except (TSPError, ValueError) as error:
         sys.exit(f"No picture: {error}")
-    print(f"{options.out}: of {len(pool.images)} images; {without} without any detection have no S and are left out")
+    print(f"{options.out}: of {len(pool.images)} images{_left_out(without)}")
 
 
 def score(
@@ -90,6 +93,13 @@ def draw(
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
     plt.close(figure)
+
+
+def _left_out(without: int) -> str:
+    if not without:
+        return ""
+    verbs = ("has", "is") if without == 1 else ("have", "are")
+    return f"; {without} without any detection {verbs[0]} no S and {verbs[1]} left out"
 
 
 def _options() -> argparse.Namespace:
@@ -165,18 +175,24 @@ def _draw_example(axes: Axes, example: Example, class_names: Sequence[str], mask
 
 def _write_labels(axes: Axes, found: Detections, class_names: Sequence[str]) -> None:
     """Above each box, or as near to that as others leave room; of many instances, those of the best class scores."""
-    height, width = found.image_hw
-    line, half = 0.055 * max(height, width), 0.25 * max(height, width)  # half of a label, in pixels of the image
-    for i, (x, y) in enumerate(_places(found, line, half)):
-        scores = ", ".join(f"{s[i]:.2f}" for s in (found.class_scores, found.box_scores, found.mask_scores))
-        colour = _COLOURS[(int(found.labels[i]) - 1) % len(_COLOURS)]
-        box = found.boxes_xyxy[i]
+    best = found.select(np.argsort(-found.class_scores, kind="stable")[:_LABELS])
+    texts = [
+        f"{class_names[label - 1]}: {c:.2f}, {b:.2f}, {m:.2f}"
+        for label, c, b, m in zip(best.labels, best.class_scores, best.box_scores, best.mask_scores, strict=True)
+    ]
+    longer = max(found.image_hw)
+    places = _places(best, _LINE * longer, [(len(text) + 1) / 2 * _CHARACTER * longer for text in texts])
+    for label, box, text, place in zip(best.labels, best.boxes_xyxy, texts, places, strict=True):
+        if place is None:
+            continue
+        x, y = place
+        colour = _COLOURS[(int(label) - 1) % len(_COLOURS)]
         axes.plot([x, (box[0] + box[2]) / 2], [y, box[1]], color=colour, lw=0.7)  # a label may stand far away
         axes.text(
             x,
             y,
-            f"{class_names[int(found.labels[i]) - 1]}: {scores}",
-            fontsize=6.5,
+            text,
+            fontsize=_FONT,
             color="black",
             ha="center",
             va="center",
@@ -185,20 +201,25 @@ def _write_labels(axes: Axes, found: Detections, class_names: Sequence[str]) -> 
         )
 
 
-def _places(found: Detections, line: float, half: float) -> Iterator[tuple[float, float]]:
-    """The middle of each label, inside the image and a line away from every label that would cover it."""
+def _places(found: Detections, line: float, halves: Sequence[float]) -> Iterator[tuple[float, float] | None]:
+    """The middle of each label, inside the image and a line away from every label that it would cover; or no room.
+
+    `line` is the height of a label and `halves` are half of the widths, in pixels of the image.
+    """
     height, width = found.image_hw
-    taken: list[tuple[float, float]] = []
-    for box in found.boxes_xyxy[:_LABELS]:
+    taken: list[tuple[float, float, float]] = []
+    for box, half in zip(found.boxes_xyxy, halves, strict=True):
         x = float(np.clip((box[0] + box[2]) / 2, half, max(width - half, half)))
         above = float(np.clip(box[1] - line / 2, line / 2, height - line / 2))
-        steps = sorted(range(-2 * _LABELS, 2 * _LABELS + 1), key=abs)
+        most = int(height / line)
+        steps = sorted(range(-most, most + 1), key=abs)
         free = [y for y in (above + step * line for step in steps) if line / 2 <= y <= height - line / 2]
-        for other_x, other_y in taken:
-            if abs(x - other_x) < 2 * half:
+        for other_x, other_y, other_half in taken:
+            if abs(x - other_x) < half + other_half:
                 free = [y for y in free if abs(y - other_y) >= 0.99 * line]
-        taken.append((x, free[0] if free else above))
-        yield taken[-1]
+        if free:
+            taken.append((x, free[0], half))
+        yield (x, free[0]) if free else None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.strategies import STRATEGIES
 from scripts import benchmark
 from scripts.shared_files import locked
 from tests.scripts.examples import without_seconds
@@ -37,14 +39,25 @@ def test_two_processes_do_each_run_once_and_the_report_comes_out(tmp_path, data,
     process = command(*arguments, "--jobs", "2", stdout=subprocess.PIPE, text=True)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
-    assert sorted(output.split("\n")) == sorted(["", *(f"{tmp_path / line}-seed0 ..." for line in lines.split(","))])
+    finished = f"All runs are finished. Next: python -m scripts.benchmark report --out {tmp_path}"
+    *said, last = output.splitlines()
+    assert last == finished
+    cycles = [("random", 1, 2, 3), ("random", 2, 2, 5), ("tsp+ssl", 1, 2, 3), ("tsp+ssl", 2, 2, 5), ("full", 1, 1, 9)]
+    expected = [
+        *(rf"{re.escape(f'{tmp_path / line}-seed0 ...')}" for line in lines.split(",")),
+        *(rf"{re.escape(line)}-seed0, cycle {n} of {of}: {images} images, mAP@0\.5 [01]\.\d\d\d"
+          for line, n, of, images in cycles),
+    ]  # fmt: skip
+    assert len(said) == len(expected)
+    for pattern in expected:
+        assert sum(re.fullmatch(pattern, line) is not None for line in said) == 1
     assert len(list((tmp_path / "shared").glob("*.safetensors"))) == 1
     seconds = [json.loads((tmp_path / f"{line}-seed0" / "run.json").read_text())["cycles"][0]["seconds"]
                for line in ("random", "tsp+ssl")]  # fmt: skip
     assert seconds[0]["training"] == seconds[1]["training"]  # of the cycle that both share
 
     here(monkeypatch, *arguments)  # nothing is left to do
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"{finished}\n"
     with pytest.raises(SystemExit, match="other settings or images"):
         here(monkeypatch, *arguments, "--epochs", "2")
 
@@ -55,7 +68,9 @@ def test_two_processes_do_each_run_once_and_the_report_comes_out(tmp_path, data,
     assert list(report["lines"]) == ["random", "tsp+ssl"]
     assert report["full_supervision"]["images"] == 9
     here(monkeypatch, "report", "--out", tmp_path)
-    assert capsys.readouterr().out.startswith((tmp_path / "report.md").read_text())
+    output = capsys.readouterr()
+    assert output.out.startswith((tmp_path / "report.md").read_text())
+    assert output.err.startswith(f"{tmp_path}: wrote report.md, report.json, figure2.png, ")
     assert "| `tsp+ssl` | 1 |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
 
@@ -106,6 +121,22 @@ def test_no_cycle_starts_after_the_deadline_and_what_is_left_is_said(tmp_path, d
     assert "not finished" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_set_that_is_smaller_than_asked_for_is_mentioned_once(tmp_path, data, monkeypatch, capsys, jobs):
+    sizes = ["--pool", "30", "--test", "3", "--max-minutes", "0", "--jobs", jobs]
+    here(monkeypatch, "run", "--data", data, "--out", tmp_path, "--lines", "random", "--seeds", "0", *COMMAND, *sizes)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "--pool 30: there are only 9 images for it, and all are used"
+    assert second.startswith("1 of 1 runs are not finished")
+
+
+def test_the_help_names_the_lines_that_there_are(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        here(monkeypatch, "run", "--help")
+    output = capsys.readouterr().out
+    assert all(name in output for name in [*STRATEGIES, "+ssl", "full"])
+
+
 def test_saying_what_is_left_takes_no_run_from_another_process(tmp_path, data, monkeypatch):
     arguments = ["run", "--data", data, "--out", tmp_path, "--lines", "random", "--seeds", "0", *COMMAND]
     (tmp_path / "random-seed0" / "lock").mkdir(parents=True)  # who tried to lock it would fail
@@ -125,7 +156,8 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, data, monkeypa
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_the_processes_of_a_benchmark_end_with_it(tmp_path, data, which):
     arguments = ["run", "--data", data, "--out", tmp_path, "--lines", "random,tsp", *COMMAND]
-    with command(*arguments, "--jobs", "2", "--min-steps", "5000", stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with command(*arguments, "--jobs", "2", "--min-steps", "5000", **pipes) as process:
         for _ in range(2):  # both workers have begun
             assert process.stdout.readline().endswith("...\n")
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -133,6 +165,8 @@ def test_the_processes_of_a_benchmark_end_with_it(tmp_path, data, which):
         process.send_signal(which)
         assert process.wait(timeout=30) == 128 + which
         assert not [child for child in children if Path(f"/proc/{child}").exists()]
+        said = process.stderr.read()
+    assert said.count("Stopped. The same command goes on from the last checkpoint.") == (which == signal.SIGINT)
 
 
 def test_each_rank_of_torchrun_takes_its_own_gpu(monkeypatch):

@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 from scripts.benchmark_lines import parse_line
 from scripts.benchmark_measures import Compared, matches
+from scripts.benchmark_plots import _figure_2, _figure_reliability
 from scripts.benchmark_report import make_report, write_report, write_reports
 from scripts.benchmark_statistics import (
     area_under,
@@ -167,9 +169,9 @@ def test_a_line_has_means_intervals_areas_and_the_images_to_reach_full_supervisi
     assert line["map_50_half_width_95"] == pytest.approx([1.2706] * 3, abs=1e-4)
     assert line["area_under_curve"] == pytest.approx(0.4)
     assert {share: value["images"] for share, value in line["images_to_reach"].items()} == pytest.approx(
-        {"80": 20, "90": 22.5, "95": 23.75, "100": 25}
+        {"80": 20, "90": 23, "95": 24, "100": 25}  # of 22.5 and 23.75: nobody annotates half an image
     )
-    assert line["images_to_reach"]["100"]["share_of_pool"] == pytest.approx(0.25)
+    assert line["images_to_reach"]["90"]["share_of_pool"] == pytest.approx(0.23)
     assert line["annotated_instances"] == [20, 40, 60]
     assert line["seconds"] == {"training": 6, "evaluation": 6, "scoring": 4}
     assert line["empty_images_share"] == pytest.approx((2 + 3) / 20)
@@ -305,6 +307,28 @@ def test_the_claim_of_half_the_labels_is_checked(heights, said):
     assert any(said in sentence for sentence in claims(report))
 
 
+@pytest.mark.parametrize(
+    ("full", "said"),
+    [
+        pytest.param([0.0, 0.01, 0.002], "(0.004 ± 0.013) cannot be told apart from 0: it is no reference", id="0"),
+        pytest.param(
+            [0.25, 0.26, 0.255],
+            "(0.255 ± 0.012) is below random's last cycle (0.400 with 30 images): it is no reference",
+            id="below random",
+        ),
+    ],
+)
+def test_nothing_is_said_of_reaching_a_full_supervision_that_is_no_reference(full, said):
+    runs = [made_run(line, 0, [0.1, 0.3, 0.4], precision=0.9) for line in ("random", "tsp+ssl")]
+    runs += [made_run("full", seed, [height], images=[100]) for seed, height in enumerate(full)]
+    report = make_report(runs)
+    about_full = [sentence for sentence in claims(report) if "ull supervision" in sentence]
+    assert len(about_full) == 1
+    assert said in about_full[0]
+    assert "Labels needed" not in markdown(report, {})
+    assert report["lines"]["tsp+ssl"]["images_to_reach"] == {}
+
+
 def test_pseudo_labels_that_never_came_about_are_mentioned():
     assert any("no pseudo labels" in s for s in claims(make_report([made_run("tsp+ssl", 0, [0.1] * 3)])))
 
@@ -312,7 +336,7 @@ def test_pseudo_labels_that_never_came_about_are_mentioned():
 # --- files
 
 
-def test_the_report_is_written_beside_the_runs_with_all_its_figures(tmp_path):
+def test_the_report_is_written_beside_the_runs_with_all_its_figures(tmp_path, capsys):
     lines = ("random", "tsp", "random+ssl", "tsp+ssl", "tsp+ssl@beta=0.05", "tsp@first=spread")
     runs = [made_run(line, seed, [0.1, 0.2 + seed / 50, 0.3], precision=0.9) for line in lines for seed in (0, 1)]
     write_runs(tmp_path, *runs, made_run("full", 0, [0.4], images=[100]), made_run("hybrid", 0, [0.1]))
@@ -325,9 +349,51 @@ def test_the_report_is_written_beside_the_runs_with_all_its_figures(tmp_path):
         assert f"]({picture})" in text
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / picture).stat().st_size < 200_000
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert all(name in output.err for name in {"report.md", "report.json", *pictures})
     assert "- `hybrid-seed0`: 1 of 3 cycles" in text
     for line in lines:
         assert f"| `{line}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("lines", "drawn"),
+    [
+        pytest.param(["random", "tsp", "tsp+ssl", "tsp_expected"], False, id="only what Figure 2 shows"),
+        pytest.param(["tsp", "tsp_without_box"], True, id="without a score"),
+        pytest.param(["tsp", "random+ssl"], True, id="pseudo labels with another strategy"),
+        pytest.param(["tsp", "tsp+ssl@beta=0.05"], True, id="another beta"),
+    ],
+)
+def test_the_figure_of_ablations_is_drawn_only_if_there_are_any(tmp_path, lines, drawn):
+    write_runs(tmp_path, *(made_run(line, 0, [0.1, 0.2, 0.3]) for line in lines))
+    write_report(tmp_path)
+    assert (tmp_path / "figure4.png").exists() == drawn
+
+
+def test_a_line_can_be_told_from_its_twin_with_pseudo_labels_and_no_interval_is_cut():
+    heights = {0: [0.1, 0.1, 0.1], 1: [0.1, 0.2, 0.4]}  # 0.25 +- 1.9 at the end
+    report = make_report([made_run(line, seed, heights[seed]) for line in ("tsp", "tsp+ssl") for seed in heights])
+    figure = _figure_2(report)
+    [axes] = figure.axes
+    one, twin = (container.lines[0] for container in axes.containers)
+    assert one.get_markerfacecolor() != twin.get_markerfacecolor() == one.get_color() == twin.get_color()
+    below, above = axes.get_ylim()
+    for line in report["lines"].values():
+        for height, width in zip(line["map_50"], line["map_50_half_width_95"], strict=True):
+            assert below < height - width <= height + width < above
+    plt.close(figure)
+
+
+def test_the_figure_of_reliability_says_whose_it_is():
+    for lines, said in (
+        (["tsp"], "Last cycle of tsp, 1 seed"),
+        (["tsp", "random"], "Last cycle of 2 lines together, 1 seed"),
+    ):
+        figure = _figure_reliability(make_report([made_run(line, 0, [0.1, 0.2, 0.3]) for line in lines]))
+        assert figure.get_suptitle() == said
+        plt.close(figure)
 
 
 def test_a_report_of_unfinished_runs_says_so(tmp_path):

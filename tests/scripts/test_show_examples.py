@@ -35,7 +35,7 @@ def here(monkeypatch, *arguments):
 
 def test_the_picture_of_a_run_shows_images_that_nobody_annotated(tmp_path, data, kept, monkeypatch, capsys):
     here(monkeypatch, "--data", data, "--run", kept, "--out", tmp_path / "new" / "examples.png", "--threshold", "0")
-    assert "of 4 images" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(": of 4 images\n")  # and nothing of images that are left out
     picture = cv2.imread(str(tmp_path / "new" / "examples.png"))
     assert picture.shape[0] > 500
     assert picture.std() > 10
@@ -81,11 +81,37 @@ def test_examples_are_in_the_order_of_s_over_the_instances_that_count(data, kept
 
 def test_labels_do_not_cover_each_other_and_stay_inside():
     found = detections([[10, 10 + i, 30, 30 + i] for i in range(10)])
-    places = list(show_examples._places(found, 5, 16))
+    places = list(show_examples._places(found, 5, [16] * 10))
     heights = sorted(y for _, y in places)
     assert np.diff(heights).min() >= 4.9
     assert min(heights) >= 2.5
     assert max(heights) <= 64 - 2.5
+
+
+def test_a_label_that_finds_no_room_is_left_out():
+    found = detections([[10, 10, 30, 30]] * 5)  # in an image of 64 pixels
+    places = list(show_examples._places(found, 20, [16] * 5))
+    assert sum(place is not None for place in places) == 3
+    assert places[3:] == [None, None]
+
+
+def test_short_labels_stand_beside_each_other_where_long_ones_do_not():
+    found = detections([[0, 30, 20, 50], [40, 30, 60, 50]])
+    beside, below = (list(show_examples._places(found, 5, [half] * 2)) for half in (10, 30))
+    assert beside[0][1] == beside[1][1]
+    assert abs(below[0][1] - below[1][1]) >= 4.9
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        (0, ""),
+        (1, "; 1 without any detection has no S and is left out"),
+        (2, "; 2 without any detection have no S and are left out"),
+    ],
+)
+def test_images_without_a_detection_are_mentioned_if_there_are_any(without, said):
+    assert show_examples._left_out(without) == said
 
 
 def test_a_run_of_other_images_is_refused(tmp_path, kept, monkeypatch):
