@@ -222,6 +222,8 @@ def main() -> None:
         sys.exit(str(error))
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if unknown := Settings.unknown_names():
+        logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
     uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level.lower())
 
 

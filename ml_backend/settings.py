@@ -1,6 +1,7 @@
 """The only reader of the environment. Names without a prefix are those that users of label-studio-ml know."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,9 @@ from model.errors import InvalidInputError
 from model.strategies import STRATEGIES
 from model.tsp import EmptyImagePolicy
 from model.types import LabeledImage
+
+
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 def _env(name: str, default: Any, description: str, **limits: Any) -> Any:
@@ -46,7 +50,7 @@ class Settings(BaseSettings):
     )
     basic_auth_user: str | None = _env("BASIC_AUTH_USER", None, "user name that Label Studio must send; none: no check")
     basic_auth_pass: SecretStr | None = _env("BASIC_AUTH_PASS", None, "password that Label Studio must send")
-    host: str = _env("TSP_HOST", "127.0.0.1", "address on which the web process listens")
+    host: str = _env("TSP_HOST", "127.0.0.1", "address on which the web process listens; one that others reach needs BASIC_AUTH_*")
     port: int = _env("PORT", 9090, "port on which the web process listens", ge=0, le=65535)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _env("LOG_LEVEL", "INFO", "how much is logged")
     model_dir: Path = _env("MODEL_DIR", Path("data"), "folder of the model versions, checkpoints and cached images")
@@ -253,7 +257,18 @@ class Settings(BaseSettings):
             raise SettingsError(f"settings: {error}. The README lists every setting.") from error
         if (settings.basic_auth_user is None) != (settings.basic_auth_pass is None):
             raise SettingsError("BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither")
+        if settings.basic_auth_user is None and settings.host not in _THIS_MACHINE:
+            raise SettingsError(
+                f"TSP_HOST is {settings.host}, where others can reach the service: set BASIC_AUTH_USER and "
+                "BASIC_AUTH_PASS, or TSP_HOST to 127.0.0.1"
+            )
         return settings
+
+    @classmethod
+    def unknown_names(cls) -> list[str]:
+        """Variables of the environment that look like settings of this service and are none: probably misspelt."""
+        known = {str(field.validation_alias) for field in cls.model_fields.values()}
+        return sorted(name for name in os.environ if name.startswith("TSP_") and name not in known)
 
     @cached_property
     def database(self) -> str:

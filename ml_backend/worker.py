@@ -229,6 +229,8 @@ def main() -> None:
         sys.exit(str(error))
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if unknown := Settings.unknown_names():
+        logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
     os.nice(settings.niceness)  # annotators wait for the web process, nobody waits for this one
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -74,7 +74,7 @@ def test_the_default_learning_rate_fits_the_optimizer_and_the_schedule(
 
 EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("LABEL_STUDIO_URL", "https://ls.example.com/label/", "label_studio_url", "https://ls.example.com/label"),
-    ("TSP_HOST", "0.0.0.0", "host", "0.0.0.0"),
+    ("TSP_HOST", "localhost", "host", "localhost"),
     ("PORT", "8000", "port", 8000),
     ("LOG_LEVEL", "DEBUG", "log_level", "DEBUG"),
     ("MODEL_DIR", "/srv/models", "model_dir", Path("/srv/models")),
@@ -214,6 +214,21 @@ def test_half_of_the_basic_authentication_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(SettingsError, match="BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither") as caught:
         read(monkeypatch, {name: SECRET})
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::"])
+def test_an_address_that_others_reach_needs_a_user_name_and_a_password(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"TSP_HOST is {host}, .* set BASIC_AUTH_USER"):
+        read(monkeypatch, {"TSP_HOST": host})
+    assert read(monkeypatch, {"BASIC_AUTH_USER": "studio", "BASIC_AUTH_PASS": SECRET}).host == host
+
+
+def test_names_that_are_probably_misspelt_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TSP_BATCHSIZE", "TSP_BATCH_SIZE", "BATCHSIZE"):
+        monkeypatch.setenv(name, "3")
+    assert Settings.unknown_names() == ["TSP_BATCHSIZE"]
 
 
 def test_several_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
