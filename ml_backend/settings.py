@@ -20,7 +20,6 @@ from model.strategies import STRATEGIES
 from model.tsp import EmptyImagePolicy
 from model.types import LabeledImage
 
-
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
@@ -50,7 +49,9 @@ class Settings(BaseSettings):
     )
     basic_auth_user: str | None = _env("BASIC_AUTH_USER", None, "user name that Label Studio must send; none: no check")
     basic_auth_pass: SecretStr | None = _env("BASIC_AUTH_PASS", None, "password that Label Studio must send")
-    host: str = _env("TSP_HOST", "127.0.0.1", "address on which the web process listens; one that others reach needs BASIC_AUTH_*")
+    host: str = _env(
+        "TSP_HOST", "127.0.0.1", "address on which the web process listens; one that others reach needs BASIC_AUTH_*"
+    )
     port: int = _env("PORT", 9090, "port on which the web process listens", ge=0, le=65535)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _env("LOG_LEVEL", "INFO", "how much is logged")
     model_dir: Path = _env("MODEL_DIR", Path("data"), "folder of the model versions, checkpoints and cached images")
