@@ -22,11 +22,19 @@ from ml_backend.cycle_log import CycleLog
 from ml_backend.db import ProjectRow, UsedTaskRow, utc_now
 from ml_backend.errors import ImageError
 from ml_backend.label_config import LabelConfig, parse_label_config
-from ml_backend.ls_format import choose_annotation, image_uri, instances_from_annotation
+from ml_backend.ls_format import Json, choose_annotation, image_uri, instances_from_annotation
 from ml_backend.pool import is_validation, read_scores
-from ml_backend.pseudo_labels import SeenImage, only_masks_are_needed, seen_image, thresholds_by_class, with_trusted
+from ml_backend.pseudo_labels import (
+    SeenImage,
+    only_masks_are_needed,
+    seen_image,
+    thresholds_by_class,
+    trust_by,
+    with_trusted,
+)
 from ml_backend.service import Service
 from model.calibration import reliability, true_ious
+from model.comparison import compare
 from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import LabeledSet, load_image, read_coco, write_coco
 from model.errors import CheckpointError, DatasetError, TSPError
@@ -34,6 +42,7 @@ from model.evaluate import evaluate
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.predict import detect
+from model.pseudo_labels import with_score_threshold
 from model.registry import ModelCard
 from model.train import Progress, load_trained, train
 from model.types import Detections, FloatArray, LabeledImage
@@ -87,7 +96,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
             f"none of the {len(task_ids)} annotated tasks can be trained on ({len(split['validation'].images)} are for "
             f"validation, {len(problems)} have problems): annotate more images or lower TSP_VALIDATION_FRACTION"
         )
-    return _freeze_recipe(service, number, folder, split["training"])
+    return _freeze_recipe(service, project_key, number, folder, split["training"])
 
 
 def train_version(service: Service, project_key: str, number: int, log: CycleLog) -> None:
@@ -146,8 +155,13 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
         found[image.image_id] = next(detect(network, [load_image(image.path)]))
         log.progress(len(found), len(validation.images))
     metrics = _measured(found, validation, mask_threshold=network.config.mask_threshold)
-    log.facts({"metrics": metrics})
     recipe = json.loads((folder / "recipe.json").read_text())
+    compared = compare(
+        found, validation.images, len(validation.class_names), mask_threshold=network.config.mask_threshold
+    )
+    by_precision = PseudoLabelConfig(rule="precision", precision=service.settings.pseudo_precision)
+    metrics["pseudo_score_threshold"] = with_score_threshold(by_precision, compared).score_threshold
+    log.facts({"metrics": metrics})
     card = ModelCard(
         version=version,
         network=network.config.to_json(),
@@ -212,12 +226,14 @@ def _mark_used(service: Service, project_key: str, number: int, task_ids: list[i
         session.get_one(ProjectRow, project_key).new_annotated = 0  # until the next look counts those that came since
 
 
-def _freeze_recipe(service: Service, number: int, folder: Path, training: LabeledSet) -> str:
+def _freeze_recipe(service: Service, project_key: str, number: int, folder: Path, training: LabeledSet) -> str:
     """Write down how this cycle trains, so that settings changed in mid-cycle count from the next one; the version.
 
     No other training run has its name: Label Studio may still hold predictions of an earlier installation.
     """
     settings = service.settings
+    active = service.registry.active(project_key)
+    metrics = service.registry.card(project_key, active).metrics if active else {}
     recipe = {
         "profile": settings.profile,
         "num_classes": len(training.class_names) + 1,
@@ -225,7 +241,7 @@ def _freeze_recipe(service: Service, number: int, folder: Path, training: Labele
         "strategy": settings.strategy,
         "options": settings.network_options(training.images),
         "training": asdict(settings.training()),
-        "pseudo_labels": _trust(service),
+        "pseudo_labels": _trust(service, metrics),
     }
     write_json(folder / "recipe.json", recipe)
     digest = _sha256((folder / "training.json").read_bytes() + (folder / "recipe.json").read_bytes())
@@ -302,12 +318,15 @@ def _recipe(service: Service, folder: Path) -> tuple[MaskRCNNWithScores, Trainin
     torch.manual_seed(training.seed)
     network = build_model(recipe["profile"], recipe["num_classes"], weights=recipe["weights"], **recipe["options"])
     # Older releases did not freeze it: what holds now, held then.
-    trust = recipe["pseudo_labels"] if "pseudo_labels" in recipe else _trust(service)
+    trust = recipe["pseudo_labels"] if "pseudo_labels" in recipe else _trust(service, {})
     return network, training, None if trust is None else PseudoLabelConfig(**trust)
 
 
-def _trust(service: Service) -> dict[str, Any] | None:
-    return asdict(service.settings.pseudo_labels()) if service.settings.semi_supervised else None
+def _trust(service: Service, metrics: Json) -> dict[str, Any] | None:
+    """What is trusted of what the version with these metrics saw; None: nothing is learnt from pseudo labels."""
+    if not service.settings.semi_supervised:
+        return None
+    return asdict(trust_by(service.settings.pseudo_labels(), metrics))
 
 
 def _trained_network(service: Service, folder: Path) -> MaskRCNNWithScores:

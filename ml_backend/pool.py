@@ -15,7 +15,7 @@ from ml_backend.errors import ImageError
 from ml_backend.images import FetchedImage
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
-from ml_backend.pseudo_labels import kept_detections
+from ml_backend.pseudo_labels import kept_detections, trust_by
 from ml_backend.service import Service
 from model.dataset import load_image
 from model.duplicates import distinct
@@ -176,7 +176,7 @@ def _seen(
         )["result"],
         "detections": kept_detections(
             detections,
-            settings.pseudo_labels(),
+            trust_by(settings.pseudo_labels(), card.metrics),
             class_names=card.class_names,
             mask_threshold=network.config.mask_threshold,
         ),

@@ -83,8 +83,14 @@ class Settings(BaseSettings):
     mask_score_threshold: float = _env(
         "TSP_MASK_THRESHOLD", 0.8, "sigma_m: mask score a pseudo label needs", ge=0, le=1
     )
-    pseudo_rule: Literal["and", "or"] = _env(
-        "TSP_PSEUDO_RULE", "and", "`and`: all three thresholds (section 3.2); `or`: any of them (Algorithm 1, line 10)"
+    pseudo_rule: Literal["and", "or", "precision"] = _env(
+        "TSP_PSEUDO_RULE",
+        "and",
+        "`and`: all three thresholds (section 3.2); `or`: any of them (Algorithm 1, line 10); `precision`: as many as "
+        "were right on the validation images (TSP_PSEUDO_PRECISION)",
+    )
+    pseudo_precision: float = _env(
+        "TSP_PSEUDO_PRECISION", 0.9, "share of right pseudo labels that the rule `precision` aims at", gt=0, lt=1
     )
     class_wise_thresholds: bool = _env(
         "TSP_CLASS_WISE_THRESHOLDS", False, "lower sigma_c for classes of which the model is less sure in general"
@@ -352,6 +358,7 @@ class Settings(BaseSettings):
             box_threshold=self.box_threshold,
             mask_threshold=self.mask_score_threshold,
             rule=self.pseudo_rule,
+            precision=self.pseudo_precision,
             class_wise_thresholds=self.class_wise_thresholds,
             class_threshold_floor=self.class_threshold_floor,
             ignore_threshold=self.ignore_threshold,

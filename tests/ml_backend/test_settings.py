@@ -174,7 +174,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("TSP_COLD_START", "warm", "'random' or 'spread'"),
         ("TSP_BETA", "nan", "finite"),
         ("TSP_CLASS_THRESHOLD", "90", "less than or equal to 1"),
-        ("TSP_PSEUDO_RULE", "xor", "'and' or 'or'"),
+        ("TSP_PSEUDO_RULE", "xor", "'and', 'or' or 'precision'"),
         ("TSP_PSEUDO_NEGATIVES", "all", "'none' or 'outside_ignored'"),
         ("TSP_RAMP_UP", "2", "less than or equal to 1"),
         ("TSP_PSEUDO_EVERY_STEPS", "0", "greater than or equal to 1"),
