@@ -89,6 +89,7 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("TSP_BOX_THRESHOLD", "0.6", "box_threshold", 0.6),
     ("TSP_MASK_THRESHOLD", "0.7", "mask_score_threshold", 0.7),
     ("TSP_PSEUDO_RULE", "or", "pseudo_rule", "or"),
+    ("TSP_PSEUDO_PRECISION", "0.8", "pseudo_precision", 0.8),
     ("TSP_CLASS_WISE_THRESHOLDS", "true", "class_wise_thresholds", True),
     ("TSP_CLASS_THRESHOLD_FLOOR", "0.4", "class_threshold_floor", 0.4),
     ("TSP_SOFT_WEIGHTS", "true", "soft_weights", True),
