@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from model.calibration import fit_calibration
+from model.comparison import compare
 from model.config import NetworkConfig, TrainingConfig
 from model.dataset import LabeledSet, fitting_anchors, load_image
 from model.files import write_json
@@ -36,7 +37,7 @@ from scripts.benchmark_lines import (
     strategy_of,
     without_semi_supervision,
 )
-from scripts.benchmark_measures import compare, iou_pairs, measured, pseudo_quality
+from scripts.benchmark_measures import iou_pairs, measured, pseudo_quality
 from scripts.benchmark_sets import Data, at_input_size
 from scripts.shared_files import locked
 
