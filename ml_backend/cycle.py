@@ -21,6 +21,7 @@ from sqlalchemy import select
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import ProjectRow, UsedTaskRow, utc_now
 from ml_backend.errors import ImageError
+from ml_backend.gate import judge_version
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import choose_annotation, image_uri, instances_from_annotation
 from ml_backend.pool import is_validation, read_scores
@@ -135,8 +136,9 @@ def train_version(service: Service, project_key: str, number: int, log: CycleLog
         log.facts({"training_seconds": round(time.monotonic() - started, 1), "loss": progress.losses})
 
 
-def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> None:
-    """Measure the trained network on the frozen validation split and put it into the registry."""
+def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> bool:
+    """Measure the trained network on the frozen validation split and put it into the registry; whether it may take the
+    place of the active version."""
     folder = service.cycle_folder(project_key, number)
     training, validation = _frozen(folder, "training"), _frozen(folder, "validation")
     log.stage("evaluating", total=len(validation.images))
@@ -160,6 +162,10 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
         strategy=recipe.get("strategy", "tsp"),  # older releases knew no other
     )
     service.registry.add(project_key, card, network)
+    verdict = judge_version(
+        service, project_key, found, validation, mask_threshold=network.config.mask_threshold, log=log
+    )
+    return verdict.accepted
 
 
 def _measured(found: Mapping[str, Detections], truth: LabeledSet, *, mask_threshold: float) -> dict[str, Any]:
