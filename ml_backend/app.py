@@ -100,7 +100,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         """Remember the project; refuse a labelling configuration that nothing can be drawn with."""
         name = _project_name(request.project)
         parse_label_config(request.label_config, from_name=settings.from_name)
-        inbox.remember_project(service.database, name)
+        inbox.remember_project(service.database, name, connected=True)
         return backend(request.project).setup()
 
     @app.get("/refused/{reason}")

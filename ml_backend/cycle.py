@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sqlalchemy import select
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import ProjectRow, UsedTaskRow, utc_now
+from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
 from ml_backend.errors import ImageError
 from ml_backend.gate import judge_version
 from ml_backend.label_config import LabelConfig, parse_label_config
-from ml_backend.ls_format import choose_annotation, image_uri, instances_from_annotation
+from ml_backend.ls_format import GONE_CONTROL, UNKNOWN_LABEL, choose_annotation, image_uri, instances_from_annotation
 from ml_backend.pool import is_validation, read_scores
 from ml_backend.pseudo_labels import SeenImage, only_masks_are_needed, seen_image, thresholds_by_class, with_trusted
 from ml_backend.service import Service
@@ -197,10 +196,13 @@ def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelCon
     fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config))
     annotation = choose_annotation(task) or {}
     instances = instances_from_annotation(annotation, config, fetched.image_hw)
-    unknown = [reason for reason in instances.ignored if reason.startswith("unknown label")]
-    if unknown or (instances.ignored and not len(instances.labels)):
+    outdated = [reason for reason in instances.ignored if reason.startswith((UNKNOWN_LABEL, GONE_CONTROL))]
+    if outdated or (instances.ignored and not len(instances.labels)):
         # To train on the rest would teach that what was drawn there is background.
-        raise DatasetError(f"task {task['id']}: not all of its annotation can be learnt: {dict(instances.ignored)}")
+        raise DatasetError(
+            f"task {task['id']}: not all of its annotation can be learnt: {dict(instances.ignored)}. "
+            + (_MEND_OUTDATED.format(config.from_name, ", ".join(config.labels)) if outdated else _MEND_SHAPES)
+        )
     return LabeledImage(
         image_id=fetched.sha256,
         path=fetched.path,
@@ -210,9 +212,16 @@ def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelCon
     )
 
 
+_MEND_OUTDATED = (
+    "Open the task and give these regions one of the labels that the control {!r} has now ({}), or put the old names "
+    "back into the labelling configuration."
+)
+_MEND_SHAPES = "Open the task and draw polygons; without any region it would say that nothing is there."
+
+
 def _mark_used(service: Service, project_key: str, number: int, task_ids: list[int]) -> None:
+    known = used_tasks(service.database, project_key)
     with service.database.session() as session:
-        known = set(session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key)))
         new = [task_id for task_id in task_ids if task_id not in known]
         session.add_all(UsedTaskRow(project_key=project_key, task_id=t, first_cycle=number) for t in new)
         session.get_one(ProjectRow, project_key).new_annotated = 0  # until the next look counts those that came since

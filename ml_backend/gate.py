@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ml_backend.cycle_log import CycleLog
+from ml_backend.publication import cycle_of
 from ml_backend.service import Service
 from model.comparison import compare
 from model.dataset import LabeledSet, load_image, read_coco
@@ -85,8 +86,7 @@ def _verdict(
 
 def _trained_on(service: Service, project_key: str, version: str) -> set[str]:
     """The images that taught a version: they may measure now, when TSP_VALIDATION_FRACTION has risen since."""
-    number = int(version.split("-")[1])
-    snapshot = service.cycle_folder(project_key, number) / "training.json"
+    snapshot = service.cycle_folder(project_key, cycle_of(version)) / "training.json"
     return {image.image_id for image in read_coco(snapshot, Path("/")).images} if snapshot.exists() else set()
 
 

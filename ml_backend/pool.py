@@ -151,9 +151,10 @@ def _seen(
     their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
     settings = service.settings
     observation, detections = look_at(service, network, card, fetched.path)
+    # In the model's own classes: those that the project has are picked out when they are published.
     shown = detections_for_people(
         detections,
-        config,
+        own := replace(config, labels=card.class_names, displayed=()),
         class_names=card.class_names,
         shown_threshold=settings.shown_threshold,
         mask_threshold=network.config.mask_threshold,
@@ -168,7 +169,7 @@ def _seen(
         "instances": int((detections.class_scores >= settings.queue_threshold).sum()),
         "result": prediction(
             shown,
-            config,
+            own,
             model_version=card.version,
             score=0.0,
             mask_threshold=network.config.mask_threshold,
