@@ -83,7 +83,7 @@ def versions_overview(service: Service, project_key: str) -> list[dict[str, Any]
     """The versions that are kept, the newest first, with what the gate said of each."""
     with service.database.session() as session:
         query = select(CycleRow.version, CycleRow.facts).where(CycleRow.project_key == project_key)
-        facts: dict[str | None, dict[str, Any]] = dict(session.execute(query).tuples().all())
+        facts: dict[str | None, dict[str, Any]] = {row.version: row.facts for row in session.execute(query)}
     active = service.registry.active(project_key)
     return [
         {
