@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated
 from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment
 
@@ -35,9 +35,8 @@ def form_token(settings: Settings) -> str:
     return hmac.new(settings.require_api_key().encode(), b"forms of the dashboard", hashlib.sha256).hexdigest()
 
 
-def actions(service: Service, pages: Environment) -> APIRouter:
-    """The routes."""
-    router = APIRouter()
+def add_actions(app: FastAPI, service: Service, pages: Environment) -> None:
+    """Add the routes."""
     token = form_token(service.settings)
 
     def answer(title: str, message: str, *, status: int = 200, action: str = "") -> Response:
@@ -48,7 +47,7 @@ def actions(service: Service, pages: Environment) -> APIRouter:
         if not hmac.compare_digest(form.get("token", "").encode(), token.encode()):
             raise InvalidInputError("this form is not from this dashboard: open the dashboard anew and press there")
 
-    @router.post("/projects/{project_key}/activate", response_class=HTMLResponse)
+    @app.post("/projects/{project_key}/activate", response_class=HTMLResponse)
     def activate(project_key: str, form: Form) -> Response:
         """Ask for a version (form fields `version` and `token`) to be the active one."""
         try:
@@ -58,7 +57,7 @@ def actions(service: Service, pages: Environment) -> APIRouter:
             return answer("This version cannot be used now", str(error), status=422)
         return RedirectResponse("../../ui", status_code=303)
 
-    @router.get("/projects/{project_key}/forget", response_class=HTMLResponse)
+    @app.get("/projects/{project_key}/forget", response_class=HTMLResponse)
     def ask(project_key: str) -> Response:
         """What forgetting a project means, with the button that does it."""
         try:
@@ -67,7 +66,7 @@ def actions(service: Service, pages: Environment) -> APIRouter:
             return answer("This project cannot be forgotten", str(error), status=422)
         return answer("Forget this project?", _FORGETTING.format(key=project_key), action="forget")
 
-    @router.post("/projects/{project_key}/forget", response_class=HTMLResponse)
+    @app.post("/projects/{project_key}/forget", response_class=HTMLResponse)
     def forget_project(project_key: str, form: Form) -> Response:
         """Forget a project (form fields `token` and, to remove its data too, `delete_data`)."""
         try:
@@ -76,8 +75,6 @@ def actions(service: Service, pages: Environment) -> APIRouter:
         except InvalidInputError as error:
             return answer("This project cannot be forgotten", str(error), status=422)
         return answer("Forgotten", FORGOTTEN.format(key=project_key))
-
-    return router
 
 
 _FORGETTING = (

@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
 from ml_backend import inbox
-from ml_backend.actions import NO_FRAMES, actions, form_token
+from ml_backend.actions import NO_FRAMES, add_actions, form_token
 from ml_backend.backend import TSPBackend
 from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
 from ml_backend.forget import forgotten_projects
@@ -141,7 +141,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         return {"worker": worker_overview(service), "projects": overview(service)}
 
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True)
-    app.include_router(actions(service, pages))
+    add_actions(app, service, pages)
 
     @app.get("/ui", response_class=HTMLResponse)
     def ui() -> Response:

@@ -22,7 +22,7 @@ from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
 from ml_backend.errors import ImageError
 from ml_backend.gate import judge_version
 from ml_backend.label_config import LabelConfig, parse_label_config
-from ml_backend.ls_format import GONE_CONTROL, UNKNOWN_LABEL, choose_annotation, image_uri, instances_from_annotation
+from ml_backend.ls_format import UNKNOWN_LABEL, UNKNOWN_NAME, choose_annotation, image_uri, instances_from_annotation
 from ml_backend.pool import is_validation, read_scores
 from ml_backend.pseudo_labels import SeenImage, only_masks_are_needed, seen_image, thresholds_by_class, with_trusted
 from ml_backend.service import Service
@@ -196,7 +196,7 @@ def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelCon
     fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config))
     annotation = choose_annotation(task) or {}
     instances = instances_from_annotation(annotation, config, fetched.image_hw)
-    outdated = [reason for reason in instances.ignored if reason.startswith((UNKNOWN_LABEL, GONE_CONTROL))]
+    outdated = [reason for reason in instances.ignored if reason.startswith((UNKNOWN_LABEL, UNKNOWN_NAME))]
     if outdated or (instances.ignored and not len(instances.labels)):
         # To train on the rest would teach that what was drawn there is background.
         raise DatasetError(

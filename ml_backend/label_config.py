@@ -33,7 +33,7 @@ class LabelConfig:
     data_key: str  # of task["data"]; may be a path such as "scan.url"
     labels: tuple[str, ...]
     displayed: tuple[str, ...] = ()
-    other_controls: tuple[str, ...] = ()  # names of the other tags that draw or say something about an object
+    other_names: tuple[str, ...] = ()  # of the tags that are neither the control nor the image
 
     def class_of(self, label: str) -> int | None:
         """The class 1..C of a label in a result, None when the configuration does not know it."""
@@ -58,7 +58,9 @@ def parse_label_config(xml: str, *, from_name: str | None = None) -> LabelConfig
         data_key=_data_key(images[to_name], tags),
         labels=tuple(labels),
         displayed=tuple(labels.values()),
-        other_controls=_other_controls(tags, control),
+        other_names=tuple(
+            tag.get("name", "") for tag in tags if tag.get("name") not in (None, control.get("name"), to_name)
+        ),
     )
 
 
@@ -90,11 +92,6 @@ def _polygon_control(tags: Sequence[Element], images: dict[str, Element], from_n
 def _image_name(control: Element, images: dict[str, Element]) -> str | None:
     """The first Image among the comma-separated names of `toName`."""
     return next((name for name in control.get("toName", "").split(",") if name in images), None)
-
-
-def _other_controls(tags: Sequence[Element], control: Element) -> tuple[str, ...]:
-    names = [tag.get("name", "") for tag in tags if tag is not control and tag.get("toName")]
-    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def _labels(control: Element, tags: Sequence[Element]) -> dict[str, str]:

@@ -40,7 +40,7 @@ TRUTH_TOLERANCE_PX = 0.25
 
 # What an annotation may hold that was drawn with another configuration: these reasons begin so.
 UNKNOWN_LABEL = "unknown label"
-GONE_CONTROL = "polygon of a control that the labelling configuration does not have:"
+UNKNOWN_NAME = "polygon of a tag that the labelling configuration does not have:"
 
 DRAWN_TYPES = frozenset({"polygon", "rectangle", "ellipse", "keypoint", "brush", "bitmask", "vector"})
 
@@ -350,10 +350,9 @@ def _read_part(region: Mapping[str, Any], config: LabelConfig, image_hw: tuple[i
     if not kind.startswith("polygon"):
         return f"{kind}: only polygons are learnt"
     if region.get("from_name") != config.from_name:
-        known = region.get("from_name") in config.other_controls
-        return "polygon of another control" if known else f"{GONE_CONTROL} {region.get('from_name')!r}"
+        return _elsewhere("polygon of another control", region.get("from_name"), config)
     if region.get("to_name") != config.to_name:
-        return "polygon on another image"
+        return _elsewhere("polygon on another image", region.get("to_name"), config)
     if not isinstance(value, Mapping):
         return "malformed region"
     label = _class_of(value.get("polygonlabels"), config)
@@ -366,6 +365,11 @@ def _read_part(region: Mapping[str, Any], config: LabelConfig, image_hw: tuple[i
         region_id=region_id if isinstance(region_id, str) else None,
         parent_id=parent_id if isinstance(parent_id, str) else None,
     )
+
+
+def _elsewhere(reason: str, name: object, config: LabelConfig) -> str:
+    """Why a region of another tag than ours is not learnt: `reason` if the configuration has that tag."""
+    return reason if name in config.other_names else f"{UNKNOWN_NAME} {name!r}"
 
 
 def _class_of(names: object, config: LabelConfig) -> int | str:
