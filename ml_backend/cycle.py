@@ -56,7 +56,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     problems: list[str] = []
     for done, task in enumerate(service.label_studio.annotated_tasks(project.id, task_ids), start=1):
         try:
-            image = _annotated_image(service, task, config)
+            image = _annotated_image(service, project_key, task, config)
             images[image.image_id] = image  # the same bytes in two tasks are one image
         except (ImageError, DatasetError) as error:
             problems.append(str(error))
@@ -192,8 +192,8 @@ def _rescored(detections: Detections) -> Detections:
     return replace(detections, class_scores=scores).select(np.argsort(-scores, kind="stable"))
 
 
-def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelConfig) -> LabeledImage:
-    fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config))
+def _annotated_image(service: Service, project_key: str, task: Mapping[str, Any], config: LabelConfig) -> LabeledImage:
+    fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config), project_key=project_key)
     annotation = choose_annotation(task) or {}
     instances = instances_from_annotation(annotation, config, fetched.image_hw)
     outdated = [reason for reason in instances.ignored if reason.startswith((UNKNOWN_LABEL, UNKNOWN_NAME))]

@@ -48,9 +48,8 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
     with path.open("a") as lines:
         for done, task in enumerate(waiting, start=1):
             try:
-                fetched = service.images.fetch(
-                    task_id=task.id, uri=image_uri({"id": task.id, "data": task.data}, config)
-                )
+                uri = image_uri({"id": task.id, "data": task.data}, config)
+                fetched = service.images.fetch(task_id=task.id, uri=uri, project_key=project_key)
                 line = _seen(service, network, card, config, task.id, fetched)
             except (ImageError, DatasetError) as error:
                 problems.append(str(error))

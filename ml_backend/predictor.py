@@ -47,7 +47,7 @@ class Predictor:
             return [empty_prediction(UNTRAINED) for _ in tasks]
         with self._lock:
             network, card, order = self._load(project_key, version)
-            return [self._predict_task(task, network, card, config, order) for task in tasks]
+            return [self._predict_task(project_key, task, network, card, config, order) for task in tasks]
 
     def _load(self, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard, QueueOrder]:
         """The version, and the order in which it has put the queue."""
@@ -62,6 +62,7 @@ class Predictor:
 
     def _predict_task(
         self,
+        project_key: str,
         task: Mapping[str, Any],
         network: MaskRCNNWithScores,
         card: ModelCard,
@@ -70,7 +71,7 @@ class Predictor:
     ) -> Json:
         settings, task_id = self._service.settings, task.get("id", 0)
         try:
-            fetched = self._service.images.fetch(task_id=task_id, uri=image_uri(task, config))
+            fetched = self._service.images.fetch(task_id=task_id, uri=image_uri(task, config), project_key=project_key)
             seen, found = look_at(self._service, network, card, fetched.path)
         except (ImageError, DatasetError) as error:
             logger.warning("%s", error)

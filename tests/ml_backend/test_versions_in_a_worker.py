@@ -12,7 +12,7 @@ from ml_backend.settings import Settings
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, raw_api
 from tests.ml_backend.examples import import_images, phantom_images
-from tests.ml_backend.test_worker import Running
+from tests.ml_backend.test_worker import Running, wait
 
 pytestmark = pytest.mark.label_studio
 
@@ -113,6 +113,30 @@ def test_a_worse_version_is_refused_and_people_can_promote_it_and_go_back(
         assert (status["activations"][0]["status"], status["active_version"]) == ("done", first)
         check_queue(client, label_studio, project, others, name=f"{first}.1", old=batch)
         assert activate(running, "tsp-9-00000000") == 422
+
+
+def test_a_project_that_is_forgotten_while_it_trains_can_begin_anew(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path
+) -> None:
+    (task,) = import_images(client, project, phantom_images(1))
+    client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
+    place = {"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": label_studio.token}
+    with Running(tmp_path, **place, TSP_EPOCHS="40") as running:
+        for forgotten in (True, False):
+            running.connect(project.uid)
+            ask_to_train(running, project)
+            running.wait(lambda p: p["cycles"] and p["cycles"][0]["stage"].startswith("training"))
+            if forgotten:
+                key = running.status()["key"]
+                fields = {"token": form_token(Settings(**running.environment)), "delete_data": "yes"}
+                running.web.post(f"/projects/{key}/forget", data=fields).raise_for_status()
+                folder = tmp_path / "models" / "cycles" / key
+                wait(lambda folder=folder: not folder.exists(), running.log.read_text)
+                wait(lambda: running.web.get("/ui").text.count("Forgotten:") == 0, running.log.read_text)
+                assert running.web.get("/status").json()["projects"] == []
+        (cycle,) = running.wait(lambda p: p["cycles"] and is_idle(p))["cycles"]  # the workflow engine runs it again
+        assert (cycle["number"], cycle["status"], cycle["error"]) == (1, "done", "")
+    assert "people have asked to forget this project" in running.log.read_text()
 
 
 def check_queue(
