@@ -59,8 +59,9 @@ def reconcile(service: Service, project_key: str) -> Decision:
         _plan_cycle(service.database, project_key, last + 1, decision.reason, handled)
     else:
         inbox.mark_handled(service.database, handled)
-    if unfinished_work(service.database, project_key) is None:
-        _repair_queue(service, project_key, project)
+    is_busy = unfinished_work(service.database, project_key) is not None
+    _repair_queue(service, project_key, project, is_busy=is_busy)
+    if not is_busy:
         _follow_labels(service, project_key, project)
     return decision
 
@@ -71,7 +72,7 @@ def _newest_cycle(database: Database, project_key: str) -> int:
         return session.scalar(select(func.max(CycleRow.number)).where(CycleRow.project_key == project_key)) or 0
 
 
-def _repair_queue(service: Service, project_key: str, project: Project) -> None:
+def _repair_queue(service: Service, project_key: str, project: Project, *, is_busy: bool) -> None:
     """Random order before the first version (Label Studio's own default is the order of import), or that of a first
     batch, then the active version's: somebody may have deleted a version, which makes Label Studio forget the one it
     showed."""
@@ -84,7 +85,7 @@ def _repair_queue(service: Service, project_key: str, project: Project) -> None:
     else:
         publication = publication_of(service, project_key, version)
         name = publication.name if publication else version
-    if name and project.model_version != name:
+    if name and project.model_version != name and not is_busy:
         versions = client.model_versions(project.id)
         is_stale = project.model_version not in versions or OUR_NAME.fullmatch(project.model_version)
         if name in versions and is_stale:
