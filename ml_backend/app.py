@@ -21,8 +21,10 @@ from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
 from ml_backend import inbox
+from ml_backend.actions import NO_FRAMES, add_actions, form_token
 from ml_backend.backend import TSPBackend
 from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
+from ml_backend.forget import forgotten_projects
 from ml_backend.inbox import ProjectName
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_format import Json
@@ -100,7 +102,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         """Remember the project; refuse a labelling configuration that nothing can be drawn with."""
         name = _project_name(request.project)
         parse_label_config(request.label_config, from_name=settings.from_name)
-        inbox.remember_project(service.database, name)
+        inbox.remember_project(service.database, name, connected=True)
         return backend(request.project).setup()
 
     @app.get("/refused/{reason}")
@@ -138,12 +140,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         """What the dashboard shows, as JSON."""
         return {"worker": worker_overview(service), "projects": overview(service)}
 
-    page = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True).get_template("ui.html")
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True)
+    add_actions(app, service, pages)
 
     @app.get("/ui", response_class=HTMLResponse)
-    def ui() -> str:
+    def ui() -> Response:
         """The dashboard."""
-        return page.render(worker=worker_overview(service), projects=overview(service))
+        page = pages.get_template("ui.html").render(
+            worker=worker_overview(service),
+            projects=overview(service),
+            forgotten=forgotten_projects(service),
+            token=form_token(settings),
+        )
+        return HTMLResponse(page, headers=NO_FRAMES)
 
     return app
 

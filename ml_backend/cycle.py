@@ -16,13 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from sqlalchemy import select
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import ProjectRow, UsedTaskRow, utc_now
+from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
 from ml_backend.errors import ImageError
+from ml_backend.gate import judge_version
 from ml_backend.label_config import LabelConfig, parse_label_config
-from ml_backend.ls_format import Json, choose_annotation, image_uri, instances_from_annotation
+from ml_backend.ls_format import (
+    UNKNOWN_LABEL,
+    UNKNOWN_NAME,
+    Json,
+    choose_annotation,
+    image_uri,
+    instances_from_annotation,
+)
 from ml_backend.pool import is_validation, read_scores
 from ml_backend.pseudo_labels import (
     SeenImage,
@@ -65,7 +72,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     problems: list[str] = []
     for done, task in enumerate(service.label_studio.annotated_tasks(project.id, task_ids), start=1):
         try:
-            image = _annotated_image(service, task, config)
+            image = _annotated_image(service, project_key, task, config)
             images[image.image_id] = image  # the same bytes in two tasks are one image
         except (ImageError, DatasetError) as error:
             problems.append(str(error))
@@ -144,8 +151,9 @@ def train_version(service: Service, project_key: str, number: int, log: CycleLog
         log.facts({"training_seconds": round(time.monotonic() - started, 1), "loss": progress.losses})
 
 
-def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> None:
-    """Measure the trained network on the frozen validation split and put it into the registry."""
+def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> bool:
+    """Measure the trained network on the frozen validation split and put it into the registry; whether it may take the
+    place of the active version."""
     folder = service.cycle_folder(project_key, number)
     training, validation = _frozen(folder, "training"), _frozen(folder, "validation")
     log.stage("evaluating", total=len(validation.images))
@@ -174,6 +182,10 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
         strategy=recipe.get("strategy", "tsp"),  # older releases knew no other
     )
     service.registry.add(project_key, card, network)
+    verdict = judge_version(
+        service, project_key, found, validation, mask_threshold=network.config.mask_threshold, log=log
+    )
+    return verdict.accepted
 
 
 def _measured(found: Mapping[str, Detections], truth: LabeledSet, *, mask_threshold: float) -> dict[str, Any]:
@@ -201,14 +213,17 @@ def _rescored(detections: Detections) -> Detections:
     return replace(detections, class_scores=scores).select(np.argsort(-scores, kind="stable"))
 
 
-def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelConfig) -> LabeledImage:
-    fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config))
+def _annotated_image(service: Service, project_key: str, task: Mapping[str, Any], config: LabelConfig) -> LabeledImage:
+    fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config), project_key=project_key)
     annotation = choose_annotation(task) or {}
     instances = instances_from_annotation(annotation, config, fetched.image_hw)
-    unknown = [reason for reason in instances.ignored if reason.startswith("unknown label")]
-    if unknown or (instances.ignored and not len(instances.labels)):
+    outdated = [reason for reason in instances.ignored if reason.startswith((UNKNOWN_LABEL, UNKNOWN_NAME))]
+    if outdated or (instances.ignored and not len(instances.labels)):
         # To train on the rest would teach that what was drawn there is background.
-        raise DatasetError(f"task {task['id']}: not all of its annotation can be learnt: {dict(instances.ignored)}")
+        raise DatasetError(
+            f"task {task['id']}: not all of its annotation can be learnt: {dict(instances.ignored)}. "
+            + (_MEND_OUTDATED.format(config.from_name, ", ".join(config.labels)) if outdated else _MEND_SHAPES)
+        )
     return LabeledImage(
         image_id=fetched.sha256,
         path=fetched.path,
@@ -218,9 +233,16 @@ def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelCon
     )
 
 
+_MEND_OUTDATED = (
+    "Open the task and give these regions one of the labels that the control {!r} has now ({}), or put the old names "
+    "back into the labelling configuration."
+)
+_MEND_SHAPES = "Open the task and draw polygons; without any region it would say that nothing is there."
+
+
 def _mark_used(service: Service, project_key: str, number: int, task_ids: list[int]) -> None:
+    known = used_tasks(service.database, project_key)
     with service.database.session() as session:
-        known = set(session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key)))
         new = [task_id for task_id in task_ids if task_id not in known]
         session.add_all(UsedTaskRow(project_key=project_key, task_id=t, first_cycle=number) for t in new)
         session.get_one(ProjectRow, project_key).new_annotated = 0  # until the next look counts those that came since

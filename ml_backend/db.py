@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, create_engine, event, make_url, text
+from sqlalchemy import JSON, ForeignKey, Index, create_engine, event, make_url, select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -54,10 +54,9 @@ class EventRow(Base):
     handled_at: Mapped[str | None]
 
 
-class CycleRow(Base):
-    """One turn of Algorithm 1. status: planned, running, done, failed; stage: what it is doing now, in words."""
-
-    __tablename__ = "cycles"
+class Work:
+    """What the worker does for a project while people watch. status: planned, running, done, failed (or "refused");
+    stage: what it is doing now, in words."""
 
     project_key: Mapped[str] = mapped_column(ForeignKey("projects.key"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
@@ -73,6 +72,28 @@ class CycleRow(Base):
     finished_at: Mapped[str | None]
 
 
+class CycleRow(Work, Base):
+    """One turn of Algorithm 1. "refused": the gate found its version worse than the active one."""
+
+    __tablename__ = "cycles"
+
+
+class ActivationRow(Work, Base):
+    """A wish that `version` is the active one and the queue in Label Studio is its queue; the worker fulfils it."""
+
+    __tablename__ = "activations"
+
+
+class ForgottenRow(Base):
+    """A project that people do not want to see any more; it is left alone until it is connected again."""
+
+    __tablename__ = "forgotten_projects"
+
+    project_key: Mapped[str] = mapped_column(primary_key=True)
+    delete_data: Mapped[bool] = mapped_column(default=False)  # what is on the disk and in these tables, too
+    asked_at: Mapped[str] = mapped_column(default=utc_now)
+
+
 class UsedTaskRow(Base):
     """An annotated task and the first cycle whose snapshot had it: what counts towards the next batch is the rest."""
 
@@ -81,6 +102,22 @@ class UsedTaskRow(Base):
     project_key: Mapped[str] = mapped_column(ForeignKey("projects.key"), primary_key=True)
     task_id: Mapped[int] = mapped_column(primary_key=True)
     first_cycle: Mapped[int]
+
+
+def used_tasks(database: "Database", project_key: str) -> set[int]:
+    """The tasks that were in the snapshot of a cycle."""
+    with database.session() as session:
+        return set(session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key)))
+
+
+def unfinished_work(database: "Database", project_key: str) -> str | None:
+    """What is planned or running in a project, such as "cycle 3"; None when nothing is."""
+    with database.session() as session:
+        for table, what in ((CycleRow, "cycle"), (ActivationRow, "activation")):
+            query = select(table.number).where(table.project_key == project_key, table.status.in_(UNFINISHED))
+            if (number := session.scalar(query.limit(1))) is not None:
+                return f"{what} {number}"
+    return None
 
 
 class WorkerRow(Base):

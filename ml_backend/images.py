@@ -96,8 +96,9 @@ class ImageStore:
     ) -> None:
         self.close()
 
-    def fetch(self, *, task_id: int, uri: str) -> FetchedImage:
-        """The image at `uri`, as it stands in the task's data.
+    def fetch(self, *, task_id: int, uri: str, project_key: str = "") -> FetchedImage:
+        """The image at `uri`, as it stands in the task's data. What one project had at an address of Label Studio is
+        not believed of another: Label Studio may have been set up anew at the same place.
 
         Raises ImageError when this image cannot be had or read (the others may be fine), and the client's errors when
         Label Studio itself is away or refuses the token.
@@ -105,7 +106,7 @@ class ImageStore:
         source = _Source(task_id=task_id, uri=uri)
         if not _is_text(uri):
             raise source.error("expected an address, got text that is not valid Unicode")
-        entry = self._index_path(uri)
+        entry = self._index_path(uri, project_key)
         known = self._look_up(entry)
         if known is not None:
             return known
@@ -119,11 +120,11 @@ class ImageStore:
 
     # The cache
 
-    def _index_path(self, uri: str) -> Path:
+    def _index_path(self, uri: str, project_key: str) -> Path:
         """Where the answer for an address is kept: by a hash, since addresses are long and may contain signatures."""
         own_path = self._client.own_path(uri)
         is_on_label_studio = own_path is not None or _scheme(uri) in _CLOUD_SCHEMES
-        address = f"{self._client.url} {own_path or uri}" if is_on_label_studio else uri
+        address = f"{self._client.url} {project_key} {own_path or uri}" if is_on_label_studio else uri
         key = hashlib.sha256(address.encode()).hexdigest()
         return self._index / key[:2] / f"{key}.json"
 

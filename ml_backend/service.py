@@ -73,6 +73,15 @@ class Service:
         """The tasks that were chosen as a version's batch, for strategies that choose a set."""
         return self.scores_folder(project_key) / f"{version}.batch.json"
 
+    def publication_file(self, project_key: str, version: str) -> Path:
+        """Under which name and in which labels a version's predictions stand in Label Studio."""
+        return self.scores_folder(project_key) / f"{version}.publication.json"
+
+    def project_folders(self, project_key: str) -> tuple[Path, ...]:
+        """Everything that lies on the disk for this project alone."""
+        cycles = self.settings.model_dir / "cycles" / project_key
+        return self.registry.root / project_key, cycles, self.scores_folder(project_key)
+
     def scores_folder(self, project_key: str) -> Path:
         """Where a project's versions keep what they saw."""
         return self.settings.model_dir / "scores" / project_key

@@ -77,6 +77,14 @@ class Settings(BaseSettings):
         "random",
         "the first batch: `random`, or `spread` over what the pretrained network sees in the images",
     )
+    gate: bool = _env(
+        "TSP_GATE",
+        True,
+        "refuse a new version that is worse on the validation images (docs/decisions/040)",
+    )
+    gate_margin: float = _env(
+        "TSP_GATE_MARGIN", 0.02, "by how much mask mAP@0.5 may fall before a new version is refused", ge=0, le=1
+    )
     beta: float = _env("TSP_BETA", 0.01, "weight of the pseudo-label loss (eq. 5)", ge=0)
     class_threshold: float = _env("TSP_CLASS_THRESHOLD", 0.9, "sigma_c: class score a pseudo label needs", ge=0, le=1)
     box_threshold: float = _env("TSP_BOX_THRESHOLD", 0.9, "sigma_b: box score a pseudo label needs", ge=0, le=1)

@@ -21,20 +21,23 @@ from sqlalchemy import select
 from ml_backend import cycle, inbox
 from ml_backend.batch import choose_batch
 from ml_backend.cold_start import prepare_first_batch
-from ml_backend.cycle_log import CycleLog
-from ml_backend.db import UNFINISHED, CycleRow, ProjectRow
+from ml_backend.cycle_log import ActivationLog, CycleLog
+from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, ForgottenRow, ProjectRow, unfinished_work
 from ml_backend.errors import LabelStudioUnavailableError, SettingsError
+from ml_backend.forget import forgotten_projects, remove_forgotten_data
 from ml_backend.pool import score_pool
 from ml_backend.publish import import_missing, publish
-from ml_backend.reconcile import reconcile, unfinished_cycle
+from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
+from ml_backend.versions import activate_version, end_refused_cycle
 from model.errors import TSPError
 
 logger = logging.getLogger(__name__)
 
 QUEUE = "cycles"
+ACTIVATIONS = "activations"  # a queue of its own: nobody who wants an older model back waits for a training
 _LOOK_EVERY_SECONDS = 1.0
 _WAIT_FOR_LABEL_STUDIO_SECONDS = 15.0
 _FIRST_BATCH_SECONDS = 5.0  # how long a project without a version is worked on before the others have their turn
@@ -71,15 +74,36 @@ class DurableCycles(DBOSConfiguredInstance):
         try:
             version = self.snapshot(project_key, number)
             self.train(project_key, number)
-            self.evaluate(project_key, number, version)
+            if self.evaluate(project_key, number, version) is False:  # None in the records of a release without a gate
+                return end_refused_cycle(self._service, project_key, number)
             self.score(project_key, number, version)
             self.choose(project_key, number, version)
             self.publish(project_key, number, version)
         except Exception as error:  # whatever it was, people must see it
             logger.exception("project %s: cycle %d failed", project_key, number)
-            self._log(project_key, number).finish("failed", error=f"{_in_words(error)} {_TRY_AGAIN}")
+            CycleLog(self._service.database, project_key, number).finish(
+                "failed", error=f"{_in_words(error)} {_TRY_AGAIN}"
+            )
         else:
-            self._log(project_key, number).finish("done")
+            CycleLog(self._service.database, project_key, number).finish("done")
+
+    @DBOS.workflow()
+    def activate(self, project_key: str, number: int) -> None:
+        """Make a version the active one; a failure is recorded with its reason and leaves the queue as it was."""
+        log = ActivationLog(self._service.database, project_key, number)
+        try:
+            self.switch(project_key, number)
+        except Exception as error:  # whatever it was, people must see it
+            logger.exception("project %s: activation %d failed", project_key, number)
+            log.finish("failed", error=f"{_in_words(error)} Choose a version on the dashboard to try again.")
+        else:
+            log.finish("done")
+
+    @_durable_step
+    def switch(self, project_key: str, number: int) -> None:
+        log = ActivationLog(self._service.database, project_key, number)
+        log.check_wanted()
+        activate_version(self._service, project_key, number, log)
 
     @_durable_step
     def snapshot(self, project_key: str, number: int) -> str:
@@ -94,8 +118,8 @@ class DurableCycles(DBOSConfiguredInstance):
         cycle.train_version(self._service, project_key, number, self._log(project_key, number))
 
     @_durable_step
-    def evaluate(self, project_key: str, number: int, version: str) -> None:
-        cycle.evaluate_version(self._service, project_key, number, version, self._log(project_key, number))
+    def evaluate(self, project_key: str, number: int, version: str) -> bool:
+        return cycle.evaluate_version(self._service, project_key, number, version, self._log(project_key, number))
 
     @_durable_step
     def score(self, project_key: str, number: int, version: str) -> None:
@@ -110,7 +134,10 @@ class DurableCycles(DBOSConfiguredInstance):
         publish(self._service, project_key, version, self._log(project_key, number))
 
     def _log(self, project_key: str, number: int) -> CycleLog:
-        return CycleLog(self._service.database, project_key, number)
+        """For a stage that begins."""
+        log = CycleLog(self._service.database, project_key, number)
+        log.check_wanted()
+        return log
 
 
 class Worker:
@@ -127,20 +154,24 @@ class Worker:
     def run(self) -> None:
         """Never returns."""
         DBOS.launch()
-        DBOS.register_queue(QUEUE, worker_concurrency=1)
+        for queue in (QUEUE, ACTIVATIONS):
+            DBOS.register_queue(queue, worker_concurrency=1)
         settings = self._service.settings
         SignOfLife(
             self._service.database, self._service.label_studio, ask_every_seconds=settings.reconcile_seconds
         ).start()
         logger.info("the worker is ready; it looks after %s", settings.label_studio_url)
         while True:
+            for project_key in forgotten_projects(self._service):
+                self._resume_work(project_key)  # which ends when it finds the project forgotten
+            remove_forgotten_data(self._service, DBOS.delete_workflows)
             for project_key in self._projects():
                 self._look_after(project_key)
             time.sleep(_LOOK_EVERY_SECONDS)
 
     def _look_after(self, project_key: str) -> None:
         """One project's turn; trouble with it is shown on the dashboard and does not reach the others."""
-        self._resume_cycles(project_key)
+        self._resume_work(project_key)
         if time.monotonic() < self._pause_until.get(project_key, 0.0):
             return
         try:
@@ -160,29 +191,32 @@ class Worker:
         self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
         decision = reconcile(self._service, project_key)
         logger.debug("project %s: %s", project_key, decision.reason)
-        self._resume_cycles(project_key)
-        if unfinished_cycle(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
+        self._resume_work(project_key)
+        if unfinished_work(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
             self._predict_new_tasks(project_key)
 
-    def _resume_cycles(self, project_key: str) -> None:
-        """Hand unfinished cycles to the workflow engine, which runs each once by its id, however often this is done.
-
-        Running ones too, if the engine has lost its records of them.
+    def _resume_work(self, project_key: str) -> None:
+        """Hand unfinished cycles and activations to the workflow engine, which runs each once by its id, however often
+        this is done. Running ones too, if the engine has lost its records of them.
         """
-        with self._service.database.session() as session:
-            query = select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status.in_(UNFINISHED))
-            numbers = session.scalars(query).all()
-        for number in numbers:
-            workflow = f"cycle-{project_key}-{number}"
-            status = DBOS.get_workflow_status(workflow)
-            if status is None:
-                with SetWorkflowID(workflow):
-                    DBOS.enqueue_workflow(QUEUE, self._cycles.run, project_key, number)
-            elif status.status not in _STILL_GOING:
-                # It ended without a word in the row: the disk was full, or it was tried too often.
-                CycleLog(self._service.database, project_key, number).abandon(
-                    f"the cycle ended unexpectedly ({status.status}); the worker's log says more. {_TRY_AGAIN}"
-                )
+        for table, what, queue, workflow, log in (
+            (CycleRow, "cycle", QUEUE, self._cycles.run, CycleLog),
+            (ActivationRow, "activation", ACTIVATIONS, self._cycles.activate, ActivationLog),
+        ):
+            with self._service.database.session() as session:
+                query = select(table.number).where(table.project_key == project_key, table.status.in_(UNFINISHED))
+                numbers = session.scalars(query).all()
+            for number in numbers:
+                workflow_id = f"{what}-{project_key}-{number}"
+                status = DBOS.get_workflow_status(workflow_id)
+                if status is None:
+                    with SetWorkflowID(workflow_id):
+                        DBOS.enqueue_workflow(queue, workflow, project_key, number)
+                elif status.status not in _STILL_GOING:
+                    # It ended without a word in the row: the disk was full, or it was tried too often.
+                    log(self._service.database, project_key, number).abandon(
+                        f"the {what} ended unexpectedly ({status.status}); the worker's log says more. {_TRY_AGAIN}"
+                    )
 
     def _predict_new_tasks(self, project_key: str) -> None:
         """Tasks that were imported, or lost their annotation, since the last cycle join the queue of its version."""
@@ -200,7 +234,7 @@ class Worker:
     def _go_on_with_first_batch(self, project_key: str) -> None:
         """A few seconds' work, so that annotations are noticed meanwhile; the first cycle makes the rest needless."""
         steps = self._first_batches.pop(project_key, None)
-        if steps is None or unfinished_cycle(self._service.database, project_key) is not None:
+        if steps is None or unfinished_work(self._service.database, project_key) is not None:
             return
         if self._service.registry.active(project_key) is not None:
             return
@@ -211,8 +245,11 @@ class Worker:
                 return
 
     def _projects(self) -> list[str]:
+        """Those that nobody has asked to forget."""
         with self._service.database.session() as session:
-            return list(session.scalars(select(ProjectRow.key).order_by(ProjectRow.key)))
+            forgotten = select(ForgottenRow.project_key)
+            query = select(ProjectRow.key).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
+            return list(session.scalars(query))
 
 
 def _in_words(error: Exception) -> str:
