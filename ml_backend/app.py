@@ -3,10 +3,8 @@
 `uvicorn --factory ml_backend.app:create_app`, or `python -m ml_backend.app` for the settings' host and port.
 """
 
-import base64
 import logging
 import re
-import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
 from ml_backend import inbox
+from ml_backend.access import Access, Next, refuse_other_sites
 from ml_backend.backend import TSPBackend
 from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
 from ml_backend.inbox import ProjectName
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 100_000_000  # Label Studio sends all selected tasks in one request, or 5000 imported ones
 _LONGEST_REASON = 400  # characters of an address
-
-Next = Callable[[Request], Awaitable[Response]]
 
 
 class SetupRequest(BaseModel):
@@ -70,6 +67,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     torch.set_num_threads(max(1, settings.threads))
     service = Service.connect(settings)
     predictor = Predictor(service)
+    access = Access(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -78,7 +76,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app = FastAPI(title="TSP active learning", description=__doc__, version="0.1.0", lifespan=lifespan)
     app.middleware("http")(_refuse_huge_bodies)
-    app.middleware("http")(_authentication(settings))  # the last one added is the first one asked
+    app.middleware("http")(access.check)
+    app.middleware("http")(refuse_other_sites)  # the last one added is the first one asked
     for kind, code in _STATUS_OF.items():
         app.add_exception_handler(kind, _answer_with(code))
 
@@ -136,14 +135,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @app.get("/status")
     def status() -> Json:
         """What the dashboard shows, as JSON."""
-        return {"worker": worker_overview(service), "projects": overview(service)}
+        return {"worker": worker_overview(service), "refused": access.overview(), "projects": overview(service)}
 
     page = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True).get_template("ui.html")
 
     @app.get("/ui", response_class=HTMLResponse)
     def ui() -> str:
         """The dashboard."""
-        return page.render(worker=worker_overview(service), projects=overview(service))
+        return page.render(worker=worker_overview(service), refused=access.overview(), projects=overview(service))
 
     return app
 
@@ -181,29 +180,6 @@ async def _refuse_huge_bodies(request: Request, go_on: Next) -> Response:
         detail = f"expected a body of at most {_MAX_BODY_BYTES} bytes, {length} are announced: send fewer tasks at once"
         return JSONResponse({"detail": detail}, status_code=413)
     return await go_on(request)
-
-
-def _authentication(settings: Settings) -> Callable[[Request, Next], Awaitable[Response]]:
-    """Basic authentication on every route but /health, when a user name and a password are set."""
-    expected: list[bytes] = []
-    if settings.basic_auth_user is not None and settings.basic_auth_pass is not None:
-        credentials = f"{settings.basic_auth_user}:{settings.basic_auth_pass.get_secret_value()}"
-        # Label Studio sends an "ä" in Latin-1, browsers in UTF-8.
-        encoded = (credentials.encode(), credentials.encode("latin-1", errors="backslashreplace"))
-        expected = [b"Basic " + base64.b64encode(one) for one in encoded]
-
-    async def check(request: Request, go_on: Next) -> Response:
-        given = request.headers.get("authorization", "").encode()
-        is_known = any(secrets.compare_digest(given, right) for right in expected)
-        if not expected or request.scope["path"] == "/health" or is_known:
-            return await go_on(request)
-        return JSONResponse(
-            {"detail": "user name and password are needed: set them in Label Studio where the backend is connected"},
-            status_code=401,
-            headers={"WWW-Authenticate": "Basic"},
-        )
-
-    return check
 
 
 def _project_name(uid: str) -> ProjectName:
