@@ -32,7 +32,7 @@ class AllowedHosts:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From names, `*.domain`, addresses and networks, separated by commas; ValueError names what is none of them."""
+        """From names, `*.domain`, addresses and networks, separated by commas; ValueError names what is none."""
         names: list[str] = []
         domains: list[str] = []
         networks: list[IPv4Network | IPv6Network] = []

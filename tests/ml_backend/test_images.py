@@ -323,7 +323,7 @@ def test_a_redirect_to_a_private_address_is_refused(web: Web, tmp_path: Path) ->
 def test_label_studio_is_asked_for_files_only_and_without_detours(
     uri: str, form: str, web: Web, tmp_path: Path
 ) -> None:
-    with small_store(tmp_path, url=web.url) as store, pytest.raises(ImageError, match="image of task 1 .*expected"):
+    with small_store(tmp_path, url=web.url) as store, pytest.raises(ImageError, match=r"image of task 1 .*expected"):
         store.fetch(task_id=1, uri=uri if form == "relative" else web.url + uri)
     assert web.asked == []
 
@@ -459,7 +459,7 @@ def large_tiff() -> bytes:
     directory = struct.unpack("<I", content[4:8])[0]
     for index in range(struct.unpack("<H", content[directory : directory + 2])[0]):
         at = directory + 2 + 12 * index
-        tag, kind = struct.unpack("<HH", content[at : at + 4])
+        (tag,) = struct.unpack("<H", content[at : at + 2])
         if tag in (256, 257):  # width and height
             content[at + 2 : at + 12] = struct.pack("<HII", 4, 1, 60_000)
     return bytes(content)
