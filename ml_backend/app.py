@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 100_000_000  # Label Studio sends all selected tasks in one request, or 5000 imported ones
 _LONGEST_REASON = 400  # characters of an address
+_MOST_PROBLEMS = 10  # of a malformed request that are told
 
 
 class SetupRequest(BaseModel):
@@ -79,6 +81,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.middleware("http")(_refuse_huge_bodies)
     app.middleware("http")(access.check)
     app.middleware("http")(refuse_other_sites)  # the last one added is the first one asked
+    app.add_exception_handler(RequestValidationError, _refuse_malformed)
     for kind, code in _STATUS_OF.items():
         app.add_exception_handler(kind, _answer_with(code))
 
@@ -162,9 +165,21 @@ def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Respon
         logger.warning("%s %s: %s", request.method, request.url.path, error)
         if request.scope["path"] == "/setup" and request.headers.get("user-agent", "").startswith("heartex/"):
             return RedirectResponse(f"refused/{_as_address(str(error))}", status_code=303)  # Label Studio follows
-        return JSONResponse({"detail": str(error)}, status_code=status)
+        return _refusal(str(error), status)
 
     return answer
+
+
+async def _refuse_malformed(request: Request, error: Exception) -> Response:
+    """What is wrong where. What came is not repeated: it may be a token, and may have no JSON form (NaN)."""
+    problems = error.errors() if isinstance(error, RequestValidationError) else []
+    told = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems[:_MOST_PROBLEMS]]
+    return _refusal("; ".join(told), 422)
+
+
+def _refusal(detail: str, status: int) -> Response:
+    """Without lone surrogates, which a request can smuggle into a message and which no answer can hold."""
+    return JSONResponse({"detail": detail.encode(errors="replace").decode()}, status_code=status)
 
 
 def _as_address(message: str) -> str:
