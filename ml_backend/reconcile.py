@@ -28,6 +28,7 @@ from ml_backend.planner import Decision, Situation, plan
 from ml_backend.publication import OUR_NAME, publication_of, settle
 from ml_backend.service import Service
 from ml_backend.versions import request_activation
+from ml_backend.webhook_secret import guard_webhooks
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def reconcile(service: Service, project_key: str) -> Decision:
     _repair_queue(service, project_key, project, is_busy=is_busy)
     if not is_busy:
         _follow_labels(service, project_key, project)
+    guard_webhooks(service.settings, service.label_studio, project.id)
     return decision
 
 

@@ -25,6 +25,7 @@ from ml_backend.cycle_log import ActivationLog, CycleLog
 from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, ForgottenRow, ProjectRow, unfinished_work
 from ml_backend.errors import LabelStudioUnavailableError, SettingsError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
+from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool
 from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile
@@ -264,10 +265,7 @@ def main() -> None:
         lock = _only_worker(settings)
     except TSPError as error:
         sys.exit(str(error))
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if unknown := Settings.unknown_names():
-        logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
+    start_logging(settings)
     os.nice(settings.niceness)  # annotators wait for the web process, nobody waits for this one
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
     for number in (signal.SIGTERM, signal.SIGINT):
