@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import JSON, ForeignKey, Index, create_engine, event, make_url, select, text
 from sqlalchemy.engine import Engine
@@ -110,23 +110,46 @@ def used_tasks(database: "Database", project_key: str) -> set[int]:
         return set(session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key)))
 
 
-def unfinished_work(database: "Database", project_key: str) -> str | None:
-    """What is planned or running in a project, such as "cycle 3"; None when nothing is."""
+class UnfinishedWork(NamedTuple):
+    """A cycle or an activation that is planned or running."""
+
+    what: Literal["cycle", "activation"]
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.number}"
+
+
+def unfinished_works(database: "Database", project_key: str) -> list[UnfinishedWork]:
+    """What is planned or running in a project: a cycle or an activation, or both if they were asked for in the same
+    moment."""
+    kinds: tuple[tuple[type[Work], Literal["cycle", "activation"]], ...] = (
+        (CycleRow, "cycle"),
+        (ActivationRow, "activation"),
+    )
     with database.session() as session:
-        for table, what in ((CycleRow, "cycle"), (ActivationRow, "activation")):
-            query = select(table.number).where(table.project_key == project_key, table.status.in_(UNFINISHED))
-            if (number := session.scalar(query.limit(1))) is not None:
-                return f"{what} {number}"
-    return None
+        return [
+            UnfinishedWork(what, number)
+            for table, what in kinds
+            for number in session.scalars(
+                select(table.number).where(table.project_key == project_key, table.status.in_(UNFINISHED))
+            )
+        ]
+
+
+def unfinished_work(database: "Database", project_key: str) -> UnfinishedWork | None:
+    """The first of these; None when there is nothing."""
+    return next(iter(unfinished_works(database, project_key)), None)
 
 
 class WorkerRow(Base):
-    """A worker process: when it was last alive, and whether Label Studio lets it in."""
+    """A worker process: when it was last alive, what it is at, and whether Label Studio lets it in."""
 
-    __tablename__ = "signs_of_life"
+    __tablename__ = "workers"
 
     name: Mapped[str] = mapped_column(primary_key=True)
-    seen_at: Mapped[str] = mapped_column(default=utc_now)
+    seen_at: Mapped[str] = mapped_column(default=utc_now)  # by the clock of the database
+    project_key: Mapped[str | None]  # whose cycle it runs
     problem: Mapped[str] = mapped_column(default="")  # why Label Studio cannot be worked with
 
 
@@ -142,6 +165,14 @@ class Database:
         """A transaction: committed at the end of the block, rolled back on an error."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    def now(self) -> str:
+        """The time of day as all who share the database have it, like `utc_now`."""
+        if self.engine.dialect.name == "sqlite":
+            return utc_now()
+        with self.engine.connect() as connection:
+            moment: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+        return moment.astimezone(UTC).isoformat(timespec="microseconds")
 
     def ping(self) -> None:
         """Raise if the database does not answer."""

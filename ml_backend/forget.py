@@ -36,15 +36,14 @@ def forgotten_projects(service: Service) -> list[str]:
         return list(session.scalars(query.order_by(ProjectRow.key)))
 
 
-def remove_forgotten_data(service: Service, delete_workflows: Callable[[list[str]], None]) -> None:
-    """Remove what people have asked to remove, once nothing runs for it any more. What a crash leaves, the next call
-    removes. Images stay in the cache: other projects may show them."""
+def remove_forgotten_data(service: Service, project_key: str, delete_workflows: Callable[[list[str]], None]) -> None:
+    """Remove a project's data if people have asked for that and nothing runs for it any more. What a crash leaves, the
+    next call removes. Images stay in the cache: other projects may show them."""
     with service.database.session() as session:
-        query = select(ForgottenRow.project_key).where(ForgottenRow.delete_data)
-        keys = session.scalars(query.order_by(ForgottenRow.project_key)).all()
-    for key in keys:
-        if unfinished_work(service.database, key) is None:
-            _remove(service, key, delete_workflows)
+        row = session.get(ForgottenRow, project_key)
+        is_asked_for = row is not None and row.delete_data
+    if is_asked_for and unfinished_work(service.database, project_key) is None:
+        _remove(service, project_key, delete_workflows)
 
 
 def _remove(service: Service, project_key: str, delete_workflows: Callable[[list[str]], None]) -> None:

@@ -39,10 +39,11 @@ def reconcile(service: Service, project_key: str) -> Decision:
     project = service.project(project_key)
     annotated = service.label_studio.annotated_task_ids(project.id)
     new = len(annotated - used_tasks(service.database, project_key))
+    now = service.database.now()
     with service.database.session() as session:
         row = session.get_one(ProjectRow, project_key)
         row.title, row.annotated, row.new_annotated = project.title, len(annotated), new
-        row.checked_at, row.problem = utc_now(), ""
+        row.checked_at, row.problem = now, ""
     last = _newest_cycle(service.database, project_key)
     running = unfinished_work(service.database, project_key) is not None
     decision = plan(

@@ -7,14 +7,16 @@ import pytest
 from ml_backend.db import WorkerRow
 from ml_backend.overview import worker_overview
 from ml_backend.service import Service
-from ml_backend.sign_of_life import NAME, SignOfLife
+from ml_backend.sign_of_life import SignOfLife
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import USERNAME
 from tests.ml_backend.examples import settings
 
+NAME = "host-1"
 
-def sign_of_life(service: Service) -> SignOfLife:
-    return SignOfLife(service.database, service.label_studio, ask_every_seconds=60)
+
+def sign_of_life(service: Service, name: str = NAME) -> SignOfLife:
+    return SignOfLife(service.database, service.label_studio, name=name, ask_every_seconds=60)
 
 
 def test_a_worker_that_was_never_started_is_a_problem(lonely_service: Service) -> None:

@@ -168,7 +168,7 @@ def test_work_for_a_forgotten_project_ends_and_its_data_goes_only_when_asked(ser
                          UsedTaskRow(project_key=KEY, task_id=1, first_cycle=1)])  # fmt: skip
     workflows: list[str] = []
     forget(service, KEY)
-    remove_forgotten_data(service, workflows.extend)
+    remove_forgotten_data(service, KEY, workflows.extend)
     assert all(folder.exists() for folder in service.project_folders(KEY))
     log = CycleLog(service.database, KEY, 1)
     for work in (lambda: log.stage("training"), lambda: log.progress(1, 1), log.check_wanted):
@@ -176,11 +176,11 @@ def test_work_for_a_forgotten_project_ends_and_its_data_goes_only_when_asked(ser
             work()
 
     forget(service, KEY, delete_data=True)
-    remove_forgotten_data(service, workflows.extend)
+    remove_forgotten_data(service, KEY, workflows.extend)
     assert all(folder.exists() for folder in service.project_folders(KEY))  # the cycle is not over
     log.finish("failed")
     for _ in ("once", "a repetition changes nothing"):
-        remove_forgotten_data(service, workflows.extend)
+        remove_forgotten_data(service, KEY, workflows.extend)
         assert workflows == [f"cycle-{KEY}-1", f"activation-{KEY}-1"]
     assert not any(folder.exists() for folder in service.project_folders(KEY))
     with service.database.session() as session:
