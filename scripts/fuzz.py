@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class Findings:
     """What was sent and what came back."""
 
     kinds: Counter[str] = field(default_factory=Counter)
-    statuses: Counter[str] = field(default_factory=Counter)
+    statuses: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # of each kind
     problems: list[str] = field(default_factory=list)
     slowest: tuple[float, str] = (0.0, "")
     memory_mb: list[float] = field(default_factory=list)
@@ -139,7 +139,7 @@ def fuzz(backend: BackendProcesses, folder: Path, *, count: int, seed: int) -> F
         for kind, strategy, send in senders:
             turn = share if kind != "away" else 1
             turn *= 4 if kind.startswith("label studio") else 1
-            if kind == "away" and (findings.kinds[kind] + 1) * AWAY_EVERY > findings.requests:
+            if kind == "away" and findings.kinds[kind] * AWAY_EVERY > findings.requests:
                 continue
             if not _has_more(kind, findings):
                 continue
@@ -200,7 +200,7 @@ def _record(findings: Findings, kind: str, send: Callable[[Any], requests.Respon
         )
         return
     seconds = time.monotonic() - started
-    findings.statuses[str(answer.status_code)] += 1
+    findings.statuses[kind][str(answer.status_code)] += 1
     findings.slowest = max(findings.slowest, (round(seconds, 2), kind))
     if problem := _problem(kind, answer):
         findings.problems.append(f"{kind}: {problem}: {example!r:.500}")
@@ -277,12 +277,12 @@ def report(findings: Findings, conversions: list[str], *, seed: int, converted: 
         "problems": len(findings.problems),
         "first_problems": findings.problems[:_SHOWN],
         "tracebacks": dict(findings.tracebacks),
-        "statuses": dict(sorted(findings.statuses.items())),
+        "statuses": dict(sorted(sum(findings.statuses.values(), Counter()).items())),
         "slowest_seconds": findings.slowest[0],
         "slowest_kind": findings.slowest[1],
         "memory_mb": {"after_warm_up": warm, "end": memory[-1], "growth": round(memory[-1] - warm, 1)},
         "conversions": {"count": converted, "problems": len(conversions), "first_problems": conversions[:_SHOWN]},
-        "requests_by_kind": dict(sorted(findings.kinds.items())),
+        "statuses_by_kind": {kind: dict(sorted(found.items())) for kind, found in sorted(findings.statuses.items())},
     }
 
 

@@ -69,9 +69,11 @@ anything = st.recursive(
 )
 
 
-def or_anything(strategy: st.SearchStrategy[Any], *, one_in: int = 30) -> st.SearchStrategy[Any]:
+def or_anything(
+    strategy: st.SearchStrategy[Any], *, otherwise: st.SearchStrategy[Any] = anything, one_in: int = 30
+) -> st.SearchStrategy[Any]:
     """Mostly what is expected."""
-    return st.integers(1, one_in).flatmap(lambda number: anything if number == 1 else strategy)
+    return st.integers(1, one_in).flatmap(lambda number: otherwise if number == 1 else strategy)
 
 
 # Labelling configurations
@@ -164,9 +166,13 @@ tasks = st.fixed_dictionaries(
 
 # Bodies of requests
 
-projects = st.sampled_from(PROJECT_UIDS) | st.sampled_from(["7", "", "7.", "x.1", "../7.1", "9" * 400]) | anything
+_no_uids = st.sampled_from(["7", "", "7.", "x.1", "../7.1", "9" * 400]) | anything
+_configs = or_anything(st.just(CONFIG), otherwise=label_configs, one_in=2)
 setups = st.fixed_dictionaries(
-    {"project": projects, "schema": or_anything(label_configs)},
+    {
+        "project": or_anything(st.sampled_from(PROJECT_UIDS), otherwise=_no_uids, one_in=6),
+        "schema": or_anything(_configs),
+    },
     optional={"hostname": texts, "access_token": texts, "extra_params": anything},
 )
 
@@ -182,13 +188,13 @@ def _predicts(uids: Sequence[str], configs: st.SearchStrategy[Any]) -> st.Search
     )
 
 
-predicts = _predicts(PROJECT_UIDS, label_configs)
+predicts = _predicts(PROJECT_UIDS, _configs)
 predicts_with_a_version = _predicts(PROJECT_UIDS[:1], st.just(CONFIG))
 predicts_of_label_studios_images = st.sampled_from(LABEL_STUDIO_IMAGES).map(
     lambda image: {"tasks": [{"id": 1, "data": {"image": image}}], "project": PROJECT_UIDS[0], "label_config": CONFIG}
 )
 
-_hook_projects = st.sampled_from(PROJECTS) | st.sampled_from(PROJECTS).map(lambda one: {"id": one["id"]}) | anything
+_hook_projects = st.sampled_from([*PROJECTS, *({"id": project["id"]} for project in PROJECTS)])
 webhooks = st.fixed_dictionaries(
     {"action": or_anything(st.sampled_from(ACTIONS)), "project": or_anything(_hook_projects)},
     optional={"task": or_anything(tasks), "annotation": annotations, "annotations": anything, "tasks": anything},
