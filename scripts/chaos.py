@@ -386,7 +386,9 @@ class _Chaos:
             stage = rng.choice(list(_STAGES)) if rng.random() < 0.4 else None
             deadline = time.monotonic() + rng.uniform(0, longest_seconds)
             if stage is not None and name == "worker":
-                while time.monotonic() < deadline + longest_seconds and self._stage() != stage:
+                while time.monotonic() < deadline + longest_seconds:
+                    if self._stage() == stage and self._is_ready(name):
+                        break
                     if self._over.wait(0.05):
                         return
                 deadline = time.monotonic() + rng.uniform(0, 0.4)
