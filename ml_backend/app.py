@@ -4,6 +4,7 @@
 """
 
 import base64
+import gc
 import logging
 import re
 import secrets
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
@@ -25,10 +27,10 @@ from ml_backend.backend import TSPBackend
 from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
 from ml_backend.inbox import ProjectName
 from ml_backend.label_config import parse_label_config
-from ml_backend.logs import start_logging
 from ml_backend.ls_format import Json
 from ml_backend.overview import overview, worker_overview
 from ml_backend.predictor import Predictor
+from ml_backend.recorder import EventRecorder
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.errors import InvalidInputError, TSPError
@@ -71,10 +73,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     torch.set_num_threads(max(1, settings.threads))
     service = Service.connect(settings)
     predictor = Predictor(service)
+    recorder = EventRecorder(service.database)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        recorder.close()
         service.close()
 
     app = FastAPI(title="TSP active learning", description=__doc__, version="0.1.0", lifespan=lifespan)
@@ -116,16 +120,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         return {"results": backend(request.project, request.label_config).predict(request.tasks)}
 
     @app.post("/webhook")
-    def webhook(request: WebhookRequest) -> Json:
+    async def webhook(request: WebhookRequest) -> Json:
         """Record and return: Label Studio waits one second and never asks again."""
-        name = ProjectName.from_webhook(request.project) or inbox.known_project(service.database, request.project)
+        name = ProjectName.from_webhook(request.project)
+        if name is None:
+            name = await run_in_threadpool(inbox.known_project, service.database, request.project)
         if name is None:
             raise InvalidInputError(
                 "webhook: expected a project with id and created_at as Label Studio sends it, "
                 f"got the keys {sorted(request.project)[:20]}"
             )
-        inbox.remember_project(service.database, name)
-        inbox.record(service.database, name.key, request.action)
+        await recorder.record(name, request.action)
         return {}
 
     @app.get("/versions")
@@ -221,9 +226,12 @@ def main() -> None:
         app = create_app(settings)
     except TSPError as error:
         sys.exit(str(error))
-    start_logging(settings.log_level)
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     if unknown := Settings.unknown_names():
         logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
+    gc.collect()
+    gc.freeze()  # torch and all else that stays for good is not looked through again while Label Studio waits
     uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level.lower())
 
 

@@ -65,8 +65,13 @@ def known_project(database: Database, project: object) -> ProjectName | None:
 
 def record(database: Database, project_key: str, action: str) -> None:
     """Keep a hint that something happened; returns when it is on the disk."""
+    record_all(database, [(project_key, action)])
+
+
+def record_all(database: Database, events: Sequence[tuple[str, str]]) -> None:
+    """`record` for (project key, action) each, in one transaction: all of them are kept, or none."""
     with database.session() as session:
-        session.add(EventRow(project_key=project_key, action=action))
+        session.add_all(EventRow(project_key=project_key, action=action) for project_key, action in events)
 
 
 def unhandled(database: Database, project_key: str) -> list[tuple[int, str]]:
