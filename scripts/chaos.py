@@ -72,8 +72,8 @@ class Plan:
     batch_size: int = 8
     steps: int = 60
     checkpoint_steps: int = 5
-    worker_seconds: float = 34.0  # a worker lives at most so long, from 0 on, uniformly drawn
-    web_seconds: float = 50.0
+    worker_seconds: float = 28.0  # a worker lives at most so long, from 0 on, uniformly drawn
+    web_seconds: float = 36.0
     annotator_seconds: float = 3.0  # longest pause between two things that annotators do
     kills_a_restart: int = 25  # Label Studio is stopped once for so many kills
     trained_again: int = 1000  # cycles that are trained once more at the end, the newest first
