@@ -8,6 +8,7 @@ more.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -54,6 +55,7 @@ _STAGES = {  # beginnings of what a cycle says that it does
     "choosing": ("choosing", "looking at the annotated"),
     "publishing": ("publishing", "removing", "no task is left"),
 }
+_AIMS = ("publishing", "training", "scoring", "training", "publishing", "snapshot", "training", "evaluation")
 
 
 class ChaosError(Exception):
@@ -74,6 +76,7 @@ class Plan:
     checkpoint_steps: int = 5
     worker_seconds: float = 28.0  # a worker lives at most so long, from 0 on, uniformly drawn
     web_seconds: float = 36.0
+    aimed: float = 0.5  # share of the worker's kills that wait for a stage of a cycle, one after the other of a list
     annotator_seconds: float = 3.0  # longest pause between two things that annotators do
     kills_a_restart: int = 25  # Label Studio is stopped once for so many kills
     trained_again: int = 1000  # cycles that are trained once more at the end, the newest first
@@ -380,18 +383,19 @@ class _Chaos:
             return row.new_annotated if row else 0
 
     def _kill(self, name: str, longest_seconds: float) -> None:
-        """Kill a process again and again: after a drawn time, or in a drawn stage of a cycle, once it comes."""
+        """Kill a process again and again: after a drawn time, or in the next stage on the list, once it comes."""
         rng = self._rng(name)
+        aims = itertools.cycle(_AIMS)
         while not self._over.is_set():
-            stage = rng.choice(list(_STAGES)) if rng.random() < 0.4 else None
             deadline = time.monotonic() + rng.uniform(0, longest_seconds)
-            if stage is not None and name == "worker":
+            if name == "worker" and rng.random() < self._plan.aimed:
+                aim = next(aims)
                 while time.monotonic() < deadline + longest_seconds:
-                    if self._stage() == stage and self._is_ready(name):
+                    if self._stage() == aim and self._is_ready(name):
                         break
                     if self._over.wait(0.05):
                         return
-                deadline = time.monotonic() + rng.uniform(0, 0.4)
+                deadline = time.monotonic() + rng.uniform(0, 3.0 if aim == "training" else 0.6)
             while time.monotonic() < deadline:
                 if self._over.wait(min(0.2, max(0.0, deadline - time.monotonic()))):
                     return
