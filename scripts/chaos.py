@@ -215,7 +215,7 @@ def _started(
         events = _Events(folder / "events.jsonl")
         web_url = f"http://{HOST}:{state.web_port}"
         webhooks = running.enter_context(FaultProxy(web_url, faults.of_webhook, port=state.webhook_port))
-        api_proxy = running.enter_context(FaultProxy(server.url, faults.of_api, port=state.api_port))
+        api_proxy = running.enter_context(FaultProxy(server.url, faults.of_api, port=state.api_port, look=faults.look))
         environment = plan.settings(folder, label_studio_url=api_proxy.url, token=server.token, port=state.web_port)
         backend = running.enter_context(BackendProcesses(settings=environment, log_dir=folder / "logs"))
         client = running.enter_context(LabelStudioClient(server.url, server.token))
@@ -240,7 +240,13 @@ class _Faults:
 
     def __init__(self, rng: random.Random) -> None:
         self.active = False
+        self.watch: Callable[[Call], None] | None = None
         self._rng = rng
+
+    def look(self, call: Call) -> None:
+        """At a request to Label Studio, before anything is done to it."""
+        if self.watch is not None:
+            self.watch(call)
 
     def of_webhook(self, call: Call) -> Fault | None:
         """On the way from Label Studio to the web process; what is asked, /health and /setup, is left alone."""
@@ -321,6 +327,7 @@ class _Chaos:
         missing = plan.first_images - len(self._ledger.tasks)
         self._annotators.import_images(max(0, missing))
         self._watcher.start()
+        faults.watch = self._watcher.look_at_request
 
     # While plugs are pulled
 
@@ -542,7 +549,7 @@ class _Chaos:
             "steps": asdict(steps),
             "looks_of_the_watcher": self._watcher.looks,
             "switches": [
-                {name: event[name] for name in ("version", "predictions", "expected", "scored")}
+                {name: event[name] for name in ("when", "version", "predictions", "expected", "scored")}
                 for event in self._events.of("switch")
             ],
             "trained_again": again,

@@ -18,6 +18,7 @@ from model.errors import TSPError
 from model.registry import Registry
 from scripts.chaos_checks import sha256_of, weights_file
 from scripts.chaos_ledger import Ledger
+from scripts.fault_proxy import Call
 
 _EVERY_SECONDS = 0.25
 Tell = Callable[..., None]
@@ -47,6 +48,7 @@ class Watcher:
         self._database, self._client, self._ledger = database, client, ledger
         self._quiet, self._tell = quiet, tell
         self._shown = ""
+        self._done: set[str] = set()  # versions whose cycle is over
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
@@ -56,6 +58,19 @@ class Watcher:
     def stop(self) -> None:
         self._over.set()
         self._thread.join()
+
+    def look_at_request(self, call: Call) -> None:
+        """Before Label Studio is told to show a version: are its predictions there?"""
+        if call.method != "PATCH" or not call.path.startswith(f"/api/projects/{self._project_id}"):
+            return
+        version = str(json.loads(call.body).get("model_version") or "")
+        if not version.startswith("tsp-"):
+            return
+        try:
+            with self._quiet:
+                self._check_shown(version, "asked for")
+        except TSPError as error:  # Label Studio is busy; the look that follows the switch remains
+            self._tell("not seen", what=f"the switch to {version}: {error}")
 
     def _run(self) -> None:
         while not self._over.is_set():
@@ -88,19 +103,29 @@ class Watcher:
             self._tell("violation", what=f"the cycles {unfinished} are unfinished at the same time")
 
     def _look_at_label_studio(self) -> None:
-        """When the project shows another version, all its predictions are there, one for each task."""
+        """When the project shows another version, and again when its cycle is over, all its predictions are there, one
+        for each task."""
         try:
             shown = self._client.project(self._project_id).model_version
-            if shown == self._shown:
-                return
-            if shown.startswith("tsp-"):
+            if shown.startswith("tsp-") and shown != self._shown:
                 with self._quiet:
-                    self._check_switch(shown)
+                    self._check_shown(shown, "shown")
             self._shown = shown
+            if shown not in self._done and self._is_done(shown):
+                with self._quiet:
+                    self._check_shown(shown, "the cycle is done")
+                self._done.add(shown)
         except TSPError:  # Label Studio is stopped at the moment, or busy
             return
 
-    def _check_switch(self, version: str) -> None:
+    def _is_done(self, version: str) -> bool:
+        with self._database.session() as session:
+            query = select(CycleRow.number).where(
+                CycleRow.project_key == self._project_key, CycleRow.version == version, CycleRow.status == "done"
+            )
+            return session.scalar(query) is not None
+
+    def _check_shown(self, version: str, when: str) -> None:
         """Tasks that came, or lost their annotation, after the cycle was planned may join the version later."""
         with self._database.session() as session:
             query = select(CycleRow.planned_at).where(
@@ -108,7 +133,7 @@ class Watcher:
             )
             planned_at = session.scalar(query)
         if planned_at is None:
-            self._tell("violation", what=f"Label Studio shows {version}, which no cycle has made")
+            self._tell("violation", what=f"{version} ({when}) is no cycle's")
             return
         since = datetime.fromisoformat(planned_at).timestamp()
         predicted, count = self._predicted(version)
@@ -119,11 +144,13 @@ class Watcher:
         }
         missing = sorted(open_since - predicted)
         lines = {line["task"] for line in read_scores(self._scores / f"{version}.jsonl")}
-        self._tell("switch", version=version, predictions=count, expected=len(open_since), scored=len(lines))
+        if when != "asked for" and self._client.project(self._project_id).model_version != version:
+            return  # the next one has taken its place, and its predictions are being removed
+        self._tell("switch", when=when, version=version, predictions=count, expected=len(open_since), scored=len(lines))
         if missing:
-            self._tell("violation", what=f"Label Studio shows {version} before tasks {missing[:10]} have a prediction")
+            self._tell("violation", what=f"{version} ({when}): tasks {missing[:10]} have no prediction")
         if count > len(predicted):
-            self._tell("violation", what=f"{version}: {count} predictions of {len(predicted)} tasks when it is shown")
+            self._tell("violation", what=f"{version} ({when}): {count} predictions of {len(predicted)} tasks")
 
     def _predicted(self, version: str) -> tuple[frozenset[int], int]:
         """The tasks that carry the version and the number of its predictions, of one moment."""

@@ -58,12 +58,16 @@ Choice = Callable[[Call], Fault | None]
 
 class FaultProxy:
     """Listens on this machine and passes requests on to `target` ("http://127.0.0.1:8080"), except for those for which
-    `choose` names a fault. `with` starts and stops it; `counts` says how often which fault was done."""
+    `choose` names a fault. `with` starts and stops it; `counts` says how often which fault was done. `look` sees each
+    call before anything is done to it, and may take its time."""
 
-    def __init__(self, target: str, choose: Choice, *, port: int = 0) -> None:
+    def __init__(
+        self, target: str, choose: Choice, *, port: int = 0, look: Callable[[Call], None] = lambda call: None
+    ) -> None:
         self.counts: Counter[str] = Counter()
         self._target = target
         self._choose = choose
+        self._look = look
         self._lock = threading.Lock()
         self._late: list[threading.Timer] = []
         proxy = self
@@ -91,6 +95,7 @@ class FaultProxy:
 
     def _handle(self, handler: "_Handler") -> None:
         call = Call(method=handler.command, path=handler.path, body=handler.body())
+        self._look(call)
         with self._lock:  # `choose` may draw from one random generator
             fault = self._choose(call)
             if fault:
