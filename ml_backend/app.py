@@ -3,6 +3,7 @@
 `uvicorn --factory ml_backend.app:create_app`, or `python -m ml_backend.app` for the settings' host and port.
 """
 
+import gc
 import logging
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader
@@ -31,6 +33,7 @@ from ml_backend.logs import start_logging
 from ml_backend.ls_format import Json
 from ml_backend.overview import overview, worker_overview
 from ml_backend.predictor import Predictor
+from ml_backend.recorder import EventRecorder
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.errors import InvalidInputError, TSPError
@@ -73,10 +76,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     service = Service.connect(settings)
     predictor = Predictor(service)
     access = Access(settings)
+    recorder = EventRecorder(service.database)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        recorder.close()
         service.close()
 
     app = FastAPI(title="TSP active learning", description=__doc__, version="0.1.0", lifespan=lifespan)
@@ -120,16 +125,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         return {"results": backend(request.project, request.label_config).predict(request.tasks)}
 
     @app.post("/webhook")
-    def webhook(request: WebhookRequest) -> Json:
+    async def webhook(request: WebhookRequest) -> Json:
         """Record and return: Label Studio waits one second and never asks again."""
-        name = ProjectName.from_webhook(request.project) or inbox.known_project(service.database, request.project)
+        name = ProjectName.from_webhook(request.project)
+        if name is None:
+            name = await run_in_threadpool(inbox.known_project, service.database, request.project)
         if name is None:
             raise InvalidInputError(
                 "webhook: expected a project with id and created_at as Label Studio sends it, "
                 f"got the keys {sorted(request.project)[:20]}"
             )
-        inbox.remember_project(service.database, name)
-        inbox.record(service.database, name.key, request.action)
+        await recorder.record(name, request.action)
         return {}
 
     @app.get("/versions")
@@ -223,6 +229,8 @@ def main() -> None:
     except TSPError as error:
         sys.exit(str(error))
     start_logging(settings)
+    gc.collect()
+    gc.freeze()  # torch and all else that stays for good is not looked through again while Label Studio waits
     uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level.lower())
 
 

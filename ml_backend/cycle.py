@@ -125,6 +125,7 @@ def train_version(service: Service, project_key: str, number: int, log: CycleLog
     log.stage(f"training on {len(training.images)} annotated and {len(labeled)} pseudo-labelled images")
 
     def on_step(progress: Progress) -> None:
+        logger.debug("project %s, cycle %d: step %d of %d", project_key, number, progress.step, progress.steps)
         log.progress(progress.step, progress.steps)
 
     checkpoint = folder / "checkpoint.safetensors"

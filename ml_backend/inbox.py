@@ -80,9 +80,14 @@ def known_project(database: Database, project: object) -> ProjectName | None:
 
 def record(database: Database, project_key: str, action: str) -> None:
     """Keep a hint that something happened; returns when it is on the disk. Of a forgotten project nothing is kept."""
+    record_all(database, [(project_key, action)])
+
+
+def record_all(database: Database, events: Sequence[tuple[str, str]]) -> None:
+    """`record` for (project key, action) each, in one transaction: all of them are kept, or none."""
     with database.session() as session:
-        if session.get(ForgottenRow, project_key) is None:
-            session.add(EventRow(project_key=project_key, action=action))
+        forgotten = set(session.scalars(select(ForgottenRow.project_key)))
+        session.add_all(EventRow(project_key=key, action=action) for key, action in events if key not in forgotten)
 
 
 def unhandled(database: Database, project_key: str) -> list[tuple[int, str]]:

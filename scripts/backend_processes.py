@@ -69,6 +69,11 @@ class BackendProcesses:
         """The id of a running process."""
         return self._running[name].pid
 
+    def ended(self, name: str) -> int | None:
+        """The exit status of a process that was started and ended by itself; None while it runs."""
+        process = self._running.get(name)
+        return None if process is None else process.poll()
+
     def kill(self, name: str) -> None:
         """End a process as a crash would."""
         process = self._running.pop(name)
