@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 
@@ -47,6 +47,8 @@ class EventRecorder:
                 group.append(self._waiting.get())
             is_open = None not in group
             events = [event for event in group if event is not None]
+            for _, _, done in events:
+                done.set_running_or_notify_cancel()  # whoever asked may have hung up; what they told counts all the same
             try:
                 self._write(events)
             except Exception:  # of one event or of the database: each then gets its own answer
@@ -58,12 +60,13 @@ class EventRecorder:
         try:
             self._write([event])
         except Exception as error:
-            event[2].set_exception(error)
+            if not event[2].cancelled():
+                event[2].set_exception(error)
 
-    def _write(self, events: Iterable[_Waiting]) -> None:
-        events = list(events)
+    def _write(self, events: Sequence[_Waiting]) -> None:
         for name in {name for name, _, _ in events}:
             inbox.remember_project(self._database, name)
         inbox.record_all(self._database, [(name.key, action) for name, action, _ in events])
         for _, _, done in events:
-            done.set_result(None)
+            if not done.cancelled():
+                done.set_result(None)
