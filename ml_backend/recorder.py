@@ -48,7 +48,7 @@ class EventRecorder:
             is_open = None not in group
             events = [event for event in group if event is not None]
             for _, _, done in events:
-                done.set_running_or_notify_cancel()  # whoever asked may have hung up; what they told counts all the same
+                done.set_running_or_notify_cancel()  # who hung up is told nothing; the event counts
             try:
                 self._write(events)
             except Exception:  # of one event or of the database: each then gets its own answer
