@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
@@ -31,6 +31,7 @@ class EventRecorder:
         """Remember the project and keep the hint that something happened; returns when it is on the disk, raises what
         the database raises."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # from now on a caller that goes away cannot cancel what is written
         self._waiting.put((name, action, done))
         await asyncio.wrap_future(done)
 
@@ -47,8 +48,6 @@ class EventRecorder:
                 group.append(self._waiting.get())
             is_open = None not in group
             events = [event for event in group if event is not None]
-            for _, _, done in events:
-                done.set_running_or_notify_cancel()  # who hung up is told nothing; the event counts
             try:
                 self._write(events)
             except Exception:  # of one event or of the database: each then gets its own answer
@@ -60,13 +59,12 @@ class EventRecorder:
         try:
             self._write([event])
         except Exception as error:
-            if not event[2].cancelled():
-                event[2].set_exception(error)
+            event[2].set_exception(error)
 
-    def _write(self, events: Sequence[_Waiting]) -> None:
+    def _write(self, events: Iterable[_Waiting]) -> None:
+        events = list(events)
         for name in {name for name, _, _ in events}:
             inbox.remember_project(self._database, name)
         inbox.record_all(self._database, [(name.key, action) for name, action, _ in events])
         for _, _, done in events:
-            if not done.cancelled():
-                done.set_result(None)
+            done.set_result(None)
