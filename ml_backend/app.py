@@ -27,6 +27,7 @@ from ml_backend.backend import TSPBackend
 from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
 from ml_backend.inbox import ProjectName
 from ml_backend.label_config import parse_label_config
+from ml_backend.logs import start_logging
 from ml_backend.ls_format import Json
 from ml_backend.overview import overview, worker_overview
 from ml_backend.predictor import Predictor
@@ -226,8 +227,7 @@ def main() -> None:
         app = create_app(settings)
     except TSPError as error:
         sys.exit(str(error))
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging(settings.log_level)
     if unknown := Settings.unknown_names():
         logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
     gc.collect()

@@ -32,7 +32,8 @@ class EventRecorder:
         the database raises."""
         done: Future[None] = Future()
         self._waiting.put((name, action, done))
-        await asyncio.wrap_future(done)
+        # Whoever asked may hang up: the event is kept all the same, and the thread must find a future to answer.
+        await asyncio.shield(asyncio.wrap_future(done))
 
     def close(self) -> None:
         """Write what waits, then end."""

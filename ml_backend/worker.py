@@ -24,6 +24,7 @@ from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import UNFINISHED, CycleRow, ProjectRow
 from ml_backend.errors import LabelStudioUnavailableError, SettingsError
+from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool
 from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile, unfinished_cycle
@@ -227,8 +228,7 @@ def main() -> None:
         lock = _only_worker(settings)
     except TSPError as error:
         sys.exit(str(error))
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging(settings.log_level)
     if unknown := Settings.unknown_names():
         logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
     os.nice(settings.niceness)  # annotators wait for the web process, nobody waits for this one
