@@ -84,6 +84,14 @@ class Plan:
     kills_a_restart: int = 25  # Label Studio is stopped once for so many kills
     trained_again: int = 1000  # cycles that are trained once more at the end, the newest first
 
+    @classmethod
+    def quick(cls, *, kills: int, seed: int) -> "Plan":
+        """A run of about a minute, as in the tests."""
+        return cls(
+            kills=kills, seed=seed, images=60, first_images=24, batch_size=6, steps=24, checkpoint_steps=4,
+            worker_seconds=12, web_seconds=24, aimed=0.8, annotator_seconds=0.8, kills_a_restart=10, trained_again=1,
+        )  # fmt: skip
+
     def settings(self, folder: Path, *, label_studio_url: str, token: str, port: int) -> dict[str, str]:
         """The environment of our processes: small and quick, with several checkpoints in each training."""
         return {
@@ -114,6 +122,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder of the run; an unfinished run in it goes on")
     parser.add_argument("--minutes", type=float, default=1e6, help="kill no more after this time in all")
+    parser.add_argument("--quick", action="store_true", help="smaller trainings, shorter lives: for few kills")
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -121,7 +130,8 @@ def main() -> None:
     say = _say_nothing if options.json else _say
     folder = Path(options.out).resolve()
     try:
-        report = run(Plan(kills=options.kills, seed=options.seed), folder, minutes=options.minutes, say=say)
+        plan = (Plan.quick if options.quick else Plan)(kills=options.kills, seed=options.seed)
+        report = run(plan, folder, minutes=options.minutes, say=say)
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command goes on.")
     print(json.dumps(summary(report)))
