@@ -33,7 +33,8 @@ class EventRecorder:
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # from now on a caller that goes away cannot cancel what is written
         self._waiting.put((name, action, done))
-        await asyncio.wrap_future(done)
+        # Whoever asked may hang up: the event is kept all the same, and the thread must find a future to answer.
+        await asyncio.shield(asyncio.wrap_future(done))
 
     def close(self) -> None:
         """Write what waits, then end."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,7 +40,7 @@ from model.registry import Registry
 from scripts import chaos_checks as checks
 from scripts.backend_processes import BackendProcesses
 from scripts.chaos_ledger import Annotators, Ledger, Truth, exported
-from scripts.chaos_report import machine, summary, write_report
+from scripts.chaos_report import load_average, machine, summary, write_report
 from scripts.chaos_watch import Watcher
 from scripts.fault_proxy import Call, Fault, FaultProxy
 from scripts.label_studio_server import HOST, LabelStudioServer, free_port
@@ -55,7 +56,9 @@ _STAGES = {  # beginnings of what a cycle says that it does
     "choosing": ("choosing", "looking at the annotated"),
     "publishing": ("publishing", "removing", "no task is left"),
 }
-_AIMS = ("publishing", "training", "scoring", "training", "publishing", "snapshot", "training", "evaluation")
+_AIMS = (
+    "publishing", "training", "scoring", "choosing", "training", "publishing", "snapshot", "training", "evaluation",
+)  # fmt: skip
 
 
 class ChaosError(Exception):
@@ -68,11 +71,11 @@ class Plan:
 
     kills: int
     seed: int
-    images: int = 400
+    images: int = 800
     first_images: int = 70
     size: int = 64
     batch_size: int = 8
-    steps: int = 60
+    steps: int = 40
     checkpoint_steps: int = 5
     worker_seconds: float = 28.0  # a worker lives at most so long, from 0 on, uniformly drawn
     web_seconds: float = 36.0
@@ -207,6 +210,12 @@ class _Events:
         with self._lock:
             return [event for event in self.all if event["kind"] == kind]
 
+    def since_the_last(self, kind: str) -> list[dict[str, Any]]:
+        """The events from the last one of this kind on."""
+        with self._lock:
+            starts = [number for number, event in enumerate(self.all) if event["kind"] == kind]
+            return self.all[starts[-1] if starts else 0 :]
+
 
 @contextmanager
 def _started(
@@ -332,12 +341,13 @@ class _Chaos:
             project_key=self._key, model_dir=self._settings.model_dir, database=self._database, client=client,
             ledger=self._ledger, quiet=self._quiet, tell=events.tell,
         )  # fmt: skip
-        self._events.tell("session")
+        self._events.tell("session", load_average=load_average())
         self._annotators.settle()
         missing = plan.first_images - len(self._ledger.tasks)
         self._annotators.import_images(max(0, missing))
-        self._watcher.start()
-        faults.watch = self._watcher.look_at_request
+        self._watching = threading.Thread(target=self._guarded, args=(self._watcher.run,), name="watcher", daemon=True)
+        self._watching.start()
+        faults.watch = partial(self._guarded, self._watcher.look_at_request)
 
     # While plugs are pulled
 
@@ -372,7 +382,11 @@ class _Chaos:
         self._faults.active = False
         for name, proxy in self._proxies.items():
             self._events.tell("faults", proxy=name, counts=dict(proxy.counts))
-        if broken := self._events.of("broken"):
+        self._check_that_nothing_broke()
+
+    def _check_that_nothing_broke(self) -> None:
+        broken = [event for event in self._events.since_the_last("session") if event["kind"] == "broken"]
+        if broken:
             raise ChaosError(f"the run broke: {broken[-1]['what']}")
 
     def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -466,6 +480,7 @@ class _Chaos:
         self._wait(self._everything_is_predicted, "tasks have no prediction")
         self._events.tell("settled")
         self._watcher.stop()
+        self._watching.join()
 
     def _resting_cycle(self, *, above: int = 0) -> int | None:
         """The number of the newest cycle when all are over and no batch is full."""
@@ -501,6 +516,7 @@ class _Chaos:
 
     def report(self) -> dict[str, Any]:
         """All checks, and what was done."""
+        self._check_that_nothing_broke()
         cycles = self._cycles()
         last = cycles[-1]
         folder = self._settings.model_dir / "cycles" / self._key
@@ -509,6 +525,8 @@ class _Chaos:
             for cycle in cycles
             if (folder / str(cycle.number) / "recipe.json").exists()
         }
+        if last.number not in snapshots:
+            raise ChaosError(f"the last cycle, without any fault, took no snapshot: {last.status}, {last.error}")
         there = exported(self._client, self._api, self._project_id, self._truth)
         steps = checks.count_steps(self._log("worker").read_text(errors="replace"))
         registry = Registry(self._settings.model_dir / "versions")
@@ -530,6 +548,7 @@ class _Chaos:
             "plan": asdict(self._plan),
             "command": f"python -m scripts.chaos --kills {self._plan.kills} --seed {self._plan.seed} --out <folder>",
             "machine": machine(),
+            "load_average_before": [event["load_average"] for event in self._events.of("session")],
             "minutes": round(self._seconds() / 60, 1),
             "kills": len(kills),
             "kills_by_process": _counted(kill["process"] for kill in kills),

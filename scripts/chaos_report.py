@@ -12,12 +12,16 @@ import torch
 from model.files import write_bytes, write_json
 
 
+def load_average() -> list[float]:
+    """Of 1, 5 and 15 minutes."""
+    return [round(load, 1) for load in os.getloadavg()]
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     return {
         "cpus": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "load_average": [round(load, 1) for load in os.getloadavg()],
         "architecture": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -54,6 +58,8 @@ def in_words(report: Mapping[str, Any]) -> str:
     failed = [f"- cycle {number}: {error}" for number, error in report["failed"].items()]
     facts = [
         ("minutes", report["minutes"]),
+        ("load averages (1, 5, 15 minutes) when it was started or went on",
+         "; ".join(", ".join(map(str, loads)) for loads in report["load_average_before"])),
         ("processes killed (`kill -9`)", _listed(report["kills_by_process"])),
         ("Label Studio stopped and started", report["label_studio_restarts"]),
         ("cycles, of these asked for", f"{report['cycles']}, {report['cycles_asked_for']}"),

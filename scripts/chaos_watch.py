@@ -25,8 +25,8 @@ Tell = Callable[..., None]
 
 
 class Watcher:
-    """A thread; `tell("violation", what=...)` is called for what must not be. `quiet` is a lock that keeps annotators
-    and the starting and stopping of Label Studio away."""
+    """`run` is for a thread of its own; `tell("violation", what=...)` is called for what must not be. `quiet` is a lock
+    that keeps annotators and the starting and stopping of Label Studio away."""
 
     def __init__(
         self,
@@ -50,14 +50,10 @@ class Watcher:
         self._shown = ""
         self._done: set[str] = set()  # versions whose cycle is over
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
 
     def stop(self) -> None:
+        """Let `run` return."""
         self._over.set()
-        self._thread.join()
 
     def look_at_request(self, call: Call) -> None:
         """Before Label Studio is told to show a version: are its predictions there?"""
@@ -72,7 +68,8 @@ class Watcher:
         except TSPError as error:  # Label Studio is busy; the look that follows the switch remains
             self._tell("not seen", what=f"the switch to {version}: {error}")
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Look again and again until `stop`."""
         while not self._over.is_set():
             self._look_at_registry()
             self._look_at_cycles()
