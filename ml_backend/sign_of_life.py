@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from ml_backend.db import Database, WorkerRow, utc_now
 from ml_backend.ls_client import LabelStudioClient
@@ -18,8 +19,15 @@ _EVERY_SECONDS = 5.0
 class SignOfLife:
     """Two threads of its own: the worker may be busy with one project for long, and Label Studio may never answer."""
 
-    def __init__(self, database: Database, client: LabelStudioClient, *, ask_every_seconds: float) -> None:
-        self._database, self._client = database, client
+    def __init__(
+        self,
+        database: Database,
+        client: LabelStudioClient,
+        *,
+        ask_every_seconds: float,
+        alive_file: Path | None = None,
+    ) -> None:
+        self._database, self._client, self._alive_file = database, client, alive_file
         self._ask_every_seconds = ask_every_seconds
         self._told: tuple[str, str] | None = None
 
@@ -36,6 +44,8 @@ class SignOfLife:
         """One sign."""
         with self._database.session() as session:
             session.merge(WorkerRow(name=NAME, seen_at=utc_now()))
+        if self._alive_file is not None:  # for health checks on this machine
+            self._alive_file.touch()
 
     def ask(self) -> None:
         """Ask Label Studio whom it takes our token for. What changes is logged; whose token it is stays in the log."""

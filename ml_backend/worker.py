@@ -130,7 +130,10 @@ class Worker:
         DBOS.register_queue(QUEUE, worker_concurrency=1)
         settings = self._service.settings
         SignOfLife(
-            self._service.database, self._service.label_studio, ask_every_seconds=settings.reconcile_seconds
+            self._service.database,
+            self._service.label_studio,
+            ask_every_seconds=settings.reconcile_seconds,
+            alive_file=settings.alive_file,
         ).start()
         logger.info("the worker is ready; it looks after %s", settings.label_studio_url)
         while True:
