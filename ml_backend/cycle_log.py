@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ml_backend.db import UNFINISHED, CycleRow, Database, utc_now
@@ -10,10 +11,16 @@ logger = logging.getLogger(__name__)
 
 
 class CycleLog:
-    """Writes what a cycle is doing into its row, for the dashboard; at most one write a second for mere progress."""
+    """Writes what a cycle is doing into its row, for the dashboard; at most one write a second for mere progress.
 
-    def __init__(self, database: Database, project_key: str, number: int) -> None:
-        self._database = database
+    Before each write, and at each progress, `confirm` is called: it does not return in a process that has lost the
+    cycle to another one.
+    """
+
+    def __init__(
+        self, database: Database, project_key: str, number: int, *, confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        self._database, self._confirm = database, confirm
         self._identity = (project_key, number)
         self._last_write = 0.0
 
@@ -33,12 +40,14 @@ class CycleLog:
 
     def progress(self, done: int, total: int) -> None:
         """So much of the stage is done."""
+        self._confirm()
         if done == total or time.monotonic() - self._last_write >= 1:
             self._last_write = time.monotonic()
             self._update(done=done, total=total)
 
     def facts(self, facts: dict[str, Any]) -> None:
         """Add what a stage found out."""
+        self._confirm()
         with self._database.session() as session:
             row = session.get_one(CycleRow, self._identity)
             row.facts = {**row.facts, **facts}
@@ -49,6 +58,14 @@ class CycleLog:
         logger.info("project %s, cycle %d: %s", *self._identity, stage)
         self._update(status=status, stage=stage, error=error, finished_at=utc_now())
 
+    def count_restart(self) -> int:
+        """Another worker goes on, since the one that ran the cycle is dead; returns how often that happened by now."""
+        with self._database.session() as session:
+            row = session.get_one(CycleRow, self._identity)
+            restarts = int(row.facts.get("restarts", 0)) + 1
+            row.facts = {**row.facts, "restarts": restarts}
+        return restarts
+
     def abandon(self, error: str) -> None:
         """The cycle ended without saying so; nothing happens if it has said so by now."""
         with self._database.session() as session:
@@ -57,6 +74,7 @@ class CycleLog:
                 row.status, row.stage, row.error, row.finished_at = "failed", "failed", error, utc_now()
 
     def _update(self, **columns: Any) -> None:
+        self._confirm()
         with self._database.session() as session:
             row = session.get_one(CycleRow, self._identity)
             for name, value in columns.items():

@@ -84,12 +84,13 @@ class UsedTaskRow(Base):
 
 
 class WorkerRow(Base):
-    """A worker process: when it was last alive, and whether Label Studio lets it in."""
+    """A worker process: when it was last alive, what it is at, and whether Label Studio lets it in."""
 
-    __tablename__ = "signs_of_life"
+    __tablename__ = "workers"
 
     name: Mapped[str] = mapped_column(primary_key=True)
-    seen_at: Mapped[str] = mapped_column(default=utc_now)
+    seen_at: Mapped[str] = mapped_column(default=utc_now)  # by the clock of the database
+    project_key: Mapped[str | None]  # whose cycle it runs
     problem: Mapped[str] = mapped_column(default="")  # why Label Studio cannot be worked with
 
 
@@ -105,6 +106,14 @@ class Database:
         """A transaction: committed at the end of the block, rolled back on an error."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    def now(self) -> str:
+        """The time of day as all who share the database have it, like `utc_now`."""
+        if self.engine.dialect.name == "sqlite":
+            return utc_now()
+        with self.engine.connect() as connection:
+            moment: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+        return moment.astimezone(UTC).isoformat(timespec="microseconds")
 
     def ping(self) -> None:
         """Raise if the database does not answer."""

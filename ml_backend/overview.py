@@ -1,6 +1,7 @@
 """What people want to know of every project, gathered for the dashboard and for `/status`."""
 
-from datetime import UTC, datetime
+from collections.abc import Sequence, Set
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
@@ -9,23 +10,41 @@ from ml_backend import inbox
 from ml_backend.cold_start import first_batch_progress
 from ml_backend.db import CycleRow, ProjectRow, WorkerRow
 from ml_backend.service import Service
-from ml_backend.sign_of_life import NAME
-
-_SILENT_SECONDS = 30.0  # without a sign of life
+from ml_backend.sign_of_life import SILENT_SECONDS
 
 
 def worker_overview(service: Service) -> dict[str, Any]:
-    """Whether the worker lives, and what keeps it from working ("" when nothing does)."""
+    """Whether workers live, what each is at, and what keeps them from working ("" when nothing does)."""
+    now = datetime.fromisoformat(service.database.now())
     with service.database.session() as session:
-        row = session.get(WorkerRow, NAME)
-    if row is None:
-        problem = "The worker was never here: start `python -m ml_backend.worker` with the same environment."
-        return {"seen_at": None, "problem": problem}
-    silent = (datetime.now(UTC) - datetime.fromisoformat(row.seen_at)).total_seconds()
-    problem = row.problem
-    if silent > _SILENT_SECONDS:
-        problem = f"The worker gave no sign of life since {row.seen_at[:19]} UTC: start it again, its log says why."
-    return {"seen_at": row.seen_at, "problem": problem}
+        rows = session.scalars(select(WorkerRow).order_by(WorkerRow.name)).all()
+    silent = {row.name for row in rows if (now - datetime.fromisoformat(row.seen_at)).total_seconds() > SILENT_SECONDS}
+    return {
+        "seen_at": max((row.seen_at for row in rows), default=None),
+        "problem": "\n".join(_problems(rows, silent)),
+        "living": len(rows) - len(silent),
+        "workers": [
+            {"name": row.name, "seen_at": row.seen_at, "lives": row.name not in silent, "project": row.project_key}
+            for row in rows
+        ],
+    }
+
+
+def _problems(rows: Sequence[WorkerRow], silent: Set[str]) -> list[str]:
+    if not rows:
+        return ["The worker was never here: start `python -m ml_backend.worker` with the same environment."]
+    if len(silent) == len(rows):
+        last = max(row.seen_at for row in rows)
+        return [f"The worker gave no sign of life since {last[:19]} UTC: start it again, its log says why."]
+    living = dict.fromkeys(row.problem for row in rows if row.problem and row.name not in silent)
+    return [
+        *living,
+        *(
+            f"Worker {row.name} gave no sign of life since {row.seen_at[:19]} UTC; others go on with its projects."
+            for row in rows
+            if row.name in silent
+        ),
+    ]
 
 
 def overview(service: Service) -> list[dict[str, Any]]:

@@ -24,12 +24,13 @@ def reconcile(service: Service, project_key: str) -> Decision:
     events = inbox.unhandled(service.database, project_key)
     project = service.project(project_key)
     annotated = service.label_studio.annotated_task_ids(project.id)
+    now = service.database.now()
     with service.database.session() as session:
         row = session.get_one(ProjectRow, project_key)
         used = session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key))
         new = len(annotated - set(used))
         row.title, row.annotated, row.new_annotated = project.title, len(annotated), new
-        row.checked_at, row.problem = utc_now(), ""
+        row.checked_at, row.problem = now, ""
     last, running = _cycles(service.database, project_key)
     decision = plan(
         Situation(

@@ -9,14 +9,16 @@ import pytest
 from ml_backend.db import WorkerRow
 from ml_backend.overview import worker_overview
 from ml_backend.service import Service
-from ml_backend.sign_of_life import NAME, SignOfLife
+from ml_backend.sign_of_life import SignOfLife
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import USERNAME
 from tests.ml_backend.examples import settings
 
+NAME = "host-1"
 
-def sign_of_life(service: Service) -> SignOfLife:
-    return SignOfLife(service.database, service.label_studio, ask_every_seconds=60)
+
+def sign_of_life(service: Service, name: str = NAME) -> SignOfLife:
+    return SignOfLife(service.database, service.label_studio, name=name, ask_every_seconds=60)
 
 
 def test_a_worker_that_was_never_started_is_a_problem(lonely_service: Service) -> None:
@@ -30,7 +32,9 @@ def test_a_worker_that_lives_is_none(lonely_service: Service) -> None:
 
 def test_a_living_worker_touches_its_file_for_health_checks(lonely_service: Service, tmp_path: Path) -> None:
     file = tmp_path / "alive"
-    life = SignOfLife(lonely_service.database, lonely_service.label_studio, ask_every_seconds=60, alive_file=file)
+    life = SignOfLife(
+        lonely_service.database, lonely_service.label_studio, name=NAME, ask_every_seconds=60, alive_file=file
+    )
     life.give()
     os.utime(file, (0, 0))
     life.give()
