@@ -109,7 +109,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
 def train_version(service: Service, project_key: str, number: int, log: CycleLog) -> None:
     """Train on D_al and D_semi, from the pretrained weights, into the cycle's folder (eq. 5)."""
     folder = service.cycle_folder(project_key, number)
-    training = _frozen(folder, "training")
+    training = _still_there(_frozen(folder, "training"), "training", log)
     network, config, trust = _recipe(service, folder)
     pseudo, thresholds = _frozen_pseudo_labels(service, project_key, folder, training, config, trust)
     labeled = [image for image in pseudo if len(image.labels)]
@@ -156,7 +156,7 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
     """Measure the trained network on the frozen validation split and put it into the registry; whether it may take the
     place of the active version."""
     folder = service.cycle_folder(project_key, number)
-    training, validation = _frozen(folder, "training"), _frozen(folder, "validation")
+    training, validation = _frozen(folder, "training"), _still_there(_frozen(folder, "validation"), "validation", log)
     log.stage("evaluating", total=len(validation.images))
     network = _trained_network(service, folder)
     found: dict[str, Detections] = {}
@@ -278,6 +278,20 @@ def _sha256(content: bytes) -> str:
 def _frozen(folder: Path, name: str) -> LabeledSet:
     """A part of the snapshot; its images lie in the cache, under absolute paths."""
     return read_coco(folder / f"{name}.json", Path("/"))
+
+
+def _still_there(part: LabeledSet, name: str, log: CycleLog) -> LabeledSet:
+    """A part of the snapshot without the images whose file has left the cache since; people are told how many."""
+    images = tuple(image for image in part.images if image.path.exists())
+    if gone := len(part.images) - len(images):
+        log.facts({f"vanished_{name}": gone})
+        logger.warning("%d %s images of the snapshot are no longer in the cache", gone, name)
+    if gone and not images:
+        raise TSPError(
+            f"none of the {gone} {name} images of the snapshot is in the cache any more: was MODEL_DIR/cache removed? "
+            "The next cycle fetches them again."
+        )
+    return replace(part, images=images)
 
 
 def _frozen_pseudo_labels(

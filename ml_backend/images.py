@@ -21,7 +21,13 @@ from urllib.parse import unquote, unquote_to_bytes
 import httpx
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from ml_backend.errors import ImageError, LabelStudioAuthError, LabelStudioError, LabelStudioUnavailableError
+from ml_backend.errors import (
+    ImageError,
+    ImageUnavailableError,
+    LabelStudioAuthError,
+    LabelStudioError,
+    LabelStudioUnavailableError,
+)
 from ml_backend.foreign_hosts import AllowedHosts, JudgingTransport, PrivateAddressError
 from ml_backend.ls_client import LabelStudioClient
 
@@ -116,7 +122,8 @@ class ImageStore:
         """The image at `uri`, as it stands in the task's data. What one project had at an address of Label Studio is
         not believed of another: Label Studio may have been set up anew at the same place.
 
-        Raises ImageError when this image cannot be had or read (the others may be fine), and the client's errors when
+        Raises ImageError when this image cannot be had or read (the others may be fine; ImageUnavailableError when it
+        is worth another try), and the client's errors when
         Label Studio itself is away or refuses the token.
         """
         source = _Source(task_id=task_id, uri=uri)
@@ -177,7 +184,8 @@ class ImageStore:
             raise source.error(f"expected an image, got an error: {error}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
-            raise source.error(f"expected an image, the download failed: {reason}") from error
+            is_away = isinstance(error, httpx.TransportError)
+            raise source.error(f"expected an image, the download failed: {reason}", is_away=is_away) from error
 
     @contextmanager
     def _follow(self, source: "_Source") -> Iterator[httpx.Response]:
@@ -211,7 +219,9 @@ class ImageStore:
         _check_foreign_address(source, address)
         with self._stream(source, address) as response:
             if not (response.is_success or response.has_redirect_location):
-                raise source.error(f"expected an image, the server answered {response.status_code}")
+                status = response.status_code
+                is_away = status == httpx.codes.TOO_MANY_REQUESTS or status >= httpx.codes.INTERNAL_SERVER_ERROR
+                raise source.error(f"expected an image, the server answered {status}", is_away=is_away)
             yield response
 
     @contextmanager
@@ -280,11 +290,13 @@ class _Source:
     task_id: int
     uri: str
 
-    def error(self, problem: str) -> ImageError:
+    def error(self, problem: str, *, is_away: bool = False) -> ImageError:
+        """`is_away`: its host has no answer at the moment."""
         shown = self.uri
         if "://" in shown:  # signatures are in the query, passwords before the host
             shown = re.sub(r"//[^/]*@", "//", shown.partition("?")[0], count=1)
-        return ImageError(f"image of task {self.task_id} ({shown[:200]}): {problem}")
+        kind = ImageUnavailableError if is_away else ImageError
+        return kind(f"image of task {self.task_id} ({shown[:200]}): {problem}")
 
 
 def _check_foreign_address(source: _Source, address: str) -> None:
