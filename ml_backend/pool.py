@@ -15,7 +15,7 @@ from ml_backend.errors import ImageError
 from ml_backend.images import FetchedImage
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
-from ml_backend.pseudo_labels import kept_detections
+from ml_backend.pseudo_labels import kept_detections, trust_by
 from ml_backend.service import Service
 from model.dataset import load_image
 from model.duplicates import distinct
@@ -48,9 +48,8 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
     with path.open("a") as lines:
         for done, task in enumerate(waiting, start=1):
             try:
-                fetched = service.images.fetch(
-                    task_id=task.id, uri=image_uri({"id": task.id, "data": task.data}, config)
-                )
+                uri = image_uri({"id": task.id, "data": task.data}, config)
+                fetched = service.images.fetch(task_id=task.id, uri=uri, project_key=project_key)
                 line = _seen(service, network, card, config, task.id, fetched)
             except (ImageError, DatasetError) as error:
                 problems.append(str(error))
@@ -151,9 +150,10 @@ def _seen(
     their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
     settings = service.settings
     observation, detections = look_at(service, network, card, fetched.path)
+    # In the model's own classes: those that the project has are picked out when they are published.
     shown = detections_for_people(
         detections,
-        config,
+        own := replace(config, labels=card.class_names, displayed=()),
         class_names=card.class_names,
         shown_threshold=settings.shown_threshold,
         mask_threshold=network.config.mask_threshold,
@@ -168,7 +168,7 @@ def _seen(
         "instances": int((detections.class_scores >= settings.queue_threshold).sum()),
         "result": prediction(
             shown,
-            config,
+            own,
             model_version=card.version,
             score=0.0,
             mask_threshold=network.config.mask_threshold,
@@ -176,7 +176,7 @@ def _seen(
         )["result"],
         "detections": kept_detections(
             detections,
-            settings.pseudo_labels(),
+            trust_by(settings.pseudo_labels(), card.metrics),
             class_names=card.class_names,
             mask_threshold=network.config.mask_threshold,
         ),

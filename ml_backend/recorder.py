@@ -31,6 +31,7 @@ class EventRecorder:
         """Remember the project and keep the hint that something happened; returns when it is on the disk, raises what
         the database raises."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # from now on a caller that goes away cannot cancel what is written
         self._waiting.put((name, action, done))
         # Whoever asked may hang up: the event is kept all the same, and the thread must find a future to answer.
         await asyncio.shield(asyncio.wrap_future(done))

@@ -54,40 +54,40 @@ class Training:
     is_training: Callable[[], bool]
 
 
-def webhook(load: Load, *, database_url: str = "") -> dict[str, Any]:
-    """Webhooks of submitted annotations, 11 kB each; lost ones are those that the database does not have afterwards."""
-    with _training(database_url) as training:
-        before = _events(training)
-        body = json.dumps(_annotation_created(training.project)).encode()
-        answers = _ask(training, [("POST", "/webhook", body)] * load.requests, load)
-        stored = _events(training) - before
-        return {**_measured(answers, waits_seconds=1.0), "lost": load.requests - stored, "body_bytes": len(body)}
+def webhook(load: Load, training: Training) -> dict[str, Any]:
+    """Webhooks of annotations, 11 kB each; lost ones are those that the database does not have afterwards."""
+    before = _events(training)
+    body = json.dumps(_annotation_created(training.project)).encode()
+    answers = _ask(training, [("POST", "/webhook", body)] * load.requests, load)
+    stored = _events(training) - before
+    return {**_measured(answers, waits_seconds=1.0), "lost": load.requests - stored, "body_bytes": len(body)}
 
 
-def health(load: Load, *, database_url: str = "") -> dict[str, Any]:
+def health(load: Load, training: Training) -> dict[str, Any]:
     """/health and /setup in turn, as Label Studio asks them again and again."""
-    with _training(database_url) as training:
-        setup = json.dumps({"project": training.project.uid, "schema": training.project.label_config}).encode()
-        both: list[Request] = [("GET", "/health", b""), ("POST", "/setup", setup)]
-        answers = _ask(training, [both[number % 2] for number in range(load.requests)], load)
-        return {
-            **_measured(answers[::2], waits_seconds=1.0),
-            "setup": _measured(answers[1::2], waits_seconds=3.0),
-            "lost": sum(status != 200 for status, _ in answers),
-        }
+    setup = json.dumps({"project": training.project.uid, "schema": training.project.label_config}).encode()
+    both: list[Request] = [("GET", "/health", b""), ("POST", "/setup", setup)]
+    answers = _ask(training, [both[number % 2] for number in range(load.requests)], load)
+    return {
+        **_measured(answers[::2], waits_seconds=1.0),
+        "setup": _measured(answers[1::2], waits_seconds=3.0),
+        "lost": sum(status != 200 for status, _ in answers),
+    }
 
 
-SOAKS: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
+SOAKS: dict[str, tuple[str, Callable[[Load, Training], dict[str, Any]]]] = {
     "webhook": ("webhooks while a cycle trains", webhook),
     "health": ("/health and /setup while a cycle trains", health),
 }
 
 
-def soak(name: str, load: Load, *, database_url: str = "") -> dict[str, Any]:
-    """Run one; `ours` is the 99th percentile, `theirs` how long Label Studio waits, in seconds."""
+def soak(name: str, load: Load, *, database_url: str = "", server: LabelStudioServer | None = None) -> dict[str, Any]:
+    """Run one; `ours` is the 99th percentile, `theirs` how long Label Studio waits, in seconds. `server`: a Label
+    Studio that runs; without one, a new one is started, which takes a minute more."""
     _, work = SOAKS[name]
     before = load_average()
-    measured = work(load, database_url=database_url)
+    with _training(database_url, server) as training:
+        measured = work(load, training)
     return {
         "name": name,
         **measured,
@@ -99,11 +99,11 @@ def soak(name: str, load: Load, *, database_url: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _training(database_url: str) -> Iterator[Training]:
+def _training(database_url: str, server: LabelStudioServer | None) -> Iterator[Training]:
     """A real Label Studio, our two processes, and a first cycle that trains until the block ends."""
     with ExitStack() as running:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        server = running.enter_context(
+        server = server or running.enter_context(
             LabelStudioServer(
                 data_dir=folder / "label-studio",
                 username="bench@example.com",

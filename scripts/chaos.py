@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 from sqlalchemy import create_engine, select, text
 
-from ml_backend.db import UNFINISHED, CycleRow, Database, ProjectRow
+from ml_backend.db import UNFINISHED, CycleRow, Database, ProjectRow, UsedTaskRow
 from ml_backend.inbox import ProjectName
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
 from ml_backend.settings import Settings
@@ -376,7 +376,8 @@ class _Chaos:
                     told = time.monotonic()
                     newest = next(iter(reversed(self._cycles())), None)
                     self._say(
-                        f"{self._kills()} of {self._plan.kills} kills, {len(self._ledger.annotated())} annotated tasks, "
+                        f"{self._kills()} of {self._plan.kills} kills, "
+                        f"{len(self._ledger.annotated())} annotated tasks, "
                         f"{f'cycle {newest.number}: {newest.stage}' if newest else 'no cycle yet'}"
                     )
         finally:  # Ctrl-C too: nothing may be started while all is being stopped
@@ -412,10 +413,10 @@ class _Chaos:
                         self._annotators.press_start_training()
 
     def _waiting_tasks(self) -> int:
-        """Annotated tasks that no cycle has used, as far as the worker has counted."""
+        """Annotated tasks that no cycle has used."""
         with self._database.session() as session:
-            row = session.get(ProjectRow, self._key)
-            return row.new_annotated if row else 0
+            used = set(session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == self._key)))
+        return len(self._ledger.annotated() - used)
 
     def _kill(self, name: str, longest_seconds: float) -> None:
         """Kill a process again and again: after a drawn time, or in the next stage on the list, once it comes."""
