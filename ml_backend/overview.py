@@ -64,7 +64,7 @@ def overview(service: Service) -> list[dict[str, Any]]:
             "key": project.key,
             "id": project.label_studio_id,
             "title": project.title,
-            "url": f"{service.settings.label_studio_url}/projects/{project.label_studio_id}/data",
+            "url": f"{service.settings.browser_url}/projects/{project.label_studio_id}/data",
             "problem": project.problem,
             "annotated": project.annotated,
             "new_annotated": project.new_annotated,

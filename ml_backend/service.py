@@ -27,7 +27,9 @@ class Service:
     @classmethod
     def connect(cls, settings: Settings) -> Self:
         """Opens the database and folders; Label Studio itself is not called yet. SettingsError without a token."""
-        client = LabelStudioClient(settings.label_studio_url, settings.require_api_key())
+        client = LabelStudioClient(
+            settings.label_studio_url, settings.require_api_key(), public_url=settings.browser_url
+        )
         settings.model_dir.mkdir(parents=True, exist_ok=True)
         return cls(
             settings=settings,

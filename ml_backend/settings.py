@@ -45,6 +45,11 @@ class Settings(BaseSettings):
     label_studio_url: str = _env(
         "LABEL_STUDIO_URL", "http://localhost:8080", "Label Studio's address, as this service reaches it"
     )
+    public_label_studio_url: str | None = _env(
+        "TSP_PUBLIC_LABEL_STUDIO_URL",
+        None,
+        "Label Studio's address, as browsers reach it (its LABEL_STUDIO_HOST); none: LABEL_STUDIO_URL",
+    )
     label_studio_api_key: SecretStr | None = _env(
         "LABEL_STUDIO_API_KEY", None, "a personal access token or a legacy token of a user who may edit the projects"
     )
@@ -56,6 +61,9 @@ class Settings(BaseSettings):
     port: int = _env("PORT", 9090, "port on which the web process listens", ge=0, le=65535)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _env("LOG_LEVEL", "INFO", "how much is logged")
     model_dir: Path = _env("MODEL_DIR", Path("data"), "folder of the model versions, checkpoints and cached images")
+    alive_file: Path | None = _env(
+        "TSP_ALIVE_FILE", None, "file that the worker touches every few seconds, for health checks; none: no file"
+    )
     database_url: str = _env(
         "DATABASE_URL",
         "",
@@ -214,9 +222,11 @@ class Settings(BaseSettings):
     def _absolute(cls, folder: Path) -> Path:
         return folder.resolve()
 
-    @field_validator("label_studio_url")
+    @field_validator("label_studio_url", "public_label_studio_url")
     @classmethod
-    def _web_address(cls, url: str) -> str:
+    def _web_address(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("expected an address like http://localhost:8080")
@@ -315,6 +325,11 @@ class Settings(BaseSettings):
             return self.database.removesuffix(".sqlite3") + "-workflows.sqlite3"
         return self.database
 
+    @property
+    def browser_url(self) -> str:
+        """Label Studio's address in links for people."""
+        return self.public_label_studio_url or self.label_studio_url
+
     def torch_device(self) -> str:
         """Where networks run."""
         if self.device != "auto":
@@ -386,7 +401,13 @@ class Settings(BaseSettings):
         )
 
 
-_MAY_HOLD_SECRETS = ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "BASIC_AUTH_PASS", "DATABASE_URL")
+_MAY_HOLD_SECRETS = (
+    "LABEL_STUDIO_URL",
+    "TSP_PUBLIC_LABEL_STUDIO_URL",
+    "LABEL_STUDIO_API_KEY",
+    "BASIC_AUTH_PASS",
+    "DATABASE_URL",
+)
 
 
 def _described(problem: Mapping[str, Any]) -> str:

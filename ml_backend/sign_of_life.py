@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from sqlalchemy import delete
 
@@ -30,9 +31,11 @@ class SignOfLife:
         name: str,
         ask_every_seconds: float,
         busy_with: Callable[[], str | None] = lambda: None,
+        alive_file: Path | None = None,
     ) -> None:
         self._database, self._client, self._name = database, client, name
         self._ask_every_seconds, self._busy_with = ask_every_seconds, busy_with
+        self._alive_file = alive_file
         self._told: tuple[str, str] | None = None
 
     def start(self) -> None:
@@ -51,6 +54,8 @@ class SignOfLife:
         with self._database.session() as session:
             session.merge(WorkerRow(name=self._name, seen_at=now, project_key=self._busy_with()))
             session.execute(delete(WorkerRow).where(WorkerRow.seen_at < long_ago))
+        if self._alive_file is not None:  # for health checks on this machine
+            self._alive_file.touch()
 
     def take_leave(self) -> None:
         """This worker ends because somebody wants it to: nobody needs to miss it."""

@@ -181,6 +181,7 @@ class Worker:
             name=name,
             ask_every_seconds=service.settings.reconcile_seconds,
             busy_with=lambda: self._busy_with["cycle"],
+            alive_file=service.settings.alive_file,
         )
 
     def run(self) -> None:

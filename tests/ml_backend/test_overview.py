@@ -1,11 +1,13 @@
 """What the dashboard and `/status` are told."""
 
+from pathlib import Path
+
 from ml_backend import inbox
 from ml_backend.db import CycleRow, ProjectRow
 from ml_backend.inbox import ProjectName, remember_project
 from ml_backend.overview import overview
 from ml_backend.service import Service
-from tests.ml_backend.examples import KEY, NOWHERE, VERSION, add_version
+from tests.ml_backend.examples import KEY, NOWHERE, VERSION, add_version, settings
 
 OTHER = "8-1700000000"
 
@@ -60,3 +62,14 @@ def test_what_changes_is_told(lonely_service: Service) -> None:
     assert project["active_version"] == VERSION
     assert project["events"] == {"received": 1, "waiting": 1}
     assert project["problem"] == "Label Studio is away"
+
+
+def test_links_lead_where_browsers_reach_label_studio(tmp_path: Path) -> None:
+    inside = {"LABEL_STUDIO_URL": "http://label-studio:8080"}
+    public = {**inside, "TSP_PUBLIC_LABEL_STUDIO_URL": "https://labels.example.com/"}
+    for environment, start in ((inside, "http://label-studio:8080"), (public, "https://labels.example.com")):
+        service = Service.connect(settings(tmp_path, **environment))
+        remember_project(service.database, ProjectName(KEY, 7))
+        assert overview(service)[0]["url"] == f"{start}/projects/7/data"
+        assert service.label_studio.own_path(f"{start}/data/upload/1/a.png") == "/data/upload/1/a.png"
+        service.close()

@@ -74,10 +74,12 @@ def test_the_default_learning_rate_fits_the_optimizer_and_the_schedule(
 
 EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("LABEL_STUDIO_URL", "https://ls.example.com/label/", "label_studio_url", "https://ls.example.com/label"),
+    ("TSP_PUBLIC_LABEL_STUDIO_URL", "https://labels.org/", "public_label_studio_url", "https://labels.org"),
     ("TSP_HOST", "localhost", "host", "localhost"),
     ("PORT", "8000", "port", 8000),
     ("LOG_LEVEL", "DEBUG", "log_level", "DEBUG"),
     ("MODEL_DIR", "/srv/models", "model_dir", Path("/srv/models")),
+    ("TSP_ALIVE_FILE", "/tmp/alive", "alive_file", Path("/tmp/alive")),
     ("DATABASE_URL", "postgresql://u@h/d", "database_url", "postgresql://u@h/d"),
     ("TSP_BATCH_SIZE", "20", "batch_size", 20),
     ("TSP_VALIDATION_FRACTION", "0", "validation_fraction", 0.0),

@@ -4,6 +4,7 @@ import base64
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_a_worker_that_was_never_started_is_a_problem(lonely_service: Service) -
 def test_a_worker_that_lives_is_none(lonely_service: Service) -> None:
     sign_of_life(lonely_service).give()
     assert worker_overview(lonely_service)["problem"] == ""
+
+
+def test_a_living_worker_touches_its_file_for_health_checks(lonely_service: Service, tmp_path: Path) -> None:
+    file = tmp_path / "alive"
+    life = SignOfLife(
+        lonely_service.database, lonely_service.label_studio, name=NAME, ask_every_seconds=60, alive_file=file
+    )
+    life.give()
+    os.utime(file, (0, 0))
+    life.give()
+    assert time.time() - file.stat().st_mtime < 10
 
 
 def test_a_worker_that_fell_silent_is_a_problem(lonely_service: Service) -> None:
