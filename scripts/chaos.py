@@ -48,6 +48,7 @@ from scripts.make_phantoms import make_phantoms
 
 EMAIL, PASSWORD = "annotator@example.com", "pull-the-plug"
 SETTLE_SECONDS = 900.0
+_START_SECONDS = 300.0
 _STAGES = {  # beginnings of what a cycle says that it does
     "snapshot": ("reading annotations", "starting"),
     "training": ("training",),
@@ -77,8 +78,9 @@ class Plan:
     batch_size: int = 8
     steps: int = 40
     checkpoint_steps: int = 5
-    worker_seconds: float = 28.0  # a worker lives at most so long, from 0 on, uniformly drawn
-    web_seconds: float = 36.0
+    worker_seconds: float = 20.0  # a worker that is ready lives at most so long, from 0 on, uniformly drawn
+    web_seconds: float = 24.0
+    early: float = 0.2  # share of kills whose time runs from the start of the process, ready or not
     aimed: float = 0.5  # share of the worker's kills that wait for a stage of a cycle, one after the other of a list
     annotator_seconds: float = 3.0  # longest pause between two things that annotators do
     kills_a_restart: int = 25  # Label Studio is stopped once for so many kills
@@ -89,7 +91,7 @@ class Plan:
         """A run of about a minute, as in the tests."""
         return cls(
             kills=kills, seed=seed, images=60, first_images=24, batch_size=6, steps=24, checkpoint_steps=4,
-            worker_seconds=12, web_seconds=24, aimed=0.8, annotator_seconds=0.8, kills_a_restart=10, trained_again=1,
+            worker_seconds=8, web_seconds=10, aimed=0.8, annotator_seconds=0.8, kills_a_restart=10, trained_again=1,
         )  # fmt: skip
 
     def settings(self, folder: Path, *, label_studio_url: str, token: str, port: int) -> dict[str, str]:
@@ -366,19 +368,22 @@ class _Chaos:
         ]
         for thread in threads:
             thread.start()
-        told = 0.0
-        while self._kills() < self._plan.kills and self._seconds() < minutes * 60 and not self._over.is_set():
-            time.sleep(0.2)
-            if time.monotonic() - told > 30:
-                told = time.monotonic()
-                newest = next(iter(reversed(self._cycles())), None)
-                self._say(
-                    f"{self._kills()} of {self._plan.kills} kills, {len(self._ledger.annotated())} annotated tasks, "
-                    f"{f'cycle {newest.number}: {newest.stage}' if newest else 'no cycle yet'}"
-                )
-        self._over.set()
-        for thread in threads:
-            thread.join()
+        try:
+            told = 0.0
+            while self._kills() < self._plan.kills and self._seconds() < minutes * 60 and not self._over.is_set():
+                time.sleep(0.2)
+                if time.monotonic() - told > 30:
+                    told = time.monotonic()
+                    newest = next(iter(reversed(self._cycles())), None)
+                    self._say(
+                        f"{self._kills()} of {self._plan.kills} kills, "
+                        f"{len(self._ledger.annotated())} annotated tasks, "
+                        f"{f'cycle {newest.number}: {newest.stage}' if newest else 'no cycle yet'}"
+                    )
+        finally:  # Ctrl-C too: nothing may be started while all is being stopped
+            self._over.set()
+            for thread in threads:
+                thread.join()
         self._faults.active = False
         for name, proxy in self._proxies.items():
             self._events.tell("faults", proxy=name, counts=dict(proxy.counts))
@@ -418,6 +423,8 @@ class _Chaos:
         rng = self._rng(name)
         aims = itertools.cycle(_AIMS)
         while not self._over.is_set():
+            if rng.random() > self._plan.early and not self._wait_until_ready(name):
+                return
             deadline = time.monotonic() + rng.uniform(0, longest_seconds)
             if name == "worker" and rng.random() < self._plan.aimed:
                 aim = next(aims)
@@ -438,6 +445,17 @@ class _Chaos:
             time.sleep(rng.uniform(0, 1.5))
             self._events.tell("start", process=name, log_bytes=self._log(name).stat().st_size)
             self._backend.start_one(name)
+
+    def _wait_until_ready(self, name: str) -> bool:
+        """False when the run is over before; a slow machine must not kill nothing but processes that start."""
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._is_ready(name):
+            if self._over.wait(0.2):
+                return False
+            if time.monotonic() > deadline:
+                self._events.tell("violation", what=f"the {name} process is not ready after {_START_SECONDS:.0f} s")
+                return True
+        return True
 
     def _restart_label_studio(self) -> None:
         rng = self._rng("label studio")
@@ -586,23 +604,17 @@ class _Chaos:
         }  # fmt: skip
 
     def _predictions(self) -> tuple[dict[str, Any], list[str]]:
-        """Each task without annotation has one prediction of the active version, and no older version has any."""
+        """What Label Studio has for the active version, and what is wrong with it."""
         version = str(Registry(self._settings.model_dir / "versions").active(self._key))
         counts = self._client.model_versions(self._project_id)
         tasks = self._client.predicted_task_ids(self._project_id, version)
         open_tasks = set(self._ledger.records()) - self._ledger.annotated()
         shown = self._client.project(self._project_id).model_version
-        found: list[str] = []
-        if shown != version and open_tasks:
-            found.append(f"Label Studio shows {shown!r}, the active version is {version!r}")
-        if missing := sorted(open_tasks - tasks):
-            found.append(f"tasks {missing[:10]} have no prediction of {version}")
-        if counts.get(version, 0) != len(tasks):
-            found.append(f"{version} has {counts.get(version, 0)} predictions of {len(tasks)} tasks")
-        if others := {n: count for n, count in counts.items() if n.startswith("tsp-") and n != version}:
-            found.append(f"predictions of other versions are left: {others}")
         about = {"version": version, "predictions": counts.get(version, 0), "predicted_tasks": len(tasks)}
-        return {**about, "tasks_without_annotation": len(open_tasks)}, found
+        return (
+            {**about, "tasks_without_annotation": len(open_tasks)},
+            checks.check_predictions(version, shown=shown, counts=counts, predicted=tasks, open_tasks=open_tasks),
+        )
 
     def _train_again(self, cycles: list[CycleRow]) -> tuple[list[str], list[str]]:
         """Once more from the frozen snapshots, each in a new process without interruption; the versions, and which of

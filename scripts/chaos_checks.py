@@ -3,13 +3,14 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ml_backend.cycle import train_version
 from ml_backend.cycle_log import CycleLog
@@ -59,7 +60,7 @@ def check_cycles(cycles: list[CycleRow], workflows: Mapping[str, str], batch_siz
     for cycle in cycles:
         if cycle.status == "failed" and not any(excuse in cycle.error for excuse in EXCUSED):
             found.append(f"cycle {cycle.number} failed: {cycle.error}")
-        elif cycle.status not in ("done", "failed"):
+        elif cycle.status not in ("done", "failed", "refused"):  # refused: by the gate, its version stays inactive
             found.append(f"cycle {cycle.number} is {cycle.status} at the end: {cycle.stage}")
         if match := re.match(r"(\d+) newly annotated", cycle.reason):
             if int(match[1]) < batch_size:
@@ -131,6 +132,26 @@ def check_last_cycle(
     other = sorted(image for image in set(wanted) & set(snapshot.contents) if wanted[image] != snapshot.contents[image])
     found += [f"{name} in the last snapshot: {images[:10]}" for name, images in
               (("missing", lost), ("too many", more), ("different", other)) if images]  # fmt: skip
+    return found
+
+
+def check_predictions(
+    active: str, *, shown: str, counts: Mapping[str, int], predicted: Set[int], open_tasks: Set[int]
+) -> Violations:
+    """Each task without annotation has one prediction of the active version, and none of our older versions has any.
+
+    `shown` is the version that Label Studio shows, `counts` its predictions by version, `predicted` the tasks that
+    carry the active one.
+    """
+    found: Violations = []
+    if shown != active and open_tasks:
+        found.append(f"Label Studio shows {shown!r}, the active version is {active!r}")
+    if missing := sorted(open_tasks - predicted):
+        found.append(f"tasks {missing[:10]} have no prediction of {active}")
+    if counts.get(active, 0) != len(predicted):
+        found.append(f"{active} has {counts.get(active, 0)} predictions of {len(predicted)} tasks")
+    if others := {n: count for n, count in counts.items() if n.startswith("tsp-") and n != active}:
+        found.append(f"predictions of other versions are left: {others}")
     return found
 
 
@@ -229,9 +250,14 @@ def train_again(
         theirs, _ = read_tensors(weights_file(service.registry, project_key, version))
     finally:
         service.close()
-    different = [name for name, tensor in theirs.items() if not torch.equal(tensor, ours[f"network.{name}"])]
+    return compare_weights(version, theirs, {name: ours[f"network.{name}"] for name in theirs})
+
+
+def compare_weights(version: str, published: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> Violations:
+    """Tensors by name must be equal in every bit."""
+    different = [name for name, tensor in published.items() if not torch.equal(tensor, again[name])]
     if different:
-        return [f"{version}: {len(different)} of {len(theirs)} tensors differ from a training without interruption"]
+        return [f"{version}: {len(different)} of {len(published)} tensors differ from a training without interruption"]
     return []
 
 
