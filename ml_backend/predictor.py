@@ -64,7 +64,7 @@ class Predictor:
         config: LabelConfig,
         order: QueueOrder,
     ) -> Json:
-        settings, task_id = self._service.settings, task.get("id", 0)
+        settings, task_id = self._service.settings, _task_id(task)
         try:
             fetched = self._service.images.fetch(task_id=task_id, uri=image_uri(task, config))
             seen, found = look_at(self._service, network, card, fetched.path)
@@ -85,3 +85,9 @@ class Predictor:
             mask_threshold=network.config.mask_threshold,
             max_vertices=settings.max_vertices,
         )
+
+
+def _task_id(task: Mapping[str, Any]) -> int:
+    """0 for a task that has none, such as one that is not stored yet."""
+    number = task.get("id")
+    return number if type(number) is int else 0  # True is an int as well

@@ -15,6 +15,7 @@ from ml_backend.db import UNFINISHED, CycleRow, Database, EventRow, ProjectRow, 
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project
 from ml_backend.planner import Decision, Situation, plan
 from ml_backend.service import Service
+from ml_backend.webhook_secret import guard_webhooks
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def reconcile(service: Service, project_key: str) -> Decision:
     else:
         inbox.mark_handled(service.database, handled)
     _repair_queue(service, project_key, project)
+    guard_webhooks(service.settings, service.label_studio, project.id)
     return decision
 
 

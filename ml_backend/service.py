@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from ml_backend.db import Database
+from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageLimits, ImageStore
 from ml_backend.inbox import ProjectName, label_studio_id
 from ml_backend.ls_client import LabelStudioClient, Project
@@ -37,6 +38,7 @@ class Service:
                 cache_dir=settings.model_dir / "cache",
                 client=client,
                 limits=ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+                allowed_hosts=AllowedHosts.parse(settings.allowed_image_hosts),
             ),
         )
 

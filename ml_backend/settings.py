@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_valid
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ml_backend.errors import SettingsError
+from ml_backend.foreign_hosts import AllowedHosts
 from model.config import NetworkConfig, Profile, PseudoLabelConfig, TrainingConfig
 from model.dataset import fitting_anchors
 from model.errors import InvalidInputError
@@ -185,6 +186,12 @@ class Settings(BaseSettings):
     reconcile_seconds: float = _env(
         "TSP_RECONCILE_SECONDS", 60.0, "how often Label Studio is asked what it has, webhooks or not", gt=0
     )
+    allowed_image_hosts: str = _env(
+        "TSP_ALLOWED_IMAGE_HOSTS",
+        "",
+        "hosts at private addresses from which images may be fetched, beside Label Studio's own: names, `*.domain`, "
+        "addresses or networks, separated by commas",
+    )
     max_image_bytes: int = _env("TSP_MAX_IMAGE_BYTES", 100_000_000, "largest image file", ge=1)
     max_image_pixels: int = _env("TSP_MAX_IMAGE_PIXELS", 100_000_000, "largest image, in pixels", ge=1)
 
@@ -209,6 +216,12 @@ class Settings(BaseSettings):
         if url and not url.startswith(("sqlite:///", "postgres://", "postgresql://", "postgresql+psycopg://")):
             raise ValueError("expected postgresql://user:password@host/database or sqlite:////absolute/path")
         return url
+
+    @field_validator("allowed_image_hosts")
+    @classmethod
+    def _known_hosts(cls, hosts: str) -> str:
+        AllowedHosts.parse(hosts)
+        return hosts
 
     @field_validator("strategy")
     @classmethod

@@ -29,6 +29,7 @@ from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import ProjectRow
 from ml_backend.errors import LabelStudioUnavailableError
+from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool
 from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile, unfinished_cycle
@@ -297,10 +298,7 @@ def main() -> None:
         claims = open_claims(settings)
     except TSPError as error:
         sys.exit(str(error))
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if unknown := Settings.unknown_names():
-        logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
+    start_logging(settings)
     os.nice(settings.niceness)  # annotators wait for the web process, nobody waits for this one
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
     worker = Worker(service, claims, name=free_name(claims))

@@ -122,6 +122,7 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("TSP_THREADS", "2", "threads", 2),
     ("TSP_NICENESS", "0", "niceness", 0),
     ("TSP_RECONCILE_SECONDS", "0.5", "reconcile_seconds", 0.5),
+    ("TSP_ALLOWED_IMAGE_HOSTS", "minio.local,10.0.0.0/8", "allowed_image_hosts", "minio.local,10.0.0.0/8"),
     ("TSP_MAX_IMAGE_BYTES", "1000", "max_image_bytes", 1000),
     ("TSP_MAX_IMAGE_PIXELS", "1000", "max_image_pixels", 1000),
 ]

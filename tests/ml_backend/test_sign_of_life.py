@@ -12,7 +12,6 @@ from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import USERNAME
 from tests.ml_backend.examples import settings
 
-
 NAME = "host-1"
 
 
