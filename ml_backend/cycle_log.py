@@ -38,6 +38,20 @@ class CycleLog:
         self._last_write = time.monotonic()
         self._update(stage=stage, done=done, total=total)
 
+    def wait(self, reason: str) -> None:
+        """The stage cannot go on and will be tried again; the first of several such tries says since when."""
+        with self._database.session() as session:
+            row = session.get_one(CycleRow, self._identity)
+            known = row.facts.get("waiting") or {"since": utc_now()}
+            row.facts = {**row.facts, "waiting": {**known, "for": reason}}
+
+    def go_on(self) -> None:
+        """What the cycle waited for is there."""
+        with self._database.session() as session:
+            row = session.get_one(CycleRow, self._identity)
+            if "waiting" in row.facts:
+                row.facts = {name: fact for name, fact in row.facts.items() if name != "waiting"}
+
     def progress(self, done: int, total: int) -> None:
         """So much of the stage is done."""
         self._confirm()

@@ -23,5 +23,9 @@ class ImageError(TSPError):
     """An image of a task cannot be fetched or read."""
 
 
+class ImageUnavailableError(ImageError):
+    """The image's host did not answer, or with 408, 429 or 5xx: worth trying again later."""
+
+
 class SettingsError(TSPError):
     """A setting is missing or cannot be used."""

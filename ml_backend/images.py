@@ -21,7 +21,13 @@ from urllib.parse import unquote, unquote_to_bytes
 import httpx
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from ml_backend.errors import ImageError, LabelStudioAuthError, LabelStudioError, LabelStudioUnavailableError
+from ml_backend.errors import (
+    ImageError,
+    ImageUnavailableError,
+    LabelStudioAuthError,
+    LabelStudioError,
+    LabelStudioUnavailableError,
+)
 from ml_backend.foreign_hosts import AllowedHosts, JudgingTransport, PrivateAddressError
 from ml_backend.ls_client import LabelStudioClient
 
@@ -174,6 +180,9 @@ class ImageStore:
             raise  # no fault of the image
         except LabelStudioError as error:
             raise source.error(f"expected an image, got an error: {error}") from error
+        except (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError) as error:
+            reason = str(error) or type(error).__name__
+            raise source.unavailable(f"expected an image, the download failed: {reason}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
             raise source.error(f"expected an image, the download failed: {reason}") from error
@@ -210,7 +219,9 @@ class ImageStore:
         _check_foreign_address(source, address)
         with self._stream(source, address) as response:
             if not (response.is_success or response.has_redirect_location):
-                raise source.error(f"expected an image, the server answered {response.status_code}")
+                passes = response.status_code in (408, 429) or response.status_code >= 500
+                refusal = source.unavailable if passes else source.error
+                raise refusal(f"expected an image, the server answered {response.status_code}")
             yield response
 
     @contextmanager
@@ -280,10 +291,16 @@ class _Source:
     uri: str
 
     def error(self, problem: str) -> ImageError:
+        return ImageError(self._described(problem))
+
+    def unavailable(self, problem: str) -> ImageUnavailableError:
+        return ImageUnavailableError(self._described(problem))
+
+    def _described(self, problem: str) -> str:
         shown = self.uri
         if "://" in shown:  # signatures are in the query, passwords before the host
             shown = re.sub(r"//[^/]*@", "//", shown.partition("?")[0], count=1)
-        return ImageError(f"image of task {self.task_id} ({shown[:200]}): {problem}")
+        return f"image of task {self.task_id} ({shown[:200]}): {problem}"
 
 
 def _check_foreign_address(source: _Source, address: str) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.errors import ImageError
+from ml_backend.errors import ImageError, ImageUnavailableError
 from ml_backend.images import FetchedImage
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
@@ -27,7 +28,9 @@ from model.types import Detections, FloatArray
 
 
 def score_pool(service: Service, project_key: str, version: str, log: CycleLog | None = None) -> int:
-    """Look at every task without annotation that this version has not seen; returns how many it looked at now.
+    """Look at every task without annotation that this version has not seen; returns how many it has now seen.
+
+    An image whose host is away for the moment is left for the next look, with the other images of that host.
 
     What is found goes line by line into the version's scores file: the score of its strategy (S for TSP), the
     prediction, and what may become pseudo labels of the next cycle.
@@ -44,14 +47,24 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
     network, card = service.registry.load(project_key, version)
     network.to(service.settings.torch_device())
     problems: list[str] = []
-    empty = 0
+    empty = unavailable = 0
+    away: set[str] = set()  # hosts
     with path.open("a") as lines:
         for done, task in enumerate(waiting, start=1):
+            host = ""
             try:
-                fetched = service.images.fetch(
-                    task_id=task.id, uri=image_uri({"id": task.id, "data": task.data}, config)
-                )
+                uri = image_uri({"id": task.id, "data": task.data}, config)
+                host = _host(uri)
+                if host in away:
+                    raise ImageUnavailableError(f"image of task {task.id}: {host} is away, it is asked again later")
+                fetched = service.images.fetch(task_id=task.id, uri=uri)
                 line = _seen(service, network, card, config, task.id, fetched)
+            except ImageUnavailableError as error:
+                if host:
+                    away.add(host)
+                unavailable += 1
+                problems.append(str(error))
+                continue
             except (ImageError, DatasetError) as error:
                 problems.append(str(error))
                 line = {"task": task.id, "problem": str(error)}
@@ -68,7 +81,15 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
                 "pool_problem_count": len(problems),
             }
         )
-    return len(waiting)
+    return len(waiting) - unavailable
+
+
+def _host(uri: str) -> str:
+    """The host of a web address, "" of any other."""
+    try:
+        return urlsplit(uri).hostname or ""
+    except ValueError:  # no address at all, which the image store says better
+        return ""
 
 
 def read_scores(path: Path) -> Iterator[Json]:

@@ -1,6 +1,9 @@
 """Scoring the unlabelled images of a real Label Studio with a tiny real network."""
 
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from ml_backend.pool import append_line, detections_for_people, go_on_with, is_v
 from ml_backend.pseudo_labels import seen_image
 from ml_backend.service import Service
 from model.types import Detections
+from scripts.label_studio_server import HOST, LabelStudioServer, free_port
 from tests.label_studio import POLYGON_CONFIG, polygon_result
 from tests.ml_backend.examples import (
     UNREADABLE,
@@ -23,6 +27,7 @@ from tests.ml_backend.examples import (
     grey_images,
     import_images,
     key_of,
+    settings,
     sha256,
 )
 
@@ -197,3 +202,37 @@ def test_a_larger_share_keeps_the_images_of_a_smaller_one() -> None:
     images = [sha256(str(number).encode()) for number in range(200)]
     small, large = ({image for image in images if is_validation(image, fraction)} for fraction in (0.2, 0.4))
     assert small < large
+
+
+@pytest.mark.label_studio
+def test_an_image_whose_host_is_away_is_scored_when_it_is_back(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path
+) -> None:
+    place = {"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": label_studio.token}
+    service = Service.connect(settings(tmp_path, TSP_ALLOWED_IMAGE_HOSTS="127.0.0.0/8", **place))
+    key = key_of(service, project)
+    add_version(service, key)
+    log = begin_cycle(service, key)
+    port = free_port()
+    (tmp_path / "files").mkdir()
+    images = grey_images(3)
+    for number, image in enumerate(images[:2]):
+        (tmp_path / "files" / f"{number}.png").write_bytes(image)
+    foreign = import_images(client, project, [f"http://{HOST}:{port}/{number}.png" for number in (0, 1, 2)])
+    own = import_images(client, project, [images[2]])
+
+    assert score_pool(service, key, VERSION, log) == 1  # nothing listens there
+    assert set(scores(service, key)) == set(own)
+    facts = cycle_row(service, key).facts
+    assert facts["pool_problem_count"] == 3
+    assert sum("is away" in problem for problem in facts["pool_problems"]) == 2  # the host was asked once
+
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "files"))
+    with ThreadingHTTPServer((HOST, port), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert score_pool(service, key, VERSION) == 3
+        server.shutdown()
+    found = scores(service, key)
+    assert set(found) == {*own, *foreign}
+    assert [task for task, line in found.items() if "problem" in line] == foreign[2:]  # 404 stays an answer
+    service.close()
