@@ -50,6 +50,10 @@ class Claims(ABC):
                 self._held.remove(project_key)
 
     @abstractmethod
+    def close(self) -> None:
+        """Give all claims up; for those who go on without them."""
+
+    @abstractmethod
     def confirm(self) -> None:
         """Returns only while the claims are beyond doubt; else the process ends here and now."""
 
@@ -82,6 +86,10 @@ class FileClaims(Claims):
         self._files: dict[str, IO[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
+    def close(self) -> None:
+        for project_key in list(self._files):
+            self.release(project_key)
+
     def confirm(self) -> None:
         """The kernel takes a file's lock from nobody who lives."""
 
@@ -96,7 +104,8 @@ class FileClaims(Claims):
         return True
 
     def _unlock(self, project_key: str) -> None:
-        self._files.pop(project_key).close()
+        with self._files.pop(project_key) as file:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough while a loader process holds a copy
 
 
 class PostgresClaims(Claims):
@@ -117,8 +126,16 @@ class PostgresClaims(Claims):
                 f"DATABASE_URL: expected a PostgreSQL 14 or later that answers, got: {error}"
             ) from error
         self._sure_at = _now()
-        for action in (self._beat, self._watch):
-            threading.Thread(target=action, name=f"claims {action.__name__}", daemon=True).start()
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=action, daemon=True) for action in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        for thread in self._threads:
+            thread.join()
+        self._connection.close()
 
     def confirm(self) -> None:
         if _now() - self._sure_at > _UNSURE_SECONDS:
@@ -142,15 +159,14 @@ class PostgresClaims(Claims):
         return (bool(row and row[0]),)
 
     def _beat(self) -> None:
-        while True:
+        while not self._closed.is_set():
             self._ask("SELECT true")
-            time.sleep(_BEAT_SECONDS)
+            self._closed.wait(_BEAT_SECONDS)
 
     def _watch(self) -> None:
         """In a thread of its own: a question that gets no answer never ends."""
-        while True:
+        while not self._closed.wait(_BEAT_SECONDS / 2):
             self.confirm()
-            time.sleep(_BEAT_SECONDS / 2)
 
 
 def _number(project_key: str) -> int:

@@ -27,6 +27,7 @@ class CycleLog:
         self._database, self._confirm = database, confirm
         self._identity = (project_key, number)
         self._last_write = 0.0
+        self._goes_on = False
 
     def begin(self) -> None:
         """The cycle has started (or started again)."""
@@ -43,6 +44,21 @@ class CycleLog:
         self.check_wanted()
         self._update(stage=stage, done=done, total=total)
 
+    def wait(self, reason: str) -> None:
+        """The stage cannot go on and will be tried again; the first of several such tries says since when."""
+        with self._database.session() as session:
+            row = session.get_one(self._table, self._identity)
+            known = row.facts.get("waiting") or {"since": utc_now()}
+            row.facts = {**row.facts, "waiting": {**known, "for": reason}}
+
+    def go_on(self) -> None:
+        """What the cycle waited for is there."""
+        self._goes_on = True
+        with self._database.session() as session:
+            row = session.get_one(self._table, self._identity)
+            if "waiting" in row.facts:
+                row.facts = {name: fact for name, fact in row.facts.items() if name != "waiting"}
+
     def progress(self, done: int, total: int) -> None:
         """So much of the stage is done."""
         self._confirm()
@@ -50,6 +66,8 @@ class CycleLog:
             self._last_write = time.monotonic()
             self.check_wanted()
             self._update(done=done, total=total)
+            if not self._goes_on:  # what an earlier try of this stage waited for is there
+                self.go_on()
 
     def facts(self, facts: dict[str, Any]) -> None:
         """Add what a stage found out."""
@@ -62,6 +80,7 @@ class CycleLog:
         """The cycle is over: "done" or "failed"."""
         stage = "finished" if status == "done" else "failed"
         logger.info("project %s, %s %d: %s", self._identity[0], self._what, self._identity[1], stage)
+        self.go_on()
         self._update(status=status, stage=stage, error=error, finished_at=utc_now())
 
     def count_restart(self) -> int:

@@ -24,7 +24,7 @@ class ImageError(TSPError):
 
 
 class ImageUnavailableError(ImageError):
-    """The host of an image does not answer at the moment, or answers 429 or 5xx: worth trying again."""
+    """The image's host did not answer, or with 408, 429 or 5xx: worth trying again later."""
 
 
 class SettingsError(TSPError):

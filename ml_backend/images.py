@@ -220,7 +220,7 @@ class ImageStore:
         with self._stream(source, address) as response:
             if not (response.is_success or response.has_redirect_location):
                 status = response.status_code
-                is_away = status == httpx.codes.TOO_MANY_REQUESTS or status >= httpx.codes.INTERNAL_SERVER_ERROR
+                is_away = status in (408, 429) or status >= 500
                 raise source.error(f"expected an image, the server answered {status}", is_away=is_away)
             yield response
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from types import FrameType
 
@@ -106,41 +107,46 @@ class DurableCycles(DBOSConfiguredInstance):
 
     @_durable_step
     def switch(self, project_key: str, number: int) -> None:
-        log = self._activation_log(project_key, number)
-        log.check_wanted()
-        activate_version(self._service, project_key, number, log)
+        with self._log(project_key, number, ActivationLog) as log:
+            activate_version(self._service, project_key, number, log)
 
     @_durable_step
     def finish_activation(self, project_key: str, number: int, status: str, error: str) -> None:
-        self._activation_log(project_key, number).finish(status, error=error)
+        log = ActivationLog(self._service.database, project_key, number, confirm=self._claims.confirm)
+        log.finish(status, error=error)
 
     @_durable_step
     def snapshot(self, project_key: str, number: int) -> str:
-        log = self._log(project_key, number)
-        log.begin()
-        version = cycle.snapshot(self._service, project_key, number, log)
-        log.name_version(version)
-        return version
+        with self._log(project_key, number) as log:
+            log.begin()
+            version = cycle.snapshot(self._service, project_key, number, log)
+            log.name_version(version)
+            return version
 
     @_durable_step
     def train(self, project_key: str, number: int) -> None:
-        cycle.train_version(self._service, project_key, number, self._log(project_key, number))
+        with self._log(project_key, number) as log:
+            cycle.train_version(self._service, project_key, number, log)
 
     @_durable_step
     def evaluate(self, project_key: str, number: int, version: str) -> bool:
-        return cycle.evaluate_version(self._service, project_key, number, version, self._log(project_key, number))
+        with self._log(project_key, number) as log:
+            return cycle.evaluate_version(self._service, project_key, number, version, log)
 
     @_durable_step
     def score(self, project_key: str, number: int, version: str) -> None:
-        score_pool(self._service, project_key, version, self._log(project_key, number))
+        with self._log(project_key, number) as log:
+            score_pool(self._service, project_key, version, log)
 
     @_durable_step
     def choose(self, project_key: str, number: int, version: str) -> None:
-        choose_batch(self._service, project_key, number, version, self._log(project_key, number))
+        with self._log(project_key, number) as log:
+            choose_batch(self._service, project_key, number, version, log)
 
     @_durable_step
     def publish(self, project_key: str, number: int, version: str) -> None:
-        publish(self._service, project_key, version, self._log(project_key, number))
+        with self._log(project_key, number) as log:
+            publish(self._service, project_key, version, log)
 
     @_durable_step
     def refuse(self, project_key: str, number: int) -> None:
@@ -149,16 +155,21 @@ class DurableCycles(DBOSConfiguredInstance):
 
     @_durable_step
     def finish(self, project_key: str, number: int, status: str, error: str) -> None:
-        self._log(project_key, number).finish(status, error=error)
+        CycleLog(self._service.database, project_key, number, confirm=self._claims.confirm).finish(status, error=error)
 
-    def _log(self, project_key: str, number: int) -> CycleLog:
-        """For a stage that begins."""
-        log = CycleLog(self._service.database, project_key, number, confirm=self._claims.confirm)
-        log.check_wanted()
-        return log
-
-    def _activation_log(self, project_key: str, number: int) -> ActivationLog:
-        return ActivationLog(self._service.database, project_key, number, confirm=self._claims.confirm)
+    @contextmanager
+    def _log(self, project_key: str, number: int, kind: type[CycleLog] = CycleLog) -> Iterator[CycleLog]:
+        """For one stage; what makes the stage wait is told until it goes on or has failed for good."""
+        log = kind(self._service.database, project_key, number, confirm=self._claims.confirm)
+        try:
+            log.check_wanted()
+            yield log
+        except Exception as error:
+            if _is_worth_waiting(error):
+                logger.warning("project %s, number %d waits: %s", project_key, number, error)
+                log.wait(_in_words(error))
+            raise
+        log.go_on()
 
 
 class Worker:

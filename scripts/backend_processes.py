@@ -11,6 +11,8 @@ from typing import Self
 
 import httpx
 
+from scripts.end_with_parent import end_with_parent
+
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SSL_CERT_FILE", "CUDA_VISIBLE_DEVICES")
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
@@ -62,6 +64,7 @@ class BackendProcesses:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                preexec_fn=end_with_parent,
                 start_new_session=True,  # Ctrl-C goes to the demo alone, which stops them in order
             )
 

@@ -16,6 +16,8 @@ from typing import IO, Self
 
 import httpx
 
+from scripts.end_with_parent import end_with_parent
+
 EXECUTABLE = Path(__file__).resolve().parent.parent / ".venv-label-studio" / "bin" / "label-studio"
 HOST = "127.0.0.1"
 
@@ -160,6 +162,7 @@ class LabelStudioServer:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,
             start_new_session=True,
             pass_fds=(lock.fileno(),),  # holds the folder for as long as the server lives, even without us
         )

@@ -56,3 +56,13 @@ def test_facts_of_the_stages_add_up(lonely_service: Service, log: CycleLog) -> N
     log.facts({"annotated": 3, "problems": []})
     log.facts({"annotated": 4})
     assert cycle_row(lonely_service, KEY).facts == {"annotated": 4, "problems": []}
+
+
+def test_a_cycle_says_what_it_waits_for_and_since_when(lonely_service: Service, log: CycleLog) -> None:
+    log.facts({"annotated": 3})
+    log.wait("Label Studio answered 500")
+    first = cycle_row(lonely_service, KEY).facts["waiting"]
+    log.wait("no answer from Label Studio")
+    assert cycle_row(lonely_service, KEY).facts["waiting"] == {**first, "for": "no answer from Label Studio"}
+    log.go_on()
+    assert cycle_row(lonely_service, KEY).facts == {"annotated": 3}

@@ -685,3 +685,13 @@ def test_leftovers_of_killed_processes_are_removed_after_a_day(store: ImageStore
     os.utime(old, (two_days_ago, two_days_ago))
     images._remove_leftovers(folder)
     assert list(folder.iterdir()) == [new]
+
+
+@pytest.mark.parametrize(
+    ("status", "passes"), [(408, True), (429, True), (500, True), (503, True), (403, False), (404, False)]
+)
+def test_an_answer_that_may_change_is_told_apart(status: int, passes: bool, web: Web, store: ImageStore) -> None:
+    web.routes["/a"] = gives(b"", status)
+    with pytest.raises(ImageError, match=f"answered {status}") as caught:
+        store.fetch(task_id=1, uri=f"{web.url}/a")
+    assert isinstance(caught.value, ImageUnavailableError) is passes

@@ -2,7 +2,8 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ml_backend.pool import append_line, detections_for_people, go_on_with, is_v
 from ml_backend.pseudo_labels import seen_image
 from ml_backend.service import Service
 from model.types import Detections
+from scripts.label_studio_server import HOST, LabelStudioServer, free_port
 from tests.label_studio import POLYGON_CONFIG, polygon_result
 from tests.ml_backend.examples import (
     UNREADABLE,
@@ -203,43 +205,34 @@ def test_a_larger_share_keeps_the_images_of_a_smaller_one() -> None:
 
 
 @pytest.mark.label_studio
-def test_an_image_whose_host_is_away_for_a_moment_is_asked_for_again_and_read(
-    service: Service, client: LabelStudioClient, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_image_whose_host_is_away_is_scored_when_it_is_back(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path
 ) -> None:
-    """A host answers 503 twice, another one always, a third one 404, which no patience mends."""
-    monkeypatch.setattr("ml_backend.pool._PAUSES_SECONDS", (0.1, 0.2, 0.3))
-    (png,) = grey_images(1)
-    asked: list[str] = []
+    place = {"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": label_studio.token}
+    service = Service.connect(settings(tmp_path, TSP_ALLOWED_IMAGE_HOSTS="127.0.0.0/8", **place))
+    key = key_of(service, project)
+    add_version(service, key)
+    log = begin_cycle(service, key)
+    port = free_port()
+    (tmp_path / "files").mkdir()
+    images = grey_images(3)
+    for number, image in enumerate(images[:2]):
+        (tmp_path / "files" / f"{number}.png").write_bytes(image)
+    foreign = import_images(client, project, [f"http://{HOST}:{port}/{number}.png" for number in (0, 1, 2)])
+    own = import_images(client, project, [images[2]])
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            """Keeps the test output clean."""
+    assert score_pool(service, key, VERSION, log) == 1  # nothing listens there
+    assert set(scores(service, key)) == set(own)
+    facts = cycle_row(service, key).facts
+    assert facts["pool_problem_count"] == 3
+    assert sum("is away" in problem for problem in facts["pool_problems"]) == 2  # the host was asked once
 
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            status = {"/moody": 503 if asked.count("/moody") <= 2 else 200, "/away": 503, "/gone": 404}[self.path]
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(png if status == 200 else b"")
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    known = service.settings
-    place = {"LABEL_STUDIO_URL": known.label_studio_url, "LABEL_STUDIO_API_KEY": known.require_api_key()}
-    patient = Service.connect(settings(tmp_path / "patient", **place, TSP_ALLOWED_IMAGE_HOSTS="127.0.0.1"))
-    try:
-        key = key_of(patient, project)
-        add_version(patient, key)
-        address = f"http://127.0.0.1:{server.server_port}"
-        tasks = import_images(client, project, [f"{address}/{name}" for name in ("moody", "away", "gone")])
-        assert score_pool(patient, key, VERSION) == 3
-        found = scores(patient, key)
-    finally:
-        patient.close()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "files"))
+    with ThreadingHTTPServer((HOST, port), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert score_pool(service, key, VERSION) == 3
         server.shutdown()
-        server.server_close()
-    assert list(found) == [tasks[2], tasks[0], tasks[1]]
-    assert "instances" in found[tasks[0]]
-    assert "the server answered 503" in str(found[tasks[1]]["problem"])
-    assert "the server answered 404" in str(found[tasks[2]]["problem"])
-    assert {path: asked.count(path) for path in asked} == {"/moody": 3, "/away": 4, "/gone": 1}
+    found = scores(service, key)
+    assert set(found) == {*own, *foreign}
+    assert [task for task, line in found.items() if "problem" in line] == foreign[2:]  # 404 stays an answer
+    service.close()
