@@ -1,0 +1,8 @@
+-- Run by the postgres image when its volume is new: a role and a database for Label Studio and for our backend.
+-- Neither role is a superuser, and the superuser itself is left without a password: it gets in only from inside the container.
+\getenv password POSTGRES_PASSWORD
+CREATE ROLE label_studio LOGIN PASSWORD :'password';
+CREATE DATABASE label_studio OWNER label_studio;
+CREATE ROLE tsp LOGIN PASSWORD :'password';
+CREATE DATABASE tsp OWNER tsp;
+ALTER ROLE postgres PASSWORD NULL;
