@@ -1,4 +1,4 @@
-# make install | demo | test | check; the README says what each does.
+# make install | demo | test | check | audit; the README says what each does.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Another index for torch, such as one with CPU-only wheels: make install TORCH_INDEX=<address>
@@ -15,7 +15,7 @@ DEMO_OPTIONS := $(if $(DATA),--data "$(DATA)") $(if $(LABELS),--labels "$(LABELS
 	$(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(STEPS),--min-steps $(STEPS)) \
 	$(if $(PORT),--port $(PORT)) $(if $(BACKEND_PORT),--backend-port $(BACKEND_PORT))
 
-.PHONY: install demo test check
+.PHONY: install demo test check audit
 .NOTPARALLEL:
 
 install: $(VENV)/installed .venv-label-studio/installed
@@ -32,6 +32,11 @@ check: $(VENV)/installed
 	$(VENV)/bin/mypy --num-workers 2
 	$(VENV)/bin/lint-imports
 
+# Asks PyPI for known vulnerabilities of every release we pin. --strict: a package it cannot ask for is a failure, too.
+audit: .venv-audit/installed
+	{ cat constraints.txt; printf '%s\n' $(TORCH) label-studio-ml==1.0.9; } > .venv-audit/pinned.txt
+	.venv-audit/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps --requirement .venv-audit/pinned.txt
+
 # Ours. label-studio-ml comes without its dependencies: it pins releases of 2021 (docs/decisions/002).
 $(VENV)/installed: pyproject.toml Makefile constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,4 +49,9 @@ $(VENV)/installed: pyproject.toml Makefile constraints.txt
 .venv-label-studio/installed: Makefile
 	$(PYTHON) -m venv .venv-label-studio
 	.venv-label-studio/bin/pip --disable-pip-version-check install $(LABEL_STUDIO)
+	touch $@
+
+.venv-audit/installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip --disable-pip-version-check install "pip-audit>=2.10,<3"
 	touch $@

@@ -3,10 +3,9 @@
 `uvicorn --factory ml_backend.app:create_app`, or `python -m ml_backend.app` for the settings' host and port.
 """
 
-import base64
+import gc
 import logging
 import re
-import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,18 +15,25 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
 from ml_backend import inbox
+from ml_backend.access import Access, Next, refuse_other_sites
+from ml_backend.actions import NO_FRAMES, add_actions, form_token
 from ml_backend.backend import TSPBackend
 from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
+from ml_backend.forget import forgotten_projects
 from ml_backend.inbox import ProjectName
 from ml_backend.label_config import parse_label_config
+from ml_backend.logs import start_logging
 from ml_backend.ls_format import Json
 from ml_backend.overview import overview, worker_overview
 from ml_backend.predictor import Predictor
+from ml_backend.recorder import EventRecorder
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.errors import InvalidInputError, TSPError
@@ -36,8 +42,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 100_000_000  # Label Studio sends all selected tasks in one request, or 5000 imported ones
 _LONGEST_REASON = 400  # characters of an address
-
-Next = Callable[[Request], Awaitable[Response]]
+_MOST_PROBLEMS = 10  # of a malformed request that are told
 
 
 class SetupRequest(BaseModel):
@@ -70,15 +75,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     torch.set_num_threads(max(1, settings.threads))
     service = Service.connect(settings)
     predictor = Predictor(service)
+    access = Access(settings)
+    recorder = EventRecorder(service.database)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        recorder.close()
         service.close()
 
     app = FastAPI(title="TSP active learning", description=__doc__, version="0.1.0", lifespan=lifespan)
     app.middleware("http")(_refuse_huge_bodies)
-    app.middleware("http")(_authentication(settings))  # the last one added is the first one asked
+    app.middleware("http")(access.check)
+    app.middleware("http")(refuse_other_sites)  # the last one added is the first one asked
+    app.add_exception_handler(RequestValidationError, _refuse_malformed)
     for kind, code in _STATUS_OF.items():
         app.add_exception_handler(kind, _answer_with(code))
 
@@ -100,7 +110,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         """Remember the project; refuse a labelling configuration that nothing can be drawn with."""
         name = _project_name(request.project)
         parse_label_config(request.label_config, from_name=settings.from_name)
-        inbox.remember_project(service.database, name)
+        inbox.remember_project(service.database, name, connected=True)
         return backend(request.project).setup()
 
     @app.get("/refused/{reason}")
@@ -115,16 +125,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         return {"results": backend(request.project, request.label_config).predict(request.tasks)}
 
     @app.post("/webhook")
-    def webhook(request: WebhookRequest) -> Json:
+    async def webhook(request: WebhookRequest) -> Json:
         """Record and return: Label Studio waits one second and never asks again."""
-        name = ProjectName.from_webhook(request.project) or inbox.known_project(service.database, request.project)
+        name = ProjectName.from_webhook(request.project)
+        if name is None:
+            name = await run_in_threadpool(inbox.known_project, service.database, request.project)
         if name is None:
             raise InvalidInputError(
                 "webhook: expected a project with id and created_at as Label Studio sends it, "
                 f"got the keys {sorted(request.project)[:20]}"
             )
-        inbox.remember_project(service.database, name)
-        inbox.record(service.database, name.key, request.action)
+        await recorder.record(name, request.action)
         return {}
 
     @app.get("/versions")
@@ -136,14 +147,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @app.get("/status")
     def status() -> Json:
         """What the dashboard shows, as JSON."""
-        return {"worker": worker_overview(service), "projects": overview(service)}
+        return {"worker": worker_overview(service), "refused": access.overview(), "projects": overview(service)}
 
-    page = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True).get_template("ui.html")
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True)
+    add_actions(app, service, pages)
 
     @app.get("/ui", response_class=HTMLResponse)
-    def ui() -> str:
+    def ui() -> Response:
         """The dashboard."""
-        return page.render(worker=worker_overview(service), projects=overview(service))
+        page = pages.get_template("ui.html").render(
+            worker=worker_overview(service),
+            refused=access.overview(),
+            projects=overview(service),
+            forgotten=forgotten_projects(service),
+            token=form_token(settings),
+        )
+        return HTMLResponse(page, headers=NO_FRAMES)
 
     return app
 
@@ -162,9 +181,21 @@ def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Respon
         logger.warning("%s %s: %s", request.method, request.url.path, error)
         if request.scope["path"] == "/setup" and request.headers.get("user-agent", "").startswith("heartex/"):
             return RedirectResponse(f"refused/{_as_address(str(error))}", status_code=303)  # Label Studio follows
-        return JSONResponse({"detail": str(error)}, status_code=status)
+        return _refusal(str(error), status)
 
     return answer
+
+
+async def _refuse_malformed(request: Request, error: Exception) -> Response:
+    """What is wrong where. What came is not repeated: it may be a token, and may have no JSON form (NaN)."""
+    problems = error.errors() if isinstance(error, RequestValidationError) else []
+    told = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems[:_MOST_PROBLEMS]]
+    return _refusal("; ".join(told), 422)
+
+
+def _refusal(detail: str, status: int) -> Response:
+    """Without lone surrogates, which a request can smuggle into a message and which no answer can hold."""
+    return JSONResponse({"detail": detail.encode(errors="replace").decode()}, status_code=status)
 
 
 def _as_address(message: str) -> str:
@@ -183,29 +214,6 @@ async def _refuse_huge_bodies(request: Request, go_on: Next) -> Response:
     return await go_on(request)
 
 
-def _authentication(settings: Settings) -> Callable[[Request, Next], Awaitable[Response]]:
-    """Basic authentication on every route but /health, when a user name and a password are set."""
-    expected: list[bytes] = []
-    if settings.basic_auth_user is not None and settings.basic_auth_pass is not None:
-        credentials = f"{settings.basic_auth_user}:{settings.basic_auth_pass.get_secret_value()}"
-        # Label Studio sends an "ä" in Latin-1, browsers in UTF-8.
-        encoded = (credentials.encode(), credentials.encode("latin-1", errors="backslashreplace"))
-        expected = [b"Basic " + base64.b64encode(one) for one in encoded]
-
-    async def check(request: Request, go_on: Next) -> Response:
-        given = request.headers.get("authorization", "").encode()
-        is_known = any(secrets.compare_digest(given, right) for right in expected)
-        if not expected or request.scope["path"] == "/health" or is_known:
-            return await go_on(request)
-        return JSONResponse(
-            {"detail": "user name and password are needed: set them in Label Studio where the backend is connected"},
-            status_code=401,
-            headers={"WWW-Authenticate": "Basic"},
-        )
-
-    return check
-
-
 def _project_name(uid: str) -> ProjectName:
     name = ProjectName.from_uid(uid)
     if name is None:
@@ -220,10 +228,9 @@ def main() -> None:
         app = create_app(settings)
     except TSPError as error:
         sys.exit(str(error))
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if unknown := Settings.unknown_names():
-        logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
+    start_logging(settings)
+    gc.collect()
+    gc.freeze()  # torch and all else that stays for good is not looked through again while Label Studio waits
     uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level.lower())
 
 

@@ -1,11 +1,13 @@
 """The next batch, for strategies that choose a set of images: chosen once for each version, then frozen."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ml_backend.cycle_log import CycleLog
+from ml_backend.db import used_tasks
 from ml_backend.ls_format import Json
 from ml_backend.order import frozen_batch
 from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, look_at, packed, read_scores
@@ -16,8 +18,12 @@ from model.strategies import STRATEGIES, Observation
 from model.types import LabeledImage
 
 
-def choose_batch(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> None:
+def choose_batch(
+    service: Service, project_key: str, number: int, version: str, log: CycleLog, *, anew_when_used_up: bool = False
+) -> None:
     """Choose the TSP_BATCH_SIZE tasks that people get next, and freeze them: a repetition finds what was chosen.
+    `number` is the newest cycle with a snapshot. With `anew_when_used_up`, a batch that would not last until the next
+    cycle is replaced: of a version that is made active again, or whose successor was refused.
 
     Nothing is chosen for strategies that rank by score alone: there the score is the queue.
     """
@@ -26,8 +32,9 @@ def choose_batch(service: Service, project_key: str, number: int, version: str, 
     if not strategy.chooses_a_set:
         return
     batch = frozen_batch(service, project_key, version)
-    if batch is None:
-        annotated = read_coco(service.cycle_folder(project_key, number) / "training.json", Path("/")).images
+    if batch is None or (anew_when_used_up and _is_used_up(service, project_key, batch)):
+        snapshot = service.cycle_folder(project_key, number) / "training.json"
+        annotated = read_coco(snapshot, Path("/")).images if snapshot.exists() else ()
         labelled = _annotated(service, project_key, version, annotated, log) if strategy.compares_images else []
         log.stage("choosing the next batch")
         pool = _candidates(service, project_key, version, {image.image_id for image in annotated})
@@ -41,6 +48,14 @@ def choose_batch(service: Service, project_key: str, number: int, version: str, 
         batch = tuple(pool[i]["task"] for i in chosen)
         write_json(service.batch_file(project_key, version), {"tasks": batch})
     log.facts({"batch": len(batch)})
+
+
+def _is_used_up(service: Service, project_key: str, batch: Sequence[int]) -> bool:
+    """Whether fewer tasks of the batch wait than the next cycle still needs."""
+    tasks = list(service.label_studio.tasks(service.project(project_key).id))
+    waiting = {task.id for task in tasks if not task.is_annotated and not task.skip_count}
+    new = {task.id for task in tasks if task.is_annotated} - used_tasks(service.database, project_key)
+    return len(waiting & set(batch)) < service.settings.batch_size - len(new)
 
 
 def _candidates(service: Service, project_key: str, version: str, annotated: set[str]) -> list[Json]:

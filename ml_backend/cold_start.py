@@ -125,7 +125,7 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
             line: Json = {"task": task.id}
             try:
                 uri = image_uri({"id": task.id, "data": task.data}, config)
-                fetched = service.images.fetch(task_id=task.id, uri=uri)
+                fetched = service.images.fetch(task_id=task.id, uri=uri, project_key=project_key)
                 sight, _ = look(network, load_image(fetched.path))
                 line |= {"image": fetched.sha256, "feature": packed(sight.feature)}
             except (ImageError, DatasetError) as error:

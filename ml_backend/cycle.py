@@ -16,17 +16,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from sqlalchemy import select
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import ProjectRow, UsedTaskRow, utc_now
+from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
 from ml_backend.errors import ImageError
+from ml_backend.gate import judge_version
 from ml_backend.label_config import LabelConfig, parse_label_config
-from ml_backend.ls_format import choose_annotation, image_uri, instances_from_annotation
+from ml_backend.ls_format import (
+    UNKNOWN_LABEL,
+    UNKNOWN_NAME,
+    Json,
+    choose_annotation,
+    image_uri,
+    instances_from_annotation,
+)
 from ml_backend.pool import is_validation, read_scores
-from ml_backend.pseudo_labels import SeenImage, only_masks_are_needed, seen_image, thresholds_by_class, with_trusted
+from ml_backend.pseudo_labels import (
+    SeenImage,
+    only_masks_are_needed,
+    seen_image,
+    thresholds_by_class,
+    trust_by,
+    with_trusted,
+)
 from ml_backend.service import Service
 from model.calibration import reliability, true_ious
+from model.comparison import compare
 from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import LabeledSet, load_image, read_coco, write_coco
 from model.errors import CheckpointError, DatasetError, TSPError
@@ -34,6 +49,7 @@ from model.evaluate import evaluate
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.predict import detect
+from model.pseudo_labels import with_score_threshold
 from model.registry import ModelCard
 from model.train import Progress, load_trained, train
 from model.types import Detections, FloatArray, LabeledImage
@@ -56,7 +72,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     problems: list[str] = []
     for done, task in enumerate(service.label_studio.annotated_tasks(project.id, task_ids), start=1):
         try:
-            image = _annotated_image(service, task, config)
+            image = _annotated_image(service, project_key, task, config)
             images[image.image_id] = image  # the same bytes in two tasks are one image
         except (ImageError, DatasetError) as error:
             problems.append(str(error))
@@ -87,13 +103,13 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
             f"none of the {len(task_ids)} annotated tasks can be trained on ({len(split['validation'].images)} are for "
             f"validation, {len(problems)} have problems): annotate more images or lower TSP_VALIDATION_FRACTION"
         )
-    return _freeze_recipe(service, number, folder, split["training"])
+    return _freeze_recipe(service, project_key, number, folder, split["training"])
 
 
 def train_version(service: Service, project_key: str, number: int, log: CycleLog) -> None:
     """Train on D_al and D_semi, from the pretrained weights, into the cycle's folder (eq. 5)."""
     folder = service.cycle_folder(project_key, number)
-    training = _frozen(folder, "training")
+    training = _still_there(_frozen(folder, "training"), "training", log)
     network, config, trust = _recipe(service, folder)
     pseudo, thresholds = _frozen_pseudo_labels(service, project_key, folder, training, config, trust)
     labeled = [image for image in pseudo if len(image.labels)]
@@ -109,6 +125,7 @@ def train_version(service: Service, project_key: str, number: int, log: CycleLog
     log.stage(f"training on {len(training.images)} annotated and {len(labeled)} pseudo-labelled images")
 
     def on_step(progress: Progress) -> None:
+        logger.debug("project %s, cycle %d: step %d of %d", project_key, number, progress.step, progress.steps)
         log.progress(progress.step, progress.steps)
 
     checkpoint = folder / "checkpoint.safetensors"
@@ -135,10 +152,11 @@ def train_version(service: Service, project_key: str, number: int, log: CycleLog
         log.facts({"training_seconds": round(time.monotonic() - started, 1), "loss": progress.losses})
 
 
-def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> None:
-    """Measure the trained network on the frozen validation split and put it into the registry."""
+def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> bool:
+    """Measure the trained network on the frozen validation split and put it into the registry; whether it may take the
+    place of the active version."""
     folder = service.cycle_folder(project_key, number)
-    training, validation = _frozen(folder, "training"), _frozen(folder, "validation")
+    training, validation = _frozen(folder, "training"), _still_there(_frozen(folder, "validation"), "validation", log)
     log.stage("evaluating", total=len(validation.images))
     network = _trained_network(service, folder)
     found: dict[str, Detections] = {}
@@ -146,8 +164,13 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
         found[image.image_id] = next(detect(network, [load_image(image.path)]))
         log.progress(len(found), len(validation.images))
     metrics = _measured(found, validation, mask_threshold=network.config.mask_threshold)
-    log.facts({"metrics": metrics})
     recipe = json.loads((folder / "recipe.json").read_text())
+    compared = compare(
+        found, validation.images, len(validation.class_names), mask_threshold=network.config.mask_threshold
+    )
+    by_precision = PseudoLabelConfig(rule="precision", precision=service.settings.pseudo_precision)
+    metrics["pseudo_score_threshold"] = with_score_threshold(by_precision, compared).score_threshold
+    log.facts({"metrics": metrics})
     card = ModelCard(
         version=version,
         network=network.config.to_json(),
@@ -160,6 +183,10 @@ def evaluate_version(service: Service, project_key: str, number: int, version: s
         strategy=recipe.get("strategy", "tsp"),  # older releases knew no other
     )
     service.registry.add(project_key, card, network)
+    verdict = judge_version(
+        service, project_key, found, validation, mask_threshold=network.config.mask_threshold, log=log
+    )
+    return verdict.accepted
 
 
 def _measured(found: Mapping[str, Detections], truth: LabeledSet, *, mask_threshold: float) -> dict[str, Any]:
@@ -187,14 +214,17 @@ def _rescored(detections: Detections) -> Detections:
     return replace(detections, class_scores=scores).select(np.argsort(-scores, kind="stable"))
 
 
-def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelConfig) -> LabeledImage:
-    fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config))
+def _annotated_image(service: Service, project_key: str, task: Mapping[str, Any], config: LabelConfig) -> LabeledImage:
+    fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config), project_key=project_key)
     annotation = choose_annotation(task) or {}
     instances = instances_from_annotation(annotation, config, fetched.image_hw)
-    unknown = [reason for reason in instances.ignored if reason.startswith("unknown label")]
-    if unknown or (instances.ignored and not len(instances.labels)):
+    outdated = [reason for reason in instances.ignored if reason.startswith((UNKNOWN_LABEL, UNKNOWN_NAME))]
+    if outdated or (instances.ignored and not len(instances.labels)):
         # To train on the rest would teach that what was drawn there is background.
-        raise DatasetError(f"task {task['id']}: not all of its annotation can be learnt: {dict(instances.ignored)}")
+        raise DatasetError(
+            f"task {task['id']}: not all of its annotation can be learnt: {dict(instances.ignored)}. "
+            + (_MEND_OUTDATED.format(config.from_name, ", ".join(config.labels)) if outdated else _MEND_SHAPES)
+        )
     return LabeledImage(
         image_id=fetched.sha256,
         path=fetched.path,
@@ -204,20 +234,29 @@ def _annotated_image(service: Service, task: Mapping[str, Any], config: LabelCon
     )
 
 
+_MEND_OUTDATED = (
+    "Open the task and give these regions one of the labels that the control {!r} has now ({}), or put the old names "
+    "back into the labelling configuration."
+)
+_MEND_SHAPES = "Open the task and draw polygons; without any region it would say that nothing is there."
+
+
 def _mark_used(service: Service, project_key: str, number: int, task_ids: list[int]) -> None:
+    known = used_tasks(service.database, project_key)
     with service.database.session() as session:
-        known = set(session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key)))
         new = [task_id for task_id in task_ids if task_id not in known]
         session.add_all(UsedTaskRow(project_key=project_key, task_id=t, first_cycle=number) for t in new)
         session.get_one(ProjectRow, project_key).new_annotated = 0  # until the next look counts those that came since
 
 
-def _freeze_recipe(service: Service, number: int, folder: Path, training: LabeledSet) -> str:
+def _freeze_recipe(service: Service, project_key: str, number: int, folder: Path, training: LabeledSet) -> str:
     """Write down how this cycle trains, so that settings changed in mid-cycle count from the next one; the version.
 
     No other training run has its name: Label Studio may still hold predictions of an earlier installation.
     """
     settings = service.settings
+    active = service.registry.active(project_key)
+    metrics = service.registry.card(project_key, active).metrics if active else {}
     recipe = {
         "profile": settings.profile,
         "num_classes": len(training.class_names) + 1,
@@ -225,7 +264,7 @@ def _freeze_recipe(service: Service, number: int, folder: Path, training: Labele
         "strategy": settings.strategy,
         "options": settings.network_options(training.images),
         "training": asdict(settings.training()),
-        "pseudo_labels": _trust(service),
+        "pseudo_labels": _trust(service, metrics),
     }
     write_json(folder / "recipe.json", recipe)
     digest = _sha256((folder / "training.json").read_bytes() + (folder / "recipe.json").read_bytes())
@@ -239,6 +278,20 @@ def _sha256(content: bytes) -> str:
 def _frozen(folder: Path, name: str) -> LabeledSet:
     """A part of the snapshot; its images lie in the cache, under absolute paths."""
     return read_coco(folder / f"{name}.json", Path("/"))
+
+
+def _still_there(part: LabeledSet, name: str, log: CycleLog) -> LabeledSet:
+    """A part of the snapshot without the images whose file has left the cache since; people are told how many."""
+    images = tuple(image for image in part.images if image.path.exists())
+    if gone := len(part.images) - len(images):
+        log.facts({f"vanished_{name}": gone})
+        logger.warning("%d %s images of the snapshot are no longer in the cache", gone, name)
+    if gone and not images:
+        raise TSPError(
+            f"none of the {gone} {name} images of the snapshot is in the cache any more: was MODEL_DIR/cache removed? "
+            "The next cycle fetches them again."
+        )
+    return replace(part, images=images)
 
 
 def _frozen_pseudo_labels(
@@ -302,12 +355,15 @@ def _recipe(service: Service, folder: Path) -> tuple[MaskRCNNWithScores, Trainin
     torch.manual_seed(training.seed)
     network = build_model(recipe["profile"], recipe["num_classes"], weights=recipe["weights"], **recipe["options"])
     # Older releases did not freeze it: what holds now, held then.
-    trust = recipe["pseudo_labels"] if "pseudo_labels" in recipe else _trust(service)
+    trust = recipe["pseudo_labels"] if "pseudo_labels" in recipe else _trust(service, {})
     return network, training, None if trust is None else PseudoLabelConfig(**trust)
 
 
-def _trust(service: Service) -> dict[str, Any] | None:
-    return asdict(service.settings.pseudo_labels()) if service.settings.semi_supervised else None
+def _trust(service: Service, metrics: Json) -> dict[str, Any] | None:
+    """What is trusted of what the version with these metrics saw; None: nothing is learnt from pseudo labels."""
+    if not service.settings.semi_supervised:
+        return None
+    return asdict(trust_by(service.settings.pseudo_labels(), metrics))
 
 
 def _trained_network(service: Service, folder: Path) -> MaskRCNNWithScores:

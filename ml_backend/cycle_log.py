@@ -2,18 +2,29 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
-from ml_backend.db import UNFINISHED, CycleRow, Database, utc_now
+from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, Database, ForgottenRow, Work, utc_now
+from model.errors import TSPError
 
 logger = logging.getLogger(__name__)
 
 
 class CycleLog:
-    """Writes what a cycle is doing into its row, for the dashboard; at most one write a second for mere progress."""
+    """Writes what a cycle is doing into its row, for the dashboard; at most one write a second for mere progress.
 
-    def __init__(self, database: Database, project_key: str, number: int) -> None:
-        self._database = database
+    `stage` and `progress` raise TSPError when the project was forgotten meanwhile: so its work ends. Before each write,
+    and at each progress, `confirm` is called: it does not return in a process that has lost the work to another one.
+    """
+
+    _table: type[Work] = CycleRow
+    _what = "cycle"
+
+    def __init__(
+        self, database: Database, project_key: str, number: int, *, confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        self._database, self._confirm = database, confirm
         self._identity = (project_key, number)
         self._last_write = 0.0
 
@@ -27,37 +38,63 @@ class CycleLog:
 
     def stage(self, stage: str, *, done: int = 0, total: int = 0) -> None:
         """A new stage has begun."""
-        logger.info("project %s, cycle %d: %s", *self._identity, stage)
+        logger.info("project %s, %s %d: %s", self._identity[0], self._what, self._identity[1], stage)
         self._last_write = time.monotonic()
+        self.check_wanted()
         self._update(stage=stage, done=done, total=total)
 
     def progress(self, done: int, total: int) -> None:
         """So much of the stage is done."""
+        self._confirm()
         if done == total or time.monotonic() - self._last_write >= 1:
             self._last_write = time.monotonic()
+            self.check_wanted()
             self._update(done=done, total=total)
 
     def facts(self, facts: dict[str, Any]) -> None:
         """Add what a stage found out."""
+        self._confirm()
         with self._database.session() as session:
-            row = session.get_one(CycleRow, self._identity)
+            row = session.get_one(self._table, self._identity)
             row.facts = {**row.facts, **facts}
 
     def finish(self, status: str, *, error: str = "") -> None:
         """The cycle is over: "done" or "failed"."""
         stage = "finished" if status == "done" else "failed"
-        logger.info("project %s, cycle %d: %s", *self._identity, stage)
+        logger.info("project %s, %s %d: %s", self._identity[0], self._what, self._identity[1], stage)
         self._update(status=status, stage=stage, error=error, finished_at=utc_now())
+
+    def count_restart(self) -> int:
+        """Another worker goes on, since the one that ran the cycle is dead; returns how often that happened by now."""
+        with self._database.session() as session:
+            row = session.get_one(self._table, self._identity)
+            restarts = int(row.facts.get("restarts", 0)) + 1
+            row.facts = {**row.facts, "restarts": restarts}
+        return restarts
 
     def abandon(self, error: str) -> None:
         """The cycle ended without saying so; nothing happens if it has said so by now."""
         with self._database.session() as session:
-            row = session.get_one(CycleRow, self._identity)
+            row = session.get_one(self._table, self._identity)
             if row.status in UNFINISHED:
                 row.status, row.stage, row.error, row.finished_at = "failed", "failed", error, utc_now()
 
-    def _update(self, **columns: Any) -> None:
+    def check_wanted(self) -> None:
+        """TSPError when the project was forgotten."""
         with self._database.session() as session:
-            row = session.get_one(CycleRow, self._identity)
+            if session.get(ForgottenRow, self._identity[0]) is not None:
+                raise TSPError("people have asked to forget this project.")
+
+    def _update(self, **columns: Any) -> None:
+        self._confirm()
+        with self._database.session() as session:
+            row = session.get_one(self._table, self._identity)
             for name, value in columns.items():
                 setattr(row, name, value)
+
+
+class ActivationLog(CycleLog):
+    """The same for an activation."""
+
+    _table = ActivationRow
+    _what = "activation"

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import JSON, ForeignKey, Index, create_engine, event, make_url, text
+from sqlalchemy import JSON, ForeignKey, Index, create_engine, event, make_url, select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -54,10 +54,9 @@ class EventRow(Base):
     handled_at: Mapped[str | None]
 
 
-class CycleRow(Base):
-    """One turn of Algorithm 1. status: planned, running, done, failed; stage: what it is doing now, in words."""
-
-    __tablename__ = "cycles"
+class Work:
+    """What the worker does for a project while people watch. status: planned, running, done, failed (or "refused");
+    stage: what it is doing now, in words."""
 
     project_key: Mapped[str] = mapped_column(ForeignKey("projects.key"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
@@ -73,6 +72,28 @@ class CycleRow(Base):
     finished_at: Mapped[str | None]
 
 
+class CycleRow(Work, Base):
+    """One turn of Algorithm 1. "refused": the gate found its version worse than the active one."""
+
+    __tablename__ = "cycles"
+
+
+class ActivationRow(Work, Base):
+    """A wish that `version` is the active one and the queue in Label Studio is its queue; the worker fulfils it."""
+
+    __tablename__ = "activations"
+
+
+class ForgottenRow(Base):
+    """A project that people do not want to see any more; it is left alone until it is connected again."""
+
+    __tablename__ = "forgotten_projects"
+
+    project_key: Mapped[str] = mapped_column(primary_key=True)
+    delete_data: Mapped[bool] = mapped_column(default=False)  # what is on the disk and in these tables, too
+    asked_at: Mapped[str] = mapped_column(default=utc_now)
+
+
 class UsedTaskRow(Base):
     """An annotated task and the first cycle whose snapshot had it: what counts towards the next batch is the rest."""
 
@@ -83,13 +104,52 @@ class UsedTaskRow(Base):
     first_cycle: Mapped[int]
 
 
-class WorkerRow(Base):
-    """A worker process: when it was last alive, and whether Label Studio lets it in."""
+def used_tasks(database: "Database", project_key: str) -> set[int]:
+    """The tasks that were in the snapshot of a cycle."""
+    with database.session() as session:
+        return set(session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key)))
 
-    __tablename__ = "signs_of_life"
+
+class UnfinishedWork(NamedTuple):
+    """A cycle or an activation that is planned or running."""
+
+    what: Literal["cycle", "activation"]
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.number}"
+
+
+def unfinished_works(database: "Database", project_key: str) -> list[UnfinishedWork]:
+    """What is planned or running in a project: a cycle or an activation, or both if they were asked for in the same
+    moment."""
+    kinds: tuple[tuple[type[Work], Literal["cycle", "activation"]], ...] = (
+        (CycleRow, "cycle"),
+        (ActivationRow, "activation"),
+    )
+    with database.session() as session:
+        return [
+            UnfinishedWork(what, number)
+            for table, what in kinds
+            for number in session.scalars(
+                select(table.number).where(table.project_key == project_key, table.status.in_(UNFINISHED))
+            )
+        ]
+
+
+def unfinished_work(database: "Database", project_key: str) -> UnfinishedWork | None:
+    """The first of these; None when there is nothing."""
+    return next(iter(unfinished_works(database, project_key)), None)
+
+
+class WorkerRow(Base):
+    """A worker process: when it was last alive, what it is at, and whether Label Studio lets it in."""
+
+    __tablename__ = "workers"
 
     name: Mapped[str] = mapped_column(primary_key=True)
-    seen_at: Mapped[str] = mapped_column(default=utc_now)
+    seen_at: Mapped[str] = mapped_column(default=utc_now)  # by the clock of the database
+    project_key: Mapped[str | None]  # whose cycle it runs
     problem: Mapped[str] = mapped_column(default="")  # why Label Studio cannot be worked with
 
 
@@ -105,6 +165,14 @@ class Database:
         """A transaction: committed at the end of the block, rolled back on an error."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    def now(self) -> str:
+        """The time of day as all who share the database have it, like `utc_now`."""
+        if self.engine.dialect.name == "sqlite":
+            return utc_now()
+        with self.engine.connect() as connection:
+            moment: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+        return moment.astimezone(UTC).isoformat(timespec="microseconds")
 
     def ping(self) -> None:
         """Raise if the database does not answer."""

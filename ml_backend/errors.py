@@ -23,5 +23,9 @@ class ImageError(TSPError):
     """An image of a task cannot be fetched or read."""
 
 
+class ImageUnavailableError(ImageError):
+    """The host of an image does not answer at the moment, or answers 429 or 5xx: worth trying again."""
+
+
 class SettingsError(TSPError):
     """A setting is missing or cannot be used."""

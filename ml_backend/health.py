@@ -20,7 +20,7 @@ def trouble_with(what: str) -> str:
 
 def _trouble_with_address(url: str) -> str:
     try:
-        urllib.request.urlopen(url, timeout=_ANSWER_SECONDS).close()
+        urllib.request.urlopen(url, timeout=_ANSWER_SECONDS).close()  # noqa: S310 - http(s), or it is a file
     except OSError as error:  # also of every answer that is an error
         return f"{url}: {error}"
     return ""

@@ -5,6 +5,7 @@ import binascii
 import hashlib
 import json
 import os
+import re
 import struct
 import tempfile
 import time
@@ -14,16 +15,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
-from urllib.parse import unquote_to_bytes
+from typing import IO, Any, Self
+from urllib.parse import unquote, unquote_to_bytes
 
 import httpx
-from PIL import BmpImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from ml_backend.errors import ImageError, LabelStudioAuthError, LabelStudioError, LabelStudioUnavailableError
+from ml_backend.errors import (
+    ImageError,
+    ImageUnavailableError,
+    LabelStudioAuthError,
+    LabelStudioError,
+    LabelStudioUnavailableError,
+)
+from ml_backend.foreign_hosts import AllowedHosts, JudgingTransport, PrivateAddressError
 from ml_backend.ls_client import LabelStudioClient
 
 _CLOUD_SCHEMES = ("s3", "gs", "azure-blob")  # what Label Studio resolves for us, with its own credentials
+# Where Label Studio serves files. Anything else there is not for images, and the token can do more than read images.
+_FILE_PATHS = ("/data/", "/tasks/", "/projects/", "/storage-data/", "/static/")
+_DECODINGS = 3  # how often %-encoding may be wrapped into itself and is still seen through
 _MAX_REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
 _EXIF_ORIENTATION = 0x0112
@@ -73,8 +84,16 @@ class ImageStore:
     Several processes may share a cache, and a killed one leaves nothing half-written. Safe to share between threads.
     """
 
-    def __init__(self, *, cache_dir: Path, client: LabelStudioClient, limits: ImageLimits | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        cache_dir: Path,
+        client: LabelStudioClient,
+        limits: ImageLimits | None = None,
+        allowed_hosts: AllowedHosts | None = None,
+    ) -> None:
         self._limits = limits or ImageLimits()
+        self._allowed = allowed_hosts or AllowedHosts()
         self._client = client
         self._images = cache_dir / "images"
         self._index = cache_dir / "index"
@@ -82,11 +101,14 @@ class ImageStore:
         for folder in (self._images, self._index, self._unfinished):
             folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(self._unfinished)
-        # Carries no token, so nothing that it reaches can learn one; redirects are followed here, address by address.
-        self._web = httpx.Client(follow_redirects=False, timeout=self._limits.timeout_seconds)
+        # They carry no token, so nothing that they reach can learn one; redirects are followed here, one by one.
+        options: dict[str, Any] = {"follow_redirects": False, "timeout": self._limits.timeout_seconds}
+        self._web = httpx.Client(transport=JudgingTransport(self._allowed), **options)
+        self._allowed_web = httpx.Client(**options)  # for hosts that are allowed by name
 
     def close(self) -> None:
         self._web.close()
+        self._allowed_web.close()
 
     def __enter__(self) -> Self:
         return self
@@ -96,16 +118,18 @@ class ImageStore:
     ) -> None:
         self.close()
 
-    def fetch(self, *, task_id: int, uri: str) -> FetchedImage:
-        """The image at `uri`, as it stands in the task's data.
+    def fetch(self, *, task_id: int, uri: str, project_key: str = "") -> FetchedImage:
+        """The image at `uri`, as it stands in the task's data. What one project had at an address of Label Studio is
+        not believed of another: Label Studio may have been set up anew at the same place.
 
-        Raises ImageError when this image cannot be had or read (the others may be fine), and the client's errors when
+        Raises ImageError when this image cannot be had or read (the others may be fine; ImageUnavailableError when it
+        is worth another try), and the client's errors when
         Label Studio itself is away or refuses the token.
         """
         source = _Source(task_id=task_id, uri=uri)
         if not _is_text(uri):
             raise source.error("expected an address, got text that is not valid Unicode")
-        entry = self._index_path(uri)
+        entry = self._index_path(uri, project_key)
         known = self._look_up(entry)
         if known is not None:
             return known
@@ -119,11 +143,11 @@ class ImageStore:
 
     # The cache
 
-    def _index_path(self, uri: str) -> Path:
+    def _index_path(self, uri: str, project_key: str) -> Path:
         """Where the answer for an address is kept: by a hash, since addresses are long and may contain signatures."""
         own_path = self._client.own_path(uri)
         is_on_label_studio = own_path is not None or _scheme(uri) in _CLOUD_SCHEMES
-        address = f"{self._client.url} {own_path or uri}" if is_on_label_studio else uri
+        address = f"{self._client.url} {project_key} {own_path or uri}" if is_on_label_studio else uri
         key = hashlib.sha256(address.encode()).hexdigest()
         return self._index / key[:2] / f"{key}.json"
 
@@ -160,7 +184,8 @@ class ImageStore:
             raise source.error(f"expected an image, got an error: {error}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
-            raise source.error(f"expected an image, the download failed: {reason}") from error
+            is_away = isinstance(error, httpx.TransportError)
+            raise source.error(f"expected an image, the download failed: {reason}", is_away=is_away) from error
 
     @contextmanager
     def _follow(self, source: "_Source") -> Iterator[httpx.Response]:
@@ -176,6 +201,8 @@ class ImageStore:
 
     def _first_address(self, source: "_Source") -> str:
         if _scheme(source.uri) in _CLOUD_SCHEMES:
+            if type(source.task_id) is not int:  # it becomes a part of a path
+                raise source.error(f"expected a whole number as the id of the task, got {source.task_id!r:.50}")
             encoded = base64.urlsafe_b64encode(source.uri.encode()).decode()
             return f"/tasks/{source.task_id}/resolve/?fileuri={encoded}"
         return source.uri
@@ -183,15 +210,32 @@ class ImageStore:
     @contextmanager
     def _open(self, source: "_Source", address: str) -> Iterator[httpx.Response]:
         """Label Studio's own addresses through its client, which holds the token; all others without it."""
-        if self._client.own_path(address) is not None:
+        own_path = self._client.own_path(address)
+        if own_path is not None:
+            _check_own_path(source, own_path)
             with self._client.download(address) as response:
                 yield response
             return
         _check_foreign_address(source, address)
-        with self._web.stream("GET", address) as response:
+        with self._stream(source, address) as response:
             if not (response.is_success or response.has_redirect_location):
-                raise source.error(f"expected an image, the server answered {response.status_code}")
+                status = response.status_code
+                is_away = status == httpx.codes.TOO_MANY_REQUESTS or status >= httpx.codes.INTERNAL_SERVER_ERROR
+                raise source.error(f"expected an image, the server answered {status}", is_away=is_away)
             yield response
+
+    @contextmanager
+    def _stream(self, source: "_Source", address: str) -> Iterator[httpx.Response]:
+        host = httpx.URL(address).host
+        web = self._allowed_web if self._allowed.has_name(host) else self._web
+        try:
+            with web.stream("GET", address) as response:
+                yield response
+        except PrivateAddressError as error:
+            raise source.error(
+                f"{host} has a private address ({error}), from which images are fetched only if that is allowed: set "
+                f"TSP_ALLOWED_IMAGE_HOSTS={self._allowed.with_host(host)} for the web process and the worker"
+            ) from error
 
     def _check_announced(self, source: "_Source", response: httpx.Response) -> None:
         announced = response.headers.get("content-length", "")
@@ -246,9 +290,13 @@ class _Source:
     task_id: int
     uri: str
 
-    def error(self, problem: str) -> ImageError:
-        shown = self.uri.partition("?")[0] if "://" in self.uri else self.uri  # signatures are in the query
-        return ImageError(f"image of task {self.task_id} ({shown[:200]}): {problem}")
+    def error(self, problem: str, *, is_away: bool = False) -> ImageError:
+        """`is_away`: its host has no answer at the moment."""
+        shown = self.uri
+        if "://" in shown:  # signatures are in the query, passwords before the host
+            shown = re.sub(r"//[^/]*@", "//", shown.partition("?")[0], count=1)
+        kind = ImageUnavailableError if is_away else ImageError
+        return kind(f"image of task {self.task_id} ({shown[:200]}): {problem}")
 
 
 def _check_foreign_address(source: _Source, address: str) -> None:
@@ -259,6 +307,17 @@ def _check_foreign_address(source: _Source, address: str) -> None:
             f"expected http(s)://, {clouds}, data: or a path on Label Studio such as /data/upload/..., "
             f"got {address.partition('?')[0][:200]!r}"
         )
+
+
+def _check_own_path(source: _Source, own_path: str) -> None:
+    """Whether Label Studio may be asked for this with our token: the files that it serves, without detours."""
+    path, decoded = own_path.partition("?")[0], own_path
+    for _ in range(_DECODINGS):
+        decoded = unquote(decoded)
+    if ".." in re.split(r"[/\\?&=]", decoded) or "\\" in decoded or "\0" in decoded:
+        raise source.error("expected a path without '..', backslashes and null characters")
+    if not path.startswith(_FILE_PATHS):
+        raise source.error(f"expected a file of Label Studio, below {', '.join(_FILE_PATHS)}, got {path[:200]!r}")
 
 
 def _is_text(value: str) -> bool:
@@ -296,6 +355,8 @@ def _read_header(source: _Source, file: IO[bytes]) -> tuple[str, ImageFile.Image
         file.seek(0)
         try:
             return extension, reader(file)
+        except Image.DecompressionBombError as error:  # WebP's reader has a limit of its own
+            raise source.error(f"expected fewer pixels: {error}") from error
         except _BROKEN:
             continue  # another format, or damaged beyond recognition
     file.seek(0)

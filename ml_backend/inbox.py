@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
-from ml_backend.db import UNFINISHED, CycleRow, Database, EventRow, ProjectRow, utc_now
+from ml_backend.db import Database, EventRow, ForgottenRow, ProjectRow, unfinished_work, utc_now
+from model.errors import InvalidInputError
 
 START_TRAINING = "START_TRAINING"
 _UID = re.compile(r"([0-9]{1,9})\.([0-9]{1,12})")  # ids fit into 32 bits, as the databases and Label Studio have them
@@ -46,11 +47,25 @@ def label_studio_id(project_key: str) -> int:
     return int(project_key.partition("-")[0])
 
 
-def remember_project(database: Database, name: ProjectName) -> None:
-    """From now on the worker looks after this project."""
+def remember_project(database: Database, name: ProjectName, *, connected: bool = False) -> None:
+    """From now on the worker looks after this project. One that was forgotten stays so until it is `connected` again:
+    its webhook in Label Studio outlives the connection."""
     with suppress(IntegrityError), database.session() as session:  # somebody else may remember it at this moment
+        forgotten = session.get(ForgottenRow, name.key)
+        if forgotten is not None and not connected:
+            return
+        if forgotten is not None:
+            session.delete(forgotten)
         if session.get(ProjectRow, name.key) is None:
             session.add(ProjectRow(key=name.key, label_studio_id=name.label_studio_id))
+
+
+def check_known(database: Database, project_key: str) -> None:
+    """InvalidInputError when no such project was ever connected."""
+    with database.session() as session:
+        if session.get(ProjectRow, project_key) is None:
+            known = session.scalars(select(ProjectRow.key).order_by(ProjectRow.key)).all()
+            raise InvalidInputError(f"there is no project {project_key!r}; known are {', '.join(known) or 'none'}")
 
 
 def known_project(database: Database, project: object) -> ProjectName | None:
@@ -64,9 +79,15 @@ def known_project(database: Database, project: object) -> ProjectName | None:
 
 
 def record(database: Database, project_key: str, action: str) -> None:
-    """Keep a hint that something happened; returns when it is on the disk."""
+    """Keep a hint that something happened; returns when it is on the disk. Of a forgotten project nothing is kept."""
+    record_all(database, [(project_key, action)])
+
+
+def record_all(database: Database, events: Sequence[tuple[str, str]]) -> None:
+    """`record` for (project key, action) each, in one transaction: all of them are kept, or none."""
     with database.session() as session:
-        session.add(EventRow(project_key=project_key, action=action))
+        forgotten = set(session.scalars(select(ForgottenRow.project_key)))
+        session.add_all(EventRow(project_key=key, action=action) for key, action in events if key not in forgotten)
 
 
 def unhandled(database: Database, project_key: str) -> list[tuple[int, str]]:
@@ -80,10 +101,10 @@ def unhandled(database: Database, project_key: str) -> list[tuple[int, str]]:
 
 def has_new(database: Database, project_key: str) -> bool:
     """Whether an event waits to be looked at. A wish to train during a cycle waits for its end, so it is not new."""
+    is_busy = unfinished_work(database, project_key) is not None
     with database.session() as session:
-        busy = select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status.in_(UNFINISHED))
         query = select(EventRow.id).where(EventRow.project_key == project_key, EventRow.handled_at.is_(None))
-        if session.scalar(busy.limit(1)) is not None:
+        if is_busy:
             query = query.where(EventRow.action != START_TRAINING)
         return session.scalar(query.limit(1)) is not None
 

@@ -33,6 +33,7 @@ class LabelConfig:
     data_key: str  # of task["data"]; may be a path such as "scan.url"
     labels: tuple[str, ...]
     displayed: tuple[str, ...] = ()
+    other_names: tuple[str, ...] = ()  # of the tags that are neither the control nor the image
 
     def class_of(self, label: str) -> int | None:
         """The class 1..C of a label in a result, None when the configuration does not know it."""
@@ -57,6 +58,9 @@ def parse_label_config(xml: str, *, from_name: str | None = None) -> LabelConfig
         data_key=_data_key(images[to_name], tags),
         labels=tuple(labels),
         displayed=tuple(labels.values()),
+        other_names=tuple(
+            tag.get("name", "") for tag in tags if tag.get("name") not in (None, control.get("name"), to_name)
+        ),
     )
 
 

@@ -103,6 +103,7 @@ class MLBackend:
     state: str
     error_message: str
     model_version: str
+    basic_auth_user: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,6 +370,24 @@ class LabelStudioClient:
             return _webhook(self._sdk.webhooks.update(known[0].id, **settings))
         return _webhook(self._sdk.webhooks.create(project=project_id, **settings))
 
+    def webhooks_without(self, project_id: int, headers: Mapping[str, str]) -> list[Webhook]:
+        """The project's webhooks that do not send these headers."""
+        hooks = self._sdk.webhooks.list(project=str(project_id))
+        return [_webhook(hook) for hook in hooks if not headers.items() <= (hook.headers or {}).items()]
+
+    def add_webhook_headers(self, webhook_id: int, headers: Mapping[str, str]) -> None:
+        """From now on the webhook sends these headers, too; everything else about it stays."""
+        hook = self._sdk.webhooks.get(webhook_id)
+        self._sdk.webhooks.update(
+            webhook_id,
+            url=hook.url,
+            headers={**(hook.headers or {}), **headers},
+            actions=hook.actions or [],
+            send_for_all_actions=hook.send_for_all_actions,
+            send_payload=hook.send_payload,
+            is_active=hook.is_active,
+        )
+
     # What an annotator does
 
     def next_task(self, project_id: int) -> dict[str, Any] | None:
@@ -520,6 +539,7 @@ def _ml_backend(answer: Any) -> MLBackend:
         state=answer.state or "",
         error_message=answer.error_message or "",
         model_version=answer.model_version or "",
+        basic_auth_user=answer.basic_auth_user or "",
     )
 
 

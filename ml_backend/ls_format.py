@@ -38,6 +38,10 @@ ROUNDINGS_PCT = (3, 6)
 TRUTH_MAX_VERTICES = 200
 TRUTH_TOLERANCE_PX = 0.25
 
+# What an annotation may hold that was drawn with another configuration: these reasons begin so.
+UNKNOWN_LABEL = "unknown label"
+UNKNOWN_NAME = "polygon of a tag that the labelling configuration does not have:"
+
 DRAWN_TYPES = frozenset({"polygon", "rectangle", "ellipse", "keypoint", "brush", "bitmask", "vector"})
 
 
@@ -116,6 +120,18 @@ def empty_prediction(model_version: str, *, score: float = 0.0) -> Json:
 def for_task(prediction: Mapping[str, Any], task_id: int) -> Json:
     """The prediction as Label Studio's bulk import wants it, with the id of its task."""
     return {"task": task_id, **prediction}
+
+
+def relabelled(regions: Sequence[Mapping[str, Any]], config: LabelConfig) -> list[Json]:
+    """The polygon regions of a prediction as `config` names control, image and labels; those of labels that it does not
+    have are left out, because Label Studio shows them broken."""
+    result: list[Json] = []
+    for region in regions:
+        label = _class_of(region["value"]["polygonlabels"], config)
+        if isinstance(label, int):
+            value = {**region["value"], "polygonlabels": [config.labels[label - 1]]}
+            result.append({**region, "from_name": config.from_name, "to_name": config.to_name, "value": value})
+    return result
 
 
 def choose_annotation(task: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -334,9 +350,9 @@ def _read_part(region: Mapping[str, Any], config: LabelConfig, image_hw: tuple[i
     if not kind.startswith("polygon"):
         return f"{kind}: only polygons are learnt"
     if region.get("from_name") != config.from_name:
-        return "polygon of another control"
+        return _elsewhere("polygon of another control", region.get("from_name"), config)
     if region.get("to_name") != config.to_name:
-        return "polygon on another image"
+        return _elsewhere("polygon on another image", region.get("to_name"), config)
     if not isinstance(value, Mapping):
         return "malformed region"
     label = _class_of(value.get("polygonlabels"), config)
@@ -351,6 +367,11 @@ def _read_part(region: Mapping[str, Any], config: LabelConfig, image_hw: tuple[i
     )
 
 
+def _elsewhere(reason: str, name: object, config: LabelConfig) -> str:
+    """Why a region of another tag than ours is not learnt: `reason` if the configuration has that tag."""
+    return reason if name in config.other_names else f"{UNKNOWN_NAME} {name!r}"
+
+
 def _class_of(names: object, config: LabelConfig) -> int | str:
     """The class of the first known label, or the reason why there is none."""
     texts = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -358,7 +379,7 @@ def _class_of(names: object, config: LabelConfig) -> int | str:
         label = config.class_of(name)
         if label is not None:
             return label
-    return f"unknown label {texts[0]!r}" if texts else "no label"
+    return f"{UNKNOWN_LABEL} {texts[0]!r}" if texts else "no label"
 
 
 def _ring_xy(points: object, image_hw: tuple[int, int]) -> FloatArray | str:

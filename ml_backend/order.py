@@ -6,24 +6,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ml_backend.label_config import LabelConfig
+from ml_backend.ls_format import Json, relabelled
 from ml_backend.pool import is_validation, read_scores
+from ml_backend.publication import POOL, publication_of
 from ml_backend.service import Service
 from model.tsp import empty_image_score
 
-POOL = ".pool"  # a version's predictions outside of its batch stand under its name with this at the end
 _LAST = 1.0  # the score that is served last
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueueOrder:
-    """With a `batch` (task ids, the first one first), the version's name holds exactly these, in this order, and the
+    """With a `batch` (task ids, the first one first), the name `version` holds exactly these, in this order, and the
     rest is published under `<version>.pool`, which Label Studio does not serve. Without one, the score orders all.
     """
 
-    version: str
+    version: str  # as Label Studio knows it: that of a publication
     validation_fraction: float
     when_empty: float  # the score of an image in which nothing was found
     batch: tuple[int, ...] = ()
+    config: LabelConfig | None = None  # in whose labels regions are published; None: as they were found
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -33,6 +36,11 @@ class QueueOrder:
     def version_of(self, task_id: int) -> str:
         """The name under which the task's prediction is published."""
         return self.version if not self.batch or task_id in self._place else self.version + POOL
+
+    def regions_of(self, line: Mapping[str, Any]) -> list[Json]:
+        """The regions that are published of a line of the scores file."""
+        regions: list[Json] = line["result"]
+        return regions if self.config is None else relabelled(regions, self.config)
 
     def score_of(self, line: Mapping[str, Any]) -> float:
         """The score with which a line of the scores file is published: the place in the batch, else the image's own."""
@@ -55,11 +63,14 @@ class QueueOrder:
 
 
 def order_of(service: Service, project_key: str, version: str) -> QueueOrder:
-    """The order that a version makes of what it has scored, with the batch that was frozen for it, if one was."""
+    """The order that a version makes of what it has scored, with the batch that was frozen for it, if one was; under
+    the name and in the labels of its newest publication."""
+    publication = publication_of(service, project_key, version)
     lines = read_scores(service.scores_file(project_key, version))
     scored = [line["score"] for line in lines if line.get("score") is not None]
     return QueueOrder(
-        version=version,
+        version=publication.name if publication else version,
+        config=publication.config if publication else None,
         validation_fraction=service.settings.validation_fraction,
         when_empty=empty_image_score(scored, service.settings.empty_policy),
         batch=frozen_batch(service, project_key, version) or (),

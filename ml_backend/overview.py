@@ -1,38 +1,64 @@
 """What people want to know of every project, gathered for the dashboard and for `/status`."""
 
-from datetime import UTC, datetime
+from collections.abc import Sequence, Set
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
 
 from ml_backend import inbox
 from ml_backend.cold_start import first_batch_progress
-from ml_backend.db import CycleRow, ProjectRow, WorkerRow
+from ml_backend.db import ActivationRow, CycleRow, ForgottenRow, ProjectRow, WorkerRow
+from ml_backend.publication import publication_of
 from ml_backend.service import Service
-from ml_backend.sign_of_life import NAME
-
-_SILENT_SECONDS = 30.0  # without a sign of life
+from ml_backend.sign_of_life import SILENT_SECONDS
+from ml_backend.versions import versions_overview
+from model.errors import RegistryError
 
 
 def worker_overview(service: Service) -> dict[str, Any]:
-    """Whether the worker lives, and what keeps it from working ("" when nothing does)."""
+    """Whether workers live, what each is at, and what keeps them from working ("" when nothing does)."""
+    now = datetime.fromisoformat(service.database.now())
     with service.database.session() as session:
-        row = session.get(WorkerRow, NAME)
-    if row is None:
-        problem = "The worker was never here: start `python -m ml_backend.worker` with the same environment."
-        return {"seen_at": None, "problem": problem}
-    silent = (datetime.now(UTC) - datetime.fromisoformat(row.seen_at)).total_seconds()
-    problem = row.problem
-    if silent > _SILENT_SECONDS:
-        problem = f"The worker gave no sign of life since {row.seen_at[:19]} UTC: start it again, its log says why."
-    return {"seen_at": row.seen_at, "problem": problem}
+        rows = session.scalars(select(WorkerRow).order_by(WorkerRow.name)).all()
+    silent = {row.name for row in rows if (now - datetime.fromisoformat(row.seen_at)).total_seconds() > SILENT_SECONDS}
+    return {
+        "seen_at": max((row.seen_at for row in rows), default=None),
+        "problem": "\n".join(_problems(rows, silent)),
+        "living": len(rows) - len(silent),
+        "workers": [
+            {"name": row.name, "seen_at": row.seen_at, "lives": row.name not in silent, "project": row.project_key}
+            for row in rows
+        ],
+    }
+
+
+def _problems(rows: Sequence[WorkerRow], silent: Set[str]) -> list[str]:
+    if not rows:
+        return ["The worker was never here: start `python -m ml_backend.worker` with the same environment."]
+    if len(silent) == len(rows):
+        last = max(row.seen_at for row in rows)
+        return [f"The worker gave no sign of life since {last[:19]} UTC: start it again, its log says why."]
+    living = dict.fromkeys(row.problem for row in rows if row.problem and row.name not in silent)
+    return [
+        *living,
+        *(
+            f"Worker {row.name} gave no sign of life since {row.seen_at[:19]} UTC; others go on with its projects."
+            for row in rows
+            if row.name in silent
+        ),
+    ]
 
 
 def overview(service: Service) -> list[dict[str, Any]]:
     """For each project: its progress towards the next cycle, its active version, and its cycles, the newest first."""
     with service.database.session() as session:
-        projects = session.scalars(select(ProjectRow).order_by(ProjectRow.key)).all()
+        forgotten = select(ForgottenRow.project_key)
+        projects = session.scalars(
+            select(ProjectRow).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
+        ).all()
         cycles = session.scalars(select(CycleRow).order_by(CycleRow.number.desc())).all()
+        activations = session.scalars(select(ActivationRow).order_by(ActivationRow.number.desc())).all()
     return [
         {
             "key": project.key,
@@ -47,6 +73,9 @@ def overview(service: Service) -> list[dict[str, Any]]:
             "active_version": service.registry.active(project.key),
             "first_batch": _first_batch(service, project.key),
             "events": inbox.event_counts(service.database, project.key),
+            "labels": _labels(service, project.key),
+            "activations": [_cycle(wish) for wish in activations if wish.project_key == project.key],
+            **_versions(service, project.key),
             "cycles": [_cycle(cycle) for cycle in cycles if cycle.project_key == project.key],
         }
         for project in projects
@@ -60,7 +89,23 @@ def _first_batch(service: Service, project_key: str) -> dict[str, Any] | None:
     return first_batch_progress(service, project_key)
 
 
-def _cycle(cycle: CycleRow) -> dict[str, Any]:
+def _labels(service: Service, project_key: str) -> dict[str, list[str]]:
+    """How the labels of the project differ from the classes of the active version: classes that are "gone" from the
+    configuration, and "new" labels, which the version has not learnt."""
+    version = service.registry.active(project_key)
+    publication = publication_of(service, project_key, version) if version else None
+    return {"gone": publication.gone, "new": publication.unlearnt} if publication else {"gone": [], "new": []}
+
+
+def _versions(service: Service, project_key: str) -> dict[str, Any]:
+    """The versions that are kept, and why they cannot be listed."""
+    try:
+        return {"versions": versions_overview(service, project_key), "versions_problem": ""}
+    except RegistryError as error:
+        return {"versions": [], "versions_problem": str(error)}
+
+
+def _cycle(cycle: CycleRow | ActivationRow) -> dict[str, Any]:
     return {
         "number": cycle.number,
         "status": cycle.status,

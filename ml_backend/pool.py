@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -11,11 +13,12 @@ from typing import IO, Any
 import numpy as np
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.errors import ImageError
+from ml_backend.errors import ImageError, ImageUnavailableError
 from ml_backend.images import FetchedImage
 from ml_backend.label_config import LabelConfig, parse_label_config
+from ml_backend.ls_client import Task
 from ml_backend.ls_format import Json, image_uri, prediction
-from ml_backend.pseudo_labels import kept_detections
+from ml_backend.pseudo_labels import kept_detections, trust_by
 from ml_backend.service import Service
 from model.dataset import load_image
 from model.duplicates import distinct
@@ -25,50 +28,75 @@ from model.registry import ModelCard
 from model.strategies import STRATEGIES, Observation, look
 from model.types import Detections, FloatArray
 
+logger = logging.getLogger(__name__)
+
+_PAUSES_SECONDS = (2.0, 10.0, 30.0)  # before images whose host did not answer are asked for again
+
 
 def score_pool(service: Service, project_key: str, version: str, log: CycleLog | None = None) -> int:
     """Look at every task without annotation that this version has not seen; returns how many it looked at now.
 
     What is found goes line by line into the version's scores file: the score of its strategy (S for TSP), the
-    prediction, and what may become pseudo labels of the next cycle.
+    prediction, and what may become pseudo labels of the next cycle. Images whose host does not answer are asked for
+    again at the end, some times, before that counts as unreadable.
     """
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     path = service.scores_file(project_key, version)
     seen = go_on_with(path, "task")
     waiting = [t for t in service.label_studio.tasks(project.id) if not t.is_annotated and t.id not in seen]
+    total = len(waiting)
     if log:
-        log.stage("scoring the unlabelled images", total=len(waiting))
+        log.stage("scoring the unlabelled images", total=total)
     if not waiting:
         return 0
     network, card = service.registry.load(project_key, version)
     network.to(service.settings.torch_device())
+
+    def line_of(task: Task) -> Json:
+        uri = image_uri({"id": task.id, "data": task.data}, config)
+        fetched = service.images.fetch(task_id=task.id, uri=uri, project_key=project_key)
+        return _seen(service, network, card, config, task.id, fetched)
+
     problems: list[str] = []
     empty = 0
     with path.open("a") as lines:
-        for done, task in enumerate(waiting, start=1):
-            try:
-                fetched = service.images.fetch(
-                    task_id=task.id, uri=image_uri({"id": task.id, "data": task.data}, config)
-                )
-                line = _seen(service, network, card, config, task.id, fetched)
-            except (ImageError, DatasetError) as error:
-                problems.append(str(error))
-                line = {"task": task.id, "problem": str(error)}
-            empty += line.get("instances") == 0
+        for done, line in enumerate(_lines(waiting, line_of), start=1):
             append_line(lines, line)
+            problems += [line["problem"]] if "problem" in line else []
+            empty += line.get("instances") == 0
             if log:
-                log.progress(done, len(waiting))
+                log.progress(done, total)
     if log:
         log.facts(
             {
-                "pool": len(waiting),
+                "pool": total,
                 "pool_without_detections": empty,  # placed by TSP_EMPTY_POLICY
                 "pool_problems": problems[:20],
                 "pool_problem_count": len(problems),
             }
         )
-    return len(waiting)
+    return total
+
+
+def _lines(tasks: Sequence[Task], line_of: Callable[[Task], Json]) -> Iterator[Json]:
+    """A line for each task, perhaps only with its problem. Tasks whose image's host does not answer come last, after a
+    pause, and again after longer ones, before that is their problem."""
+    for pause_seconds in (*_PAUSES_SECONDS, None):
+        away: list[Task] = []
+        for task in tasks:
+            try:
+                yield line_of(task)
+            except (ImageError, DatasetError) as error:
+                if isinstance(error, ImageUnavailableError) and pause_seconds is not None:
+                    away.append(task)
+                else:
+                    yield {"task": task.id, "problem": str(error)}
+        if not away or pause_seconds is None:
+            return
+        logger.warning("the hosts of %d images do not answer; another try in %.0f s", len(away), pause_seconds)
+        time.sleep(pause_seconds)
+        tasks = away
 
 
 def read_scores(path: Path) -> Iterator[Json]:
@@ -151,9 +179,10 @@ def _seen(
     their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
     settings = service.settings
     observation, detections = look_at(service, network, card, fetched.path)
+    # In the model's own classes: those that the project has are picked out when they are published.
     shown = detections_for_people(
         detections,
-        config,
+        own := replace(config, labels=card.class_names, displayed=()),
         class_names=card.class_names,
         shown_threshold=settings.shown_threshold,
         mask_threshold=network.config.mask_threshold,
@@ -168,7 +197,7 @@ def _seen(
         "instances": int((detections.class_scores >= settings.queue_threshold).sum()),
         "result": prediction(
             shown,
-            config,
+            own,
             model_version=card.version,
             score=0.0,
             mask_threshold=network.config.mask_threshold,
@@ -176,7 +205,7 @@ def _seen(
         )["result"],
         "detections": kept_detections(
             detections,
-            settings.pseudo_labels(),
+            trust_by(settings.pseudo_labels(), card.metrics),
             class_names=card.class_names,
             mask_threshold=network.config.mask_threshold,
         ),

@@ -10,6 +10,7 @@ from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, empty_prediction, image_uri, prediction
 from ml_backend.order import QueueOrder, order_of
 from ml_backend.pool import detections_for_people, look_at
+from ml_backend.publication import publication_of
 from ml_backend.service import Service
 from model.errors import DatasetError
 from model.network import MaskRCNNWithScores
@@ -29,8 +30,11 @@ class Predictor:
         self._loaded: dict[str, tuple[MaskRCNNWithScores, ModelCard, QueueOrder]] = {}
 
     def version(self, project_key: str) -> str:
-        """The version that `predict` would use now. The registry is asked each time: the worker may have switched."""
-        return self._service.registry.active(project_key) or UNTRAINED
+        """The version that `predict` would use now, by the name that Label Studio knows. The disk is asked each time:
+        the worker may have switched."""
+        version = self._service.registry.active(project_key)
+        published = publication_of(self._service, project_key, version) if version else None
+        return published.name if published else version or UNTRAINED
 
     def predict(self, project_key: str, tasks: Sequence[Mapping[str, Any]], label_config: str) -> list[Json]:
         """One Label Studio prediction for each task. A task whose image cannot be had gets an empty one.
@@ -38,17 +42,17 @@ class Predictor:
         Raises LabelConfigError, and what Label Studio's being away raises.
         """
         config = parse_label_config(label_config, from_name=self._service.settings.from_name)
-        version = self.version(project_key)
-        if version == UNTRAINED:
+        version = self._service.registry.active(project_key)
+        if version is None:
             return [empty_prediction(UNTRAINED) for _ in tasks]
         with self._lock:
             network, card, order = self._load(project_key, version)
-            return [self._predict_task(task, network, card, config, order) for task in tasks]
+            return [self._predict_task(project_key, task, network, card, config, order) for task in tasks]
 
     def _load(self, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard, QueueOrder]:
         """The version, and the order in which it has put the queue."""
         loaded = self._loaded.get(project_key)
-        if loaded is None or loaded[1].version != version:
+        if loaded is None or (loaded[1].version, loaded[2].version) != (version, self.version(project_key)):
             logger.info("project %s: loading version %s", project_key, version)
             network, card = self._service.registry.load(project_key, version)
             order = order_of(self._service, project_key, version)
@@ -58,19 +62,20 @@ class Predictor:
 
     def _predict_task(
         self,
+        project_key: str,
         task: Mapping[str, Any],
         network: MaskRCNNWithScores,
         card: ModelCard,
         config: LabelConfig,
         order: QueueOrder,
     ) -> Json:
-        settings, task_id = self._service.settings, task.get("id", 0)
+        settings, task_id = self._service.settings, _task_id(task)
         try:
-            fetched = self._service.images.fetch(task_id=task_id, uri=image_uri(task, config))
+            fetched = self._service.images.fetch(task_id=task_id, uri=image_uri(task, config), project_key=project_key)
             seen, found = look_at(self._service, network, card, fetched.path)
         except (ImageError, DatasetError) as error:
             logger.warning("%s", error)
-            return empty_prediction(card.version, score=1.0)
+            return empty_prediction(order.version, score=1.0)
         return prediction(
             detections_for_people(
                 found,
@@ -80,8 +85,14 @@ class Predictor:
                 mask_threshold=network.config.mask_threshold,
             ),
             config,
-            model_version=card.version,
+            model_version=order.version,
             score=order.answer_score({"task": task_id, "image": fetched.sha256, "score": seen.score}),
             mask_threshold=network.config.mask_threshold,
             max_vertices=settings.max_vertices,
         )
+
+
+def _task_id(task: Mapping[str, Any]) -> int:
+    """0 for a task that has none, such as one that is not stored yet."""
+    number = task.get("id")
+    return number if type(number) is int else 0  # True is an int as well

@@ -43,6 +43,13 @@ def kept_detections(
     }
 
 
+def trust_by(config: PseudoLabelConfig, metrics: Json) -> PseudoLabelConfig:
+    """What is trusted of a version, whose `metrics` have the sigma_s of rule "precision": without one, nothing."""
+    if config.rule != "precision":
+        return config
+    return replace(config, score_threshold=metrics.get("pseudo_score_threshold", 1.0))
+
+
 def seen_image(line: Json, class_names: Sequence[str], *, only_masks: bool) -> SeenImage:
     """What a line of the scores file kept of its image; classes that the project no longer has are left out.
 
@@ -77,7 +84,12 @@ def seen_image(line: Json, class_names: Sequence[str], *, only_masks: bool) -> S
 
 def only_masks_are_needed(config: PseudoLabelConfig, training: TrainingConfig) -> bool:
     """Whether pseudo labels teach without their scores and without what was seen beside them, as in the paper."""
-    return not (config.class_wise_thresholds or training.soft_weights or training.pseudo_negatives != "none")
+    return not (
+        config.class_wise_thresholds
+        or config.rule == "precision"
+        or training.soft_weights
+        or training.pseudo_negatives != "none"
+    )
 
 
 def thresholds_by_class(seen: Sequence[SeenImage], config: PseudoLabelConfig, *, num_classes: int) -> FloatArray | None:

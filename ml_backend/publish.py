@@ -1,22 +1,22 @@
 """Gives a version's predictions to Label Studio and makes them the queue: everything first, then one switch."""
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from itertools import islice
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import LabelStudioError, LabelStudioUnavailableError
+from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_format import Json, empty_prediction, for_task
-from ml_backend.order import POOL, QueueOrder, order_of
+from ml_backend.order import QueueOrder, frozen_batch, order_of
 from ml_backend.pool import read_scores
+from ml_backend.publication import OUR_NAME, POOL, settle
 from ml_backend.service import Service
 
 logger = logging.getLogger(__name__)
 
-_OUR_VERSION = re.compile(rf"tsp-\d+-[0-9a-f]{{8}}({re.escape(POOL)})?")  # those of others are left alone
 _LINES_AN_IMPORT = 2000
 
 
@@ -25,18 +25,21 @@ def publish(service: Service, project_key: str, version: str, log: CycleLog) -> 
 
     Annotators see the old queue until the switch; whatever fails before it leaves the old version in place.
     """
+    client, project = service.label_studio, service.project(project_key)
+    project_id = project.id
+    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+    published = settle(service, project_key, version, config, frozen_batch(service, project_key, version) or ())
     import_missing(service, project_key, version, log)
-    client, project_id = service.label_studio, service.project(project_key).id
     client.update_project(project_id, sampling=UNCERTAINTY_SAMPLING, show_collab_predictions=True)
     versions = client.model_versions(project_id)
-    if version not in versions:
+    if published.name not in versions:
         log.stage("no task is left to predict for")
         service.registry.activate(project_key, version)
         return
-    client.set_model_version(project_id, version)
+    client.set_model_version(project_id, published.name)
     service.registry.activate(project_key, version)
     for old in sorted(versions):
-        if _OUR_VERSION.fullmatch(old) and old not in (version, version + POOL):
+        if OUR_NAME.fullmatch(old) and old not in (published.name, published.name + POOL):
             log.stage(f"removing the predictions of {old}")
             client.delete_model_version(project_id, old)
 
@@ -115,7 +118,7 @@ def _prediction(order: QueueOrder, line: Json) -> Json:
     version, score = order.version_of(line["task"]), order.score_of(line)
     if "problem" in line:
         return for_task(empty_prediction(version, score=score), line["task"])
-    return for_task({"model_version": version, "score": score, "result": line["result"]}, line["task"])
+    return for_task({"model_version": version, "score": score, "result": order.regions_of(line)}, line["task"])
 
 
 def _import_existing(service: Service, project_id: int, predictions: list[Json]) -> int:

@@ -6,15 +6,29 @@ Webhooks only make this happen sooner: lost, doubled or reordered, they change n
 import logging
 from collections.abc import Sequence
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ml_backend import inbox
 from ml_backend.cold_start import first_batch
-from ml_backend.db import UNFINISHED, CycleRow, Database, EventRow, ProjectRow, UsedTaskRow, utc_now
+from ml_backend.db import (
+    ActivationRow,
+    CycleRow,
+    Database,
+    EventRow,
+    ProjectRow,
+    unfinished_work,
+    used_tasks,
+    utc_now,
+)
+from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project
+from ml_backend.order import frozen_batch
 from ml_backend.planner import Decision, Situation, plan
+from ml_backend.publication import OUR_NAME, publication_of, settle
 from ml_backend.service import Service
+from ml_backend.versions import request_activation
+from ml_backend.webhook_secret import guard_webhooks
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +38,14 @@ def reconcile(service: Service, project_key: str) -> Decision:
     events = inbox.unhandled(service.database, project_key)
     project = service.project(project_key)
     annotated = service.label_studio.annotated_task_ids(project.id)
+    new = len(annotated - used_tasks(service.database, project_key))
+    now = service.database.now()
     with service.database.session() as session:
         row = session.get_one(ProjectRow, project_key)
-        used = session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key))
-        new = len(annotated - set(used))
         row.title, row.annotated, row.new_annotated = project.title, len(annotated), new
-        row.checked_at, row.problem = utc_now(), ""
-    last, running = _cycles(service.database, project_key)
+        row.checked_at, row.problem = now, ""
+    last = _newest_cycle(service.database, project_key)
+    running = unfinished_work(service.database, project_key) is not None
     decision = plan(
         Situation(
             annotated=len(annotated),
@@ -46,27 +61,21 @@ def reconcile(service: Service, project_key: str) -> Decision:
         _plan_cycle(service.database, project_key, last + 1, decision.reason, handled)
     else:
         inbox.mark_handled(service.database, handled)
-    _repair_queue(service, project_key, project)
+    is_busy = unfinished_work(service.database, project_key) is not None
+    _repair_queue(service, project_key, project, is_busy=is_busy)
+    if not is_busy:
+        _follow_labels(service, project_key, project)
+    guard_webhooks(service.settings, service.label_studio, project.id)
     return decision
 
 
-def unfinished_cycle(database: Database, project_key: str) -> int | None:
-    """The number of the cycle that is planned or running."""
+def _newest_cycle(database: Database, project_key: str) -> int:
+    """Its number; 0: none yet."""
     with database.session() as session:
-        return session.scalar(
-            select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status.in_(UNFINISHED))
-        )
+        return session.scalar(select(func.max(CycleRow.number)).where(CycleRow.project_key == project_key)) or 0
 
 
-def _cycles(database: Database, project_key: str) -> tuple[int, bool]:
-    """The number of the newest cycle (0: none yet), and whether one is planned or running."""
-    with database.session() as session:
-        query = select(CycleRow.number, CycleRow.status).where(CycleRow.project_key == project_key)
-        cycles = session.execute(query.order_by(CycleRow.number)).all()
-    return (cycles[-1].number if cycles else 0), any(cycle.status in UNFINISHED for cycle in cycles)
-
-
-def _repair_queue(service: Service, project_key: str, project: Project) -> None:
+def _repair_queue(service: Service, project_key: str, project: Project, *, is_busy: bool) -> None:
     """Random order before the first version (Label Studio's own default is the order of import), or that of a first
     batch, then the active version's: somebody may have deleted a version, which makes Label Studio forget the one it
     showed."""
@@ -75,11 +84,37 @@ def _repair_queue(service: Service, project_key: str, project: Project) -> None:
         if project.sampling != UNCERTAINTY_SAMPLING:
             client.update_project(project.id, sampling=UNCERTAINTY_SAMPLING)
         batch = first_batch(service, project_key)
-        version = batch.version if batch else None
-    if version and project.model_version != version and unfinished_cycle(service.database, project_key) is None:
+        name = batch.version if batch else None
+    else:
+        publication = publication_of(service, project_key, version)
+        name = publication.name if publication else version
+    if name and project.model_version != name and not is_busy:
         versions = client.model_versions(project.id)
-        if version in versions and project.model_version not in versions:
-            client.set_model_version(project.id, version)
+        is_stale = project.model_version not in versions or OUR_NAME.fullmatch(project.model_version)
+        if name in versions and is_stale:
+            client.set_model_version(project.id, name)
+
+
+def _follow_labels(service: Service, project_key: str, project: Project) -> None:
+    """When the labelling configuration names the active version's classes otherwise than its predictions do, or lacks
+    some, ask for these to be published anew."""
+    version = service.registry.active(project_key)
+    if version is None:
+        return
+    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+    published = publication_of(service, project_key, version)
+    if published is None or published.draws_like(config):
+        settle(service, project_key, version, config, frozen_batch(service, project_key, version) or ())
+        return
+    reason = published.change_to(config)
+    with service.database.session() as session:
+        query = select(ActivationRow.reason).where(
+            ActivationRow.project_key == project_key, ActivationRow.status == "failed"
+        )
+        failed = session.scalar(query.order_by(ActivationRow.number.desc()).limit(1))
+    if reason != failed:  # else people have been told, and may ask
+        logger.info("project %s: %s", project_key, reason)
+        request_activation(service, project_key, version, reason)
 
 
 def _plan_cycle(database: Database, project_key: str, number: int, reason: str, handled: Sequence[int] = ()) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from ml_backend.db import Database
+from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageLimits, ImageStore
 from ml_backend.inbox import ProjectName, label_studio_id
 from ml_backend.ls_client import LabelStudioClient, Project
@@ -39,6 +40,7 @@ class Service:
                 cache_dir=settings.model_dir / "cache",
                 client=client,
                 limits=ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+                allowed_hosts=AllowedHosts.parse(settings.allowed_image_hosts),
             ),
         )
 
@@ -74,6 +76,15 @@ class Service:
     def batch_file(self, project_key: str, version: str) -> Path:
         """The tasks that were chosen as a version's batch, for strategies that choose a set."""
         return self.scores_folder(project_key) / f"{version}.batch.json"
+
+    def publication_file(self, project_key: str, version: str) -> Path:
+        """Under which name and in which labels a version's predictions stand in Label Studio."""
+        return self.scores_folder(project_key) / f"{version}.publication.json"
+
+    def project_folders(self, project_key: str) -> tuple[Path, ...]:
+        """Everything that lies on the disk for this project alone."""
+        cycles = self.settings.model_dir / "cycles" / project_key
+        return self.registry.root / project_key, cycles, self.scores_folder(project_key)
 
     def scores_folder(self, project_key: str) -> Path:
         """Where a project's versions keep what they saw."""

@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_valid
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ml_backend.errors import SettingsError
+from ml_backend.foreign_hosts import AllowedHosts
 from model.config import NetworkConfig, Profile, PseudoLabelConfig, TrainingConfig
 from model.dataset import fitting_anchors
 from model.errors import InvalidInputError
@@ -85,14 +86,28 @@ class Settings(BaseSettings):
         "random",
         "the first batch: `random`, or `spread` over what the pretrained network sees in the images",
     )
+    gate: bool = _env(
+        "TSP_GATE",
+        True,
+        "refuse a new version that is worse on the validation images (docs/decisions/040)",
+    )
+    gate_margin: float = _env(
+        "TSP_GATE_MARGIN", 0.02, "by how much mask mAP@0.5 may fall before a new version is refused", ge=0, le=1
+    )
     beta: float = _env("TSP_BETA", 0.01, "weight of the pseudo-label loss (eq. 5)", ge=0)
     class_threshold: float = _env("TSP_CLASS_THRESHOLD", 0.9, "sigma_c: class score a pseudo label needs", ge=0, le=1)
     box_threshold: float = _env("TSP_BOX_THRESHOLD", 0.9, "sigma_b: box score a pseudo label needs", ge=0, le=1)
     mask_score_threshold: float = _env(
         "TSP_MASK_THRESHOLD", 0.8, "sigma_m: mask score a pseudo label needs", ge=0, le=1
     )
-    pseudo_rule: Literal["and", "or"] = _env(
-        "TSP_PSEUDO_RULE", "and", "`and`: all three thresholds (section 3.2); `or`: any of them (Algorithm 1, line 10)"
+    pseudo_rule: Literal["and", "or", "precision"] = _env(
+        "TSP_PSEUDO_RULE",
+        "and",
+        "`and`: all three thresholds (section 3.2); `or`: any of them (Algorithm 1, line 10); `precision`: as many as "
+        "were right on the validation images (TSP_PSEUDO_PRECISION)",
+    )
+    pseudo_precision: float = _env(
+        "TSP_PSEUDO_PRECISION", 0.9, "share of right pseudo labels that the rule `precision` aims at", gt=0, lt=1
     )
     class_wise_thresholds: bool = _env(
         "TSP_CLASS_WISE_THRESHOLDS", False, "lower sigma_c for classes of which the model is less sure in general"
@@ -193,6 +208,12 @@ class Settings(BaseSettings):
     reconcile_seconds: float = _env(
         "TSP_RECONCILE_SECONDS", 60.0, "how often Label Studio is asked what it has, webhooks or not", gt=0
     )
+    allowed_image_hosts: str = _env(
+        "TSP_ALLOWED_IMAGE_HOSTS",
+        "",
+        "hosts at private addresses from which images may be fetched, beside Label Studio's own: names, `*.domain`, "
+        "addresses or networks, separated by commas",
+    )
     max_image_bytes: int = _env("TSP_MAX_IMAGE_BYTES", 100_000_000, "largest image file", ge=1)
     max_image_pixels: int = _env("TSP_MAX_IMAGE_PIXELS", 100_000_000, "largest image, in pixels", ge=1)
 
@@ -219,6 +240,12 @@ class Settings(BaseSettings):
         if url and not url.startswith(("sqlite:///", "postgres://", "postgresql://", "postgresql+psycopg://")):
             raise ValueError("expected postgresql://user:password@host/database or sqlite:////absolute/path")
         return url
+
+    @field_validator("allowed_image_hosts")
+    @classmethod
+    def _known_hosts(cls, hosts: str) -> str:
+        AllowedHosts.parse(hosts)
+        return hosts
 
     @field_validator("strategy")
     @classmethod
@@ -367,6 +394,7 @@ class Settings(BaseSettings):
             box_threshold=self.box_threshold,
             mask_threshold=self.mask_score_threshold,
             rule=self.pseudo_rule,
+            precision=self.pseudo_precision,
             class_wise_thresholds=self.class_wise_thresholds,
             class_threshold_floor=self.class_threshold_floor,
             ignore_threshold=self.ignore_threshold,

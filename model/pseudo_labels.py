@@ -1,12 +1,16 @@
 """Which predictions on unlabelled images are trusted as labels (section 3.2); pure."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from model.comparison import Compared, matched
 from model.config import PseudoLabelConfig
 from model.errors import InvalidInputError
 from model.geometry import rle_area, roi_mask_to_rle
+from model.tsp import instance_scores
 from model.types import BoolArray, Detections, FloatArray, IntArray, LabeledImage
 
 
@@ -16,9 +20,13 @@ def trusted(
     """Which of the N instances become pseudo labels, (N,) bool.
 
     Rule "and": c > sigma_c and b > sigma_b and m > sigma_m, the text of section 3.2. Rule "or": Algorithm 1, line 10
-    removes an instance only when all three scores are below their thresholds. `class_thresholds` (C,) are the sigma_c
-    of each class, for label l at l - 1.
+    removes an instance only when all three scores are below their thresholds. Rule "precision": s > sigma_s, eq. 2.
+    `class_thresholds` (C,) are the sigma_c of each class, for label l at l - 1.
     """
+    if config.rule == "precision":
+        scores = instance_scores(detections.class_scores, detections.box_scores, detections.mask_scores)
+        certain: BoolArray = scores > config.score_threshold
+        return certain
     if config.class_wise_thresholds and class_thresholds is None:
         raise InvalidInputError("class_wise_thresholds: expected class_thresholds (C,), got none; see that function")
     if class_thresholds is not None and detections.labels.max(initial=0) > len(class_thresholds):
@@ -36,6 +44,35 @@ def trusted(
     )
     chosen: BoolArray = np.logical_and.reduce(passed) if config.rule == "and" else np.logical_or.reduce(passed)
     return chosen
+
+
+def with_score_threshold(config: PseudoLabelConfig, compared: Sequence[Compared]) -> PseudoLabelConfig:
+    """For rule "precision", the same with the lowest sigma_s above which enough of these predictions are right.
+
+    `compared` are a model's detections against ground truth, in images that it has not learnt from: of the correct
+    class, with a mask IoU of at least 0.5. Other rules have no sigma_s: they stay as they are.
+    """
+    if config.rule != "precision":
+        return config
+    scores = [instance_scores(pair.class_scores, pair.box_scores, pair.mask_scores) for pair in compared]
+    right = [matched(pair.mask_ious, s, np.array([0.5]))[0] for pair, s in zip(compared, scores, strict=True)]
+    threshold = score_threshold(
+        np.concatenate([np.empty(0), *scores]), np.concatenate([np.empty(0, dtype=np.bool_), *right]), config.precision
+    )
+    return replace(config, score_threshold=threshold)
+
+
+def score_threshold(scores: FloatArray, right: BoolArray, precision: float) -> float:
+    """The lowest sigma_s for which at least `precision` of the predictions with s >= sigma_s, of N, are right.
+
+    One more wrong one is counted than there is, `hits / (n + 1)`, so that a few lucky ones are not enough: for 0.9 it
+    takes nine. 1 if there is no such threshold: nothing is trusted then.
+    """
+    order = np.argsort(-scores, kind="stable")
+    enough = right[order].cumsum() >= precision * (np.arange(len(scores)) + 2)
+    last = np.flatnonzero(enough)
+    # Between this score and the next lower one: what is as good as the last one is trusted, by s > sigma_s.
+    return float(np.nextafter(scores[order[last[-1]]], 0)) if len(last) else 1.0
 
 
 def class_thresholds(

@@ -80,6 +80,13 @@ class Registry:
         except (KeyError, TypeError, ValueError) as error:
             raise RegistryError(f"version {version} of {project} is damaged: {path}: {error}") from error
 
+    def check(self, project: str, version: str) -> None:
+        """RegistryError unless all files of the version are there."""
+        self.card(project, version)
+        path = self._folder(project, version) / "weights.safetensors"
+        if not path.exists():
+            raise RegistryError(f"version {version} of {project} is damaged: {path} is missing; take another version")
+
     def versions(self, project: str) -> list[str]:
         """All versions, the oldest first."""
         folder = self.root / _checked(project)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from model.calibration import fit_calibration
+from model.comparison import compare
 from model.config import NetworkConfig, TrainingConfig
 from model.dataset import LabeledSet, fitting_anchors, load_image
 from model.files import write_json
@@ -36,14 +37,20 @@ from scripts.benchmark_lines import (
     strategy_of,
     without_semi_supervision,
 )
-from scripts.benchmark_measures import compare, iou_pairs, measured, pseudo_quality
+from scripts.benchmark_measures import iou_pairs, measured, pseudo_quality
 from scripts.benchmark_sets import Data, at_input_size
 from scripts.shared_files import locked
 
 KEPT = "network"  # the folder of a run, in the form of a registry, where its last network is kept on demand
 
 Plan = dict[str, Any]
-_NO_PSEUDO_LABELS: Plan = {"pseudo": [], "pseudo_quality": None, "class_thresholds": None, "held_out": None}
+_NO_PSEUDO_LABELS: Plan = {
+    "pseudo": [],
+    "pseudo_quality": None,
+    "class_thresholds": None,
+    "score_threshold": None,
+    "held_out": None,
+}
 
 
 def run(
@@ -164,7 +171,11 @@ class _Cycles:
         else:
             pseudo = [self._pseudo_from_json(item) for item in plan["pseudo"]]
             network, training = self._trained(
-                [*images, *pseudo], self.settings.training, _checkpoint(self.folder, number), plan["class_thresholds"]
+                [*images, *pseudo],
+                self.settings.training,
+                _checkpoint(self.folder, number),
+                plan["class_thresholds"],
+                plan["score_threshold"],
             )
             measurements, evaluation = self._measured(network, plan["held_out"])
             seconds = {"training": training, "evaluation": evaluation}
@@ -213,15 +224,19 @@ class _Cycles:
         config: TrainingConfig,
         checkpoint: Path,
         class_thresholds: list[float] | None = None,
+        score_threshold: float | None = None,
     ) -> tuple[MaskRCNNWithScores, Seconds | None]:
         network = self._built(self.network_options)
         stopwatch = Stopwatch(checkpoint.with_suffix(".json"), config.checkpoint_every_steps)
         teaches = config.ema_decay > 0 and any(image.pseudo for image in images)
+        trust = self.settings.pseudo
+        if score_threshold is not None:
+            trust = replace(trust, score_threshold=score_threshold)
         train(
             network,
             images,
             config,
-            pseudo=self.settings.pseudo if teaches else None,
+            pseudo=trust if teaches else None,
             class_thresholds=np.array(class_thresholds) if teaches and class_thresholds is not None else None,
             checkpoint=checkpoint,
             device=self.device,
@@ -276,6 +291,7 @@ class _Cycles:
             "annotated": [image.image_id for image in new],
             "pseudo_images": sum(bool(item["labels"]) for item in plan["pseudo"]),
             "pseudo_quality": plan["pseudo_quality"],
+            "score_threshold": plan["score_threshold"],
         }
 
     def _measured(
@@ -312,6 +328,7 @@ class _Cycles:
             self.settings,
             labelled={image_id: path for image_id, path in paths.items() if image_id in annotated},
             unlabelled={image_id: path for image_id, path in paths.items() if image_id not in annotated},
+            annotate=lambda ids: [self.small[image_id] for image_id in ids],
             semi_supervised=self.name.semi_supervised,
             seed=self.name.seed * 1000 + number,
         )
@@ -321,6 +338,7 @@ class _Cycles:
             "new": len(choice.new_ids),
             "pseudo": [_pseudo_to_json(image) for image in choice.pseudo],
             "class_thresholds": None if thresholds is None else thresholds.tolist(),
+            "score_threshold": choice.trust.score_threshold if choice.trust.rule == "precision" else None,
         }
         return plan, choice.queue
 

@@ -36,13 +36,14 @@ class BackendProcesses:
         try:
             self.start_one("web")
             self.start_one("worker")
-            self._wait_until_it_answers()
+            self.wait_until_it_answers()
             answers = True
         finally:
             if not answers:  # Ctrl-C too must not leave them behind
                 self.stop()
 
-    def _wait_until_it_answers(self) -> None:
+    def wait_until_it_answers(self) -> None:
+        """Until the web process answers; BackendProcessError when it does not."""
         deadline = time.monotonic() + _START_SECONDS
         while not self._answers():
             self.check()
@@ -63,6 +64,15 @@ class BackendProcesses:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C goes to the demo alone, which stops them in order
             )
+
+    def pid(self, name: str) -> int:
+        """The id of a running process."""
+        return self._running[name].pid
+
+    def ended(self, name: str) -> int | None:
+        """The exit status of a process that was started and ended by itself; None while it runs."""
+        process = self._running.get(name)
+        return None if process is None else process.poll()
 
     def kill(self, name: str) -> None:
         """End a process as a crash would."""

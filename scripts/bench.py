@@ -1,9 +1,12 @@
 """Speed, as ratios: ours and what it is compared with, in turn in one run, so that a slow moment hits both.
 
     python -m scripts.bench train-step [--profile resnet50_fpn] [--size 512] [--rounds 10] [--threads 1] [--json]
+    python -m scripts.bench webhook [--requests 2000] [--rate 100] [--out docs/bench] [--json]
 
 The last line is one JSON object with `name`, `ours`, `theirs` (median CPU seconds of one round) and `ratio`, the median
-of ours / theirs round by round: lower is better. Without --json it is preceded by the same in words.
+of ours / theirs round by round: lower is better. Without --json it is preceded by the same in words. `webhook` and
+`health` are answers of the web process while a cycle trains (bench_web.py): `ours` is the 99th percentile, `theirs` the
+time that Label Studio waits.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +24,10 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 
 from model.config import PROFILES
+from model.files import write_json
 from model.losses import total_loss
 from model.network import MaskRCNNWithScores, build_model
+from scripts.bench_web import SOAKS, Load, soak
 from scripts.make_phantoms import CLASS_NAMES, phantom
 
 IMAGES = 2  # annotated images of a step
@@ -40,13 +46,21 @@ class Setting:
 def main() -> None:
     """Run one benchmark and print what it measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("name", choices=[*BENCHMARKS, *SOAKS])
     parser.add_argument("--profile", choices=PROFILES, default="resnet50_fpn")
     parser.add_argument("--size", type=int, default=512, help="side of the images and of the network's input, pixels")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=2000, help="of webhook and health")
+    parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
+    parser.add_argument("--database-url", default="", help="where the backend of webhook and health keeps its state")
+    parser.add_argument("--out", help="folder in which the result of webhook or health is kept as <name>.json")
     parser.add_argument("--json", action="store_true", help="only the JSON line")
     options = parser.parse_args()
+    (_soak if options.name in SOAKS else _compare)(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     what, prepare = BENCHMARKS[options.name]
     ours, theirs = prepare(Setting(profile=options.profile, size=options.size))
@@ -57,6 +71,20 @@ def main() -> None:
     }
     if not options.json:
         print(f"{what}: {result['ours']:.3f} s against {result['theirs']:.3f} s, ratio {result['ratio']:.3f}")
+    print(json.dumps(result))
+
+
+def _soak(options: argparse.Namespace) -> None:
+    load = Load(requests=options.requests, rate=options.rate)
+    result = soak(options.name, load, database_url=options.database_url)
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(options.out) / f"{options.name}.json", result)
+    if not options.json:
+        print(
+            f"{SOAKS[options.name][0]}: half within {result['p50_ms']} ms, 99 % within {result['p99_ms']} ms, all "
+            f"within {result['max_ms']} ms; {result['lost']} of {result['requests']} lost"
+        )
     print(json.dumps(result))
 
 

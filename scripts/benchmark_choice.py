@@ -1,17 +1,18 @@
 """Algorithm 1, lines 7 to 10: what people annotate next, and what the network labels itself. Sees no hidden label."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
 
+from model.comparison import compare
 from model.config import PseudoLabelConfig
 from model.dataset import load_image
 from model.network import MaskRCNNWithScores
-from model.pseudo_labels import class_thresholds, image_with_trusted
+from model.pseudo_labels import class_thresholds, image_with_trusted, with_score_threshold
 from model.strategies import Observation, Strategy, look
 from model.tsp import EmptyImagePolicy
 from model.types import Detections, FloatArray, LabeledImage
@@ -20,11 +21,12 @@ from scripts.benchmark_lines import Experiment
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The b images for people, the first one first; D_semi from the rest, with its thresholds by class, if there are
-    any; and how the scores were spread."""
+    """The b images for people, the first one first; D_semi from the rest, by `trust`, with its thresholds by class, if
+    there are any; and how the scores were spread."""
 
     new_ids: list[str]
     pseudo: list[LabeledImage]
+    trust: PseudoLabelConfig
     class_thresholds: FloatArray | None
     queue: dict[str, Any]
 
@@ -36,10 +38,14 @@ def choose_next(
     *,
     labelled: Mapping[str, Path],
     unlabelled: Mapping[str, Path],
+    annotate: Callable[[Sequence[str]], Sequence[LabeledImage]],
     semi_supervised: bool,
     seed: int,
 ) -> Choice:
-    """Score D_u, choose b, pseudo-label the rest. Images are files by id: what is in them, only the network says."""
+    """Score D_u, choose b, pseudo-label the rest. Images are files by id: what is in them, only the network says.
+
+    The chosen ones are then annotated: what the network had seen in them tells how far it can be trusted.
+    """
     torch.manual_seed(seed)  # MC dropout draws; how the training went must not matter
     selection = settings.selection
     pool = _Observations(
@@ -57,10 +63,17 @@ def choose_next(
     ids = list(unlabelled)
     new_ids = [ids[i] for i in chosen]
     thresholds = _class_thresholds(list(pool.found.values()), settings.pseudo, network)
+    trust = settings.pseudo
+    if semi_supervised and trust.rule == "precision":
+        config = network.config
+        compared = compare(pool.found, annotate(new_ids), config.num_classes - 1, mask_threshold=config.mask_threshold)
+        trust = with_score_threshold(trust, compared)
     rest = {image_id: found for image_id, found in pool.found.items() if image_id not in new_ids}
+    training = replace(settings, pseudo=trust)
     return Choice(
         new_ids=new_ids,
-        pseudo=_pseudo_labeled(rest, unlabelled, settings, network.config.mask_threshold, thresholds),
+        pseudo=_pseudo_labeled(rest, unlabelled, training, network.config.mask_threshold, thresholds),
+        trust=trust,
         class_thresholds=thresholds,
         queue=pool.summary(set(chosen)),
     )
@@ -154,7 +167,7 @@ class _Observations(Sequence[Observation]):
 
 def _perhaps_trusted(detections: Detections, config: PseudoLabelConfig) -> Detections:
     """Without those that can neither be trusted nor ignored nor count for the thresholds by class: there are many."""
-    if config.rule == "or":
+    if config.rule != "and":
         return detections
     least = min(config.class_threshold, config.class_threshold_floor, config.ignore_threshold)
     return detections.select(detections.class_scores >= least)

@@ -162,7 +162,7 @@ def _overrides(name: RunName) -> dict[type[Any], dict[str, Any]]:
 
 def _forbidden(name: RunName) -> set[str]:
     """Options that would change nothing on this line, or what belongs to the run."""
-    forbidden = {"seed", "checkpoint_every_steps", "loader_workers"}
+    forbidden = {"seed", "checkpoint_every_steps", "loader_workers", "score_threshold"}  # the last one is found
     if name.strategy == FULL:
         forbidden |= set(_types(Selection))
     if not name.semi_supervised:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from model.comparison import resampled_map_50
 from model.types import FloatArray
 from scripts.benchmark_lines import FULL, RunName, supervised_twin
 from scripts.benchmark_measures import unpacked
@@ -24,7 +25,6 @@ from scripts.benchmark_statistics import (
     holm,
     images_to_reach,
     paired_t_p,
-    resampled_map_50,
     smallest_sign_p,
 )
 from scripts.benchmark_text import markdown

@@ -5,15 +5,11 @@ of n differences knows only n values and is too sure of itself.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from model.types import BoolArray, FloatArray
-from scripts.benchmark_measures import average_precision
-
-Matches = tuple[NDArray[np.int64], BoolArray]  # of one class: by rank, the number of the image and whether it is a hit
+from model.types import FloatArray
 
 _RESAMPLES = 10_000
 _ANGLES = np.linspace(0, np.pi / 2, 50_001)
@@ -90,27 +86,6 @@ def images_to_reach(images: Sequence[int], curve: FloatArray, target: float) -> 
             share = (target - curve[i - 1]) / (height - curve[i - 1])
             return float(images[i - 1] + share * (images[i] - images[i - 1]))
     return None
-
-
-def resampled_map_50(
-    matches: Mapping[str, Matches], instances: Mapping[str, Sequence[int]], resamples: int
-) -> FloatArray:
-    """mAP@0.5 on so many resampled test sets, (resamples,); the same sets each time, so that lines are paired.
-
-    `instances` are those of each test image, by class. A class that a resampled set lacks is left out of its mean.
-    """
-    images = len(next(iter(instances.values())))
-    draws = np.random.default_rng(0).integers(images, size=(resamples, images))
-    weights = np.stack([np.bincount(draw, minlength=images) for draw in draws]).astype(np.float64)
-    by_class = np.full((len(instances), resamples), np.nan)
-    for row, (name, counts) in enumerate(instances.items()):
-        image, hit = matches[name]
-        totals = weights @ np.array(counts, dtype=np.float64)
-        for n in np.flatnonzero(totals > 0):
-            by_class[row, n] = average_precision(hit.astype(np.float64), totals[n], weights[n, image])
-    known = ~np.isnan(by_class)
-    means: FloatArray = np.where(known, by_class, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    return means
 
 
 def _below(degrees: int) -> FloatArray:

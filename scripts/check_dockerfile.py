@@ -2,13 +2,14 @@
 
 python -m scripts.check_dockerfile [--target cpu] [--folder FOLDER] [--build-arg NAME=VALUE] [--libraries-from .venv]
 
-Each stage gets a folder that stands for its root: `/data` of the Dockerfile is `<folder>/<stage>/data`. Files are
-copied as .dockerignore allows, and RUN lines run with this machine's shell and Python. Accounts and owners are the only
-steps left out. What a container shuts in (user, capabilities, read-only root) is not checked. Then the web process and
-the worker of the image must come up there, without the repository.
+Each stage gets a folder that stands for its root: `/data` of the Dockerfile is `<folder>/<stage>/data`, files are
+copied as .dockerignore allows, and RUN lines run with this machine's shell and Python. Accounts and owners are the
+only steps left out. What a container shuts in (user, capabilities, read-only root) is not checked. Then the web
+process and the worker of the image must come up there, without the repository.
 
-With --libraries-from, nothing is downloaded: libraries are looked up in that virtual environment instead, and only our
-own wheel is built and installed. Without it, everything is installed anew, which takes minutes and, with CUDA, 6 GB.
+With --libraries-from, nothing is downloaded: libraries are looked up in that virtual environment instead, and only
+our own wheel is built and installed. Without it, everything is installed anew, which takes minutes and, with CUDA, 6
+GB.
 """
 
 import argparse
@@ -61,7 +62,7 @@ class Stage:
 
 
 def read_dockerfile(text: str) -> tuple[dict[str, str], dict[str, Stage]]:
-    """The ARGs before the first FROM with their defaults, and the stages by name."""
+    """The ARGs before the first FROM with their defaults, and the stages by name. DockerfileError for the unknown."""
     arguments: dict[str, str] = {}
     stages: dict[str, Stage] = {}
     current: list[Instruction] = []

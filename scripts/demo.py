@@ -268,7 +268,7 @@ class _Status:
         return next((project for project in projects if project["id"] == self._project_id), {})
 
     def finished_cycles(self) -> int:
-        return sum(cycle["status"] in ("done", "failed") for cycle in self.cycles())
+        return sum(cycle["status"] in ("done", "refused", "failed") for cycle in self.cycles())
 
     def wait_for_cycle(self, batch_size: int) -> None:
         """Until one more cycle than now is finished, or the backend has looked and found the batch too small."""

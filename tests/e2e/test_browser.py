@@ -191,6 +191,7 @@ CYCLE: dict[str, Any] = {
     "version": "tsp-1-0123abcd",
     "facts": {"annotated": 20, "pseudo_labeled": 3, "metrics": METRICS},
     "error": "",
+    "planned_at": "2025-01-01T03:04:05",
     "finished_at": "2025-01-02T03:04:05.678901+00:00",
 }
 RELIABLE: dict[str, Any] = CYCLE | {
@@ -226,8 +227,19 @@ FAILED = CYCLE | {
     },
     "error": "training stopped: loss is not finite",
 }
+GATE: dict[str, Any] = {"active": "tsp-1-0123abcd", "accepted": False, "reason": "refused: mask mAP@0.5 0.412 is less"}
+REFUSED = CYCLE | {"number": 2, "status": "refused", "stage": "refused", "version": "tsp-2-0123abcd",
+                   "facts": {"gate": GATE, "metrics": METRICS}}  # fmt: skip
+KEPT: list[dict[str, Any]] = [
+    {"version": version, "is_active": version == "tsp-1-0123abcd"}
+    for version in ("tsp-2-0123abcd", "tsp-1-0123abcd", "tsp-1-99999999")
+]
+WISH = RUNNING | {"version": "tsp-2-0123abcd", "reason": "asked for on the dashboard",
+                  "stage": "publishing predictions", "planned_at": "2025-01-02T03:04:05"}  # fmt: skip
+FAILED_WISH = WISH | {"status": "failed", "stage": "failed", "error": "the disk is full"}
 UNMEASURED = CYCLE | {"facts": {"metrics": METRICS | {"map_50": None, "map_50_95": None, "images": 0}}}
 PROJECT: dict[str, Any] = {
+    "key": "5-1735787045",
     "id": 5,
     "title": "CT",
     "url": "http://label-studio.example.com/projects/5/data",
@@ -239,6 +251,10 @@ PROJECT: dict[str, Any] = {
     "active_version": "tsp-1-0123abcd",
     "first_batch": None,
     "events": {"received": 44, "waiting": 1},
+    "labels": {"gone": [], "new": []},
+    "activations": [],
+    "versions": [],
+    "versions_problem": "",
     "cycles": [],
 }
 
@@ -284,6 +300,31 @@ PROJECT: dict[str, Any] = {
             [PROJECT | {"first_batch": {"done": 90, "total": 90, "tasks": 20, "is_published": True}}],
             ["20 images that differ from each other are served first"],
             id="a first batch",
+        ),
+        pytest.param(
+            [PROJECT | {"cycles": [REFUSED, CYCLE], "versions": KEPT, "activations": [WISH]}],
+            [
+                "refused: mask mAP@0.5 0.412 is less",
+                "in use",
+                "Use this version",
+                "tsp-1-99999999 of an earlier",
+                "tsp-2-0123abcd, asked for on the dashboard: publishing predictions",
+                "33 of 280",
+            ],
+            id="a refused version that is asked for",
+        ),
+        pytest.param(
+            [
+                PROJECT
+                | {
+                    "cycles": [REFUSED],
+                    "activations": [FAILED_WISH],
+                    "versions_problem": "a damaged version",
+                    "labels": {"gone": ["lesion"], "new": ["nodule", "vessel"]},
+                }
+            ],
+            ["the disk is full", "a damaged version", "no longer has: lesion.", "has not learnt: nodule, vessel."],
+            id="labels that have changed",
         ),
         pytest.param([PROJECT | {"problem": "no <PolygonLabels>"}], ["no <PolygonLabels>"], id="a problem"),
     ],

@@ -183,6 +183,17 @@ def test_predict_says_when_label_studio_is_away(
     assert "no answer from Label Studio" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize("number", [None, [], {}, True, "1/../..", 1.5, 10**30], ids=repr)
+def test_predict_takes_tasks_whatever_their_ids_are(tmp_path: Path, lonely_service: Service, number: Any) -> None:
+    add_version(lonely_service, KEY)
+    lonely_service.registry.activate(KEY, VERSION)
+    tasks = [{"id": number, "data": {"image": data_uri(grey_images(1)[0])}}]
+    with application(tmp_path) as web:
+        answer = web.post("/predict", json={"tasks": tasks, "project": UID, "label_config": POLYGON_CONFIG})
+    assert answer.status_code == 200
+    assert answer.json()["results"][0]["score"] < 1
+
+
 @pytest.mark.parametrize("label_config", ["", "<View", RECTANGLES], ids=["empty", "broken", "no polygons"])
 def test_predict_refuses_a_configuration_that_nothing_can_be_drawn_with(web: TestClient, label_config: str) -> None:
     answer = web.post("/predict", json={"tasks": [], "project": UID, "label_config": label_config})
@@ -243,6 +254,9 @@ def test_a_webhook_without_a_time_is_for_the_known_project(web: TestClient, lone
         pytest.param(b'{"action": "X", "project": {"id": {}, "created_at": 3}}', "id and created_at", id="odd values"),
         pytest.param(b'{"action": "%s", "project": {}}' % (b"X" * 101), "at most 100", id="a long action"),
         pytest.param(b'{"action": "\xff", "project": {}}', "", id="not UTF-8"),
+        pytest.param(b'{"action": NaN, "project": Infinity}', "body.action: Input should be a valid string", id="NaN"),
+        pytest.param(b'["\\ud800"]', "body: ", id="half a character"),
+        pytest.param(b'{"action": "X", "project": {"\\ud800": 1e999}}', "id and created_at", id="odd keys"),
         pytest.param(b'{"action": "a\\u0000b", "project": {"id": 7, "created_at": "2023-11-14T22:13:20Z"}}', "pattern",
                      id="a null character"),
     ],
@@ -252,6 +266,11 @@ def test_a_webhook_that_is_none_is_refused_with_the_reason(web: TestClient, cont
     assert 400 <= answer.status_code < 500
     assert told in answer.text
     assert web.get("/status").json()["projects"] == []
+
+
+def test_a_malformed_request_is_not_repeated_in_the_answer(web: TestClient) -> None:
+    answer = web.post("/setup", json={"access_token": "a-token", "project": {"secret": "a-token"}})
+    assert answer.json() == {"detail": "body.project: Input should be a valid string"}
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(web: TestClient) -> None:

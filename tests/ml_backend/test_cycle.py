@@ -19,11 +19,14 @@ from ml_backend.errors import LabelConfigError
 from ml_backend.ls_client import LabelStudioClient, Project
 from ml_backend.service import Service
 from model.calibration import reliability, true_ious
+from model.comparison import compare
+from model.config import PseudoLabelConfig
 from model.dataset import load_image, read_coco
 from model.errors import TSPError
 from model.files import read_tensors, write_bytes, write_tensors
 from model.geometry import polygons_to_rle
 from model.predict import detect
+from model.pseudo_labels import with_score_threshold
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, raw_api
 from tests.ml_backend.examples import (
@@ -484,6 +487,59 @@ def test_both_iou_branches_are_measured_on_the_validation_images(
         assert metrics[f"{branch}_reliability"]["count"] > 0
     assert 0 < metrics["rescored_map_50_95"] <= metrics["rescored_map_50"] <= 1
     assert card.metrics == metrics
+
+
+def test_by_precision_the_validation_images_say_how_far_a_version_is_trusted(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, tmp_path: Path
+) -> None:
+    first, second = phantom_images(2)
+    annotate(client, project, [first, *phantom_images(2, validation=True)])
+    options = {"TSP_MIN_STEPS": 60, "TSP_WEIGHTS": "imagenet", "TSP_PSEUDO_RULE": "precision"}
+    with another_service(service, tmp_path, **options, TSP_PSEUDO_PRECISION=0.2) as careful:
+        version = snapshot(careful, key, 1, log)
+        train_version(careful, key, 1, log)
+        evaluate_version(careful, key, 1, version, log)
+        network, card = careful.registry.load(key, version)
+        validation = read_coco(careful.cycle_folder(key, 1) / "validation.json", Path("/"))
+        found = {image.image_id: next(detect(network, [load_image(image.path)])) for image in validation.images}
+        compared = compare(found, validation.images, len(validation.class_names), mask_threshold=0.3)
+        expected = with_score_threshold(PseudoLabelConfig(rule="precision", precision=0.2), compared)
+        assert 0 < expected.score_threshold < 1
+        assert card.metrics["pseudo_score_threshold"] == expected.score_threshold
+
+        careful.registry.activate(key, version)
+        [task] = import_images(client, project, [second])
+        sure, unsure = expected.score_threshold / 2 + 0.5, expected.score_threshold / 2
+        line = scores_line(careful, task, second, [("lesion", 0.9), ("lesion", 0.9)])
+        line["detections"]["triplets"] = [[sure] * 3, [unsure] * 3]  # equal scores: s is their value
+        write_scores(careful, key, version, [line])
+        snapshot(careful, key, 2, begin_cycle(careful, key, 2))
+        train_version(careful, key, 2, CycleLog(careful.database, key, 2))
+        recipe = json.loads((careful.cycle_folder(key, 2) / "recipe.json").read_text())
+        assert recipe["pseudo_labels"]["score_threshold"] == expected.score_threshold
+        assert cycle_row(careful, key, 2).facts["pseudo_instances"] == 1
+
+
+def test_images_that_leave_the_cache_in_the_middle_of_a_cycle_are_missed_but_do_not_end_it(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    annotate(client, project, [*phantom_images(3), *phantom_images(2, validation=True)])
+    version = snapshot(service, key, 1, log)
+    frozen = {
+        name: read_coco(service.cycle_folder(key, 1) / f"{name}.json", Path("/")).images
+        for name in ("training", "validation")
+    }
+    frozen["training"][0].path.unlink()
+    train_version(service, key, 1, log)
+    frozen["validation"][0].path.unlink()
+    evaluate_version(service, key, 1, version, log)
+    facts = cycle_row(service, key).facts
+    assert (facts["vanished_training"], facts["vanished_validation"]) == (1, 1)
+    assert service.registry.versions(key) == [version]
+    for image in frozen["training"][1:]:
+        image.path.unlink()
+    with pytest.raises(TSPError, match="none of the 3 training images of the snapshot is in the cache any more"):
+        train_version(service, key, 1, log)
 
 
 def test_settings_that_change_in_the_middle_of_a_cycle_count_from_the_next_one(

@@ -4,7 +4,10 @@ import base64
 import hashlib
 import io
 import os
+import re
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -12,12 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from ml_backend import images, ls_client
-from ml_backend.errors import ImageError, LabelStudioAuthError, LabelStudioUnavailableError
+from ml_backend.errors import ImageError, ImageUnavailableError, LabelStudioAuthError, LabelStudioUnavailableError
+from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageLimits, ImageStore
 from ml_backend.ls_client import LabelStudioClient, Project
 from model.dataset import load_image
@@ -26,6 +31,7 @@ from tests.label_studio import png_bytes, raw_api
 
 Route = Callable[[BaseHTTPRequestHandler], None]
 PNG = png_bytes()
+LOOPBACK = AllowedHosts.parse("127.0.0.0/8")  # where the web servers of these tests are
 
 
 class Web:
@@ -80,16 +86,19 @@ def store(tmp_path: Path) -> Iterator[ImageStore]:
     """A store whose Label Studio is not there: enough for images from elsewhere."""
     with (
         LabelStudioClient("http://127.0.0.1:9", "t" * 40) as client,
-        ImageStore(cache_dir=tmp_path / "cache", client=client) as store,
+        ImageStore(cache_dir=tmp_path / "cache", client=client, allowed_hosts=LOOPBACK) as store,
     ):
         yield store
 
 
 @contextmanager
-def small_store(tmp_path: Path, limits: ImageLimits, url: str = "http://127.0.0.1:9") -> Iterator[ImageStore]:
+def small_store(
+    tmp_path: Path, limits: ImageLimits | None = None, url: str = "http://127.0.0.1:9", allowed: str = "127.0.0.0/8"
+) -> Iterator[ImageStore]:
+    hosts = AllowedHosts.parse(allowed)
     with (
         LabelStudioClient(url, "t" * 40) as client,
-        ImageStore(cache_dir=tmp_path / "small", client=client, limits=limits) as store,
+        ImageStore(cache_dir=tmp_path / "small", client=client, limits=limits, allowed_hosts=hosts) as store,
     ):
         yield store
 
@@ -212,19 +221,124 @@ def test_a_cloud_image_is_resolved_by_label_studio_and_fetched_without_the_token
 def test_redirects_back_to_label_studio_carry_the_token_again(web: Web, tmp_path: Path) -> None:
     with Web() as elsewhere:
         elsewhere.routes["/a"] = gives(b"", 302, Location=f"{web.url}/data/upload/1/a.png")
-        web.routes["/data/upload/1/a.png"] = gives(b"", 302, Location="/final.png")
-        web.routes["/final.png"] = gives(PNG)
+        web.routes["/data/upload/1/a.png"] = gives(b"", 302, Location="/data/final.png")
+        web.routes["/data/final.png"] = gives(PNG)
         with small_store(tmp_path, ImageLimits(), url=web.url) as store:
             store.fetch(task_id=1, uri=f"{elsewhere.url}/a")
     token = f"Token {'t' * 40}"
     assert elsewhere.asked == [("/a", None)]
-    assert web.asked == [("/data/upload/1/a.png", token), ("/final.png", token)]
+    assert web.asked == [("/data/upload/1/a.png", token), ("/data/final.png", token)]
 
 
 def test_endless_redirects_end(web: Web, store: ImageStore) -> None:
     web.routes["/a"] = gives(b"", 302, Location="/a")
     with pytest.raises(ImageError, match="more than 5 redirects"):
         store.fetch(task_id=1, uri=f"{web.url}/a")
+
+
+@pytest.mark.parametrize("scheme", ["http", "HTTP"])
+def test_nobody_who_poses_as_label_studio_learns_the_token(scheme: str, web: Web, tmp_path: Path) -> None:
+    token = f"Token {'t' * 40}"
+    own = web.url.removeprefix("http://")
+    with Web() as evil:
+        evil.routes["/data/a.png"] = gives(b"", 302, Location="/data/b.png")
+        evil.routes["/data/b.png"] = gives(PNG)
+        web.routes["/data/out.png"] = gives(b"", 302, Location=f"{evil.url}/data/a.png")
+        addresses = [
+            f"{scheme}://{own}@{evil.url.removeprefix('http://')}/data/a.png",
+            f"{scheme}://{evil.url.removeprefix('http://')}/data/a.png?{own}",
+            f"{scheme}://localhost:{evil.url.rpartition(':')[2]}/data/a.png",
+            f"{scheme}://{own}/data/out.png",
+        ]
+        for number, address in enumerate(addresses):
+            with small_store(tmp_path / str(number), url=web.url, allowed="127.0.0.0/8,::1") as store:
+                store.fetch(task_id=1, uri=address)
+        assert len(evil.asked) == 8
+        assert {given for _, given in evil.asked} <= {None, "Basic " + base64.b64encode(own.encode()).decode()}
+    assert web.asked == [("/data/out.png", token)]
+
+
+# Private addresses
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "[::ffff:127.0.0.1]"])
+def test_an_image_at_a_private_address_is_refused_with_the_setting_that_allows_it(
+    host: str, web: Web, tmp_path: Path
+) -> None:
+    address = f"http://{host}:{web.url.rpartition(':')[2]}/a"
+    web.routes["/a"] = gives(PNG)
+    with (
+        small_store(tmp_path, allowed="images.example,10.0.0.0/8") as store,
+        pytest.raises(
+            ImageError, match=r"image of task 1 .* has a private address .*web process and the worker"
+        ) as told,
+    ):
+        store.fetch(task_id=1, uri=address)
+    assert web.asked == []
+    (allowed,) = re.findall(r"set TSP_ALLOWED_IMAGE_HOSTS=(\S+) for", str(told.value))
+    assert allowed.startswith("images.example,10.0.0.0/8,")
+    with small_store(tmp_path, allowed=allowed) as store:  # what the message says does help
+        assert store.fetch(task_id=1, uri=address).path.read_bytes() == PNG
+
+
+def test_a_private_label_studio_is_asked_and_its_storage_needs_the_setting(web: Web, tmp_path: Path) -> None:
+    with Web() as storage:
+        web.routes["/tasks/7/resolve/"] = gives(b"", 303, Location=f"{storage.url}/bucket/a.png?signature=secret")
+        storage.routes["/bucket/a.png"] = gives(PNG)
+        with (
+            small_store(tmp_path, url=web.url, allowed="") as store,
+            pytest.raises(ImageError, match=r"s3://bucket/a\.png.*TSP_ALLOWED_IMAGE_HOSTS=127\.0\.0\.1 ") as told,
+        ):
+            store.fetch(task_id=7, uri="s3://bucket/a.png")
+        assert "secret" not in str(told.value)
+        assert storage.asked == []
+        with small_store(tmp_path, url=web.url, allowed="127.0.0.1") as store:
+            assert store.fetch(task_id=7, uri="s3://bucket/a.png").path.read_bytes() == PNG
+
+
+def test_a_redirect_to_a_private_address_is_refused(web: Web, tmp_path: Path) -> None:
+    with Web() as inner:
+        web.routes["/a"] = gives(b"", 302, Location=inner.url.replace("127.0.0.1", "127.0.0.2"))
+        with (
+            small_store(tmp_path, allowed="127.0.0.1") as store,
+            pytest.raises(ImageError, match=r"127\.0\.0\.2 has a private address"),
+        ):
+            store.fetch(task_id=1, uri=f"{web.url}/a")
+
+
+# What of Label Studio is no file
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "/api/projects/", "/user/logout", "/", "/data", "/data/../api/users/", "/data/%2e%2e/api/users/",
+        "/data/%252e%252e/api/users/", "/data/..%2fapi/users/", "/data/..\\api", "/data/%5c..%5capi/",
+        "/data/local-files/?d=../../etc/passwd", "/data/local-files/?d=%2e%2e%2fetc/passwd",
+        "/data/local-files/?d=a/..%252f..%252fetc/passwd", "/data/local-files/?x=1&d=..", "/data/a%00.png",
+        "/dataset/a.png", "/admin/", "//127.0.0.1/data/a.png",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["relative", "absolute"])
+def test_label_studio_is_asked_for_files_only_and_without_detours(
+    uri: str, form: str, web: Web, tmp_path: Path
+) -> None:
+    with small_store(tmp_path, url=web.url) as store, pytest.raises(ImageError, match=r"image of task 1 .*expected"):
+        store.fetch(task_id=1, uri=uri if form == "relative" else web.url + uri)
+    assert web.asked == []
+
+
+def test_dots_in_names_are_no_detour(web: Web, tmp_path: Path) -> None:
+    web.routes["/data/upload/1/a..b...png"] = gives(PNG)
+    with small_store(tmp_path, url=web.url) as store:
+        store.fetch(task_id=1, uri="/data/upload/1/a..b...png")
+
+
+@pytest.mark.parametrize("task_id", ["1/../../api/users", True, None, 1.5, {}], ids=repr)
+def test_a_task_whose_id_is_no_number_reaches_no_other_path(task_id: Any, web: Web, tmp_path: Path) -> None:
+    with small_store(tmp_path, url=web.url) as store, pytest.raises(ImageError, match="expected a whole number"):
+        store.fetch(task_id=task_id, uri="s3://bucket/a.png")
+    assert web.asked == []
 
 
 @pytest.mark.parametrize(
@@ -300,6 +414,120 @@ def test_what_is_no_image_is_refused(content: bytes, problem: str, web: Web, sto
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
+# Files that would grow in memory
+
+
+def text_bomb() -> bytes:
+    """A small PNG with a comment that grows to 300 MB."""
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(bytes(1_000_000)) for _ in range(300)) + packer.flush()
+    chunk = b"zTXtcomment\0\0" + packed
+    whole = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return PNG[:33] + whole + PNG[33:]  # after the header
+
+
+def png_bomb(side: int) -> bytes:
+    """A valid PNG, of a few 100 kB, that grows to side * side bytes."""
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(bytes(side + 1)) for _ in range(side)) + packer.flush()
+
+    def chunk(content: bytes) -> bytes:
+        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(header) + chunk(b"IDAT" + packed) + chunk(b"IEND")
+
+
+def large_webp() -> bytes:
+    """The header of a lossless WebP of 16383 x 16383 pixels, the most there is: 1 GB."""
+    content = bytearray(encoded_with("WEBP", lossless=True))
+    content[21:25] = struct.pack("<I", 16382 | 16382 << 14)
+    return bytes(content)
+
+
+def large_animation() -> bytes:
+    """A WebP animation with a canvas of 60000 x 60000 pixels."""
+    content = bytearray(encoded_with("WEBP", save_all=True, append_images=[Image.new("RGB", (30, 20), "blue")]))
+    assert content[12:16] == b"VP8X"
+    content[24:30] = (59_999).to_bytes(3, "little") * 2
+    return bytes(content)
+
+
+def large_tiff() -> bytes:
+    """A compressed TIFF whose tags speak of 60000 x 60000 pixels."""
+    content = bytearray(encoded_with("TIFF", compression="tiff_adobe_deflate"))
+    directory = struct.unpack("<I", content[4:8])[0]
+    for index in range(struct.unpack("<H", content[directory : directory + 2])[0]):
+        at = directory + 2 + 12 * index
+        (tag,) = struct.unpack("<H", content[at : at + 2])
+        if tag in (256, 257):  # width and height
+            content[at + 2 : at + 12] = struct.pack("<HII", 4, 1, 60_000)
+    return bytes(content)
+
+
+def large_bmp() -> bytes:
+    content = bytearray(encoded_with("BMP"))
+    content[18:26] = struct.pack("<ii", 60_000, 60_000)
+    return bytes(content)
+
+
+def large_jpeg() -> bytes:
+    content = bytearray(encoded_with("JPEG"))
+    at = content.index(b"\xff\xc0") + 5
+    content[at : at + 4] = struct.pack(">HH", 65_000, 65_000)
+    return bytes(content)
+
+
+def encoded_with(kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(file, kind, **options)
+    return file.getvalue()
+
+
+BOMBS = {
+    "png": png_bomb(20_000), "png text": text_bomb(), "webp": large_webp(), "webp animation": large_animation(),
+    "tiff": large_tiff(), "bmp": large_bmp(), "jpeg": large_jpeg(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_is_refused_before_it_is_decoded(kind: str, web: Web, tmp_path: Path) -> None:
+    """In a process of its own, whose memory is measured: the smallest of these images would take 300 MB."""
+    web.routes["/a"] = gives(BOMBS[kind])
+    asked = """
+import resource, sys
+from pathlib import Path
+from ml_backend.errors import ImageError
+from ml_backend.foreign_hosts import AllowedHosts
+from ml_backend.images import ImageStore
+from ml_backend.ls_client import LabelStudioClient
+
+folder, url = sys.argv[1:]
+client = LabelStudioClient("http://127.0.0.1:9", "t" * 40)
+store = ImageStore(cache_dir=Path(folder), client=client, allowed_hosts=AllowedHosts.parse("127.0.0.1"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    store.fetch(task_id=1, uri=url)
+except ImageError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    command = [sys.executable, "-c", asked, str(tmp_path), f"{web.url}/a"]
+    told, megabytes = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=60
+    ).stdout.splitlines()
+    assert told.startswith("image of task 1 ")
+    assert int(megabytes) < 100, told
+
+
+def test_of_many_frames_the_first_is_the_image(web: Web, store: ImageStore) -> None:
+    others = [Image.new("RGB", (30, 20), (shade, 0, 0)) for shade in range(100)]
+    for kind in ("TIFF", "WEBP", "PNG"):
+        web.routes[f"/{kind}"] = gives(encoded_with(kind, save_all=True, append_images=others))
+        fetched = store.fetch(task_id=1, uri=f"{web.url}/{kind}")
+        assert fetched.image_hw == load_image(fetched.path).shape[:2] == (20, 30)
+
+
 def endless(handler: BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.end_headers()
@@ -341,6 +569,18 @@ def test_a_download_that_is_too_long_or_fails_is_refused(route: Route, problem: 
         store.fetch(task_id=1, uri=f"{web.url}/a?signature=secret")
 
 
+@pytest.mark.parametrize(
+    ("route", "is_away"),
+    [(cut_off, True), (gives(b"", 503), True), (gives(b"", 429), True), (gives(b"", 404), False), (gives(b"x"), False)],
+    ids=["cut off", "503", "429", "404", "no image"],
+)
+def test_what_is_worth_another_try_is_told_apart(route: Route, is_away: bool, web: Web, tmp_path: Path) -> None:
+    web.routes["/a"] = route
+    with small_store(tmp_path, ImageLimits()) as store, pytest.raises(ImageError) as refused:
+        store.fetch(task_id=1, uri=f"{web.url}/a")
+    assert isinstance(refused.value, ImageUnavailableError) is is_away
+
+
 def test_a_download_that_takes_for_ever_is_given_up(web: Web, tmp_path: Path) -> None:
     web.routes["/a"] = dripping
     with (
@@ -350,11 +590,12 @@ def test_a_download_that_takes_for_ever_is_given_up(web: Web, tmp_path: Path) ->
         store.fetch(task_id=1, uri=f"{web.url}/a")
 
 
-def test_signatures_stay_out_of_errors(web: Web, store: ImageStore) -> None:
+def test_signatures_and_passwords_stay_out_of_errors(web: Web, store: ImageStore) -> None:
     web.routes["/a"] = gives(b"", 403)
-    with pytest.raises(ImageError) as refused:
-        store.fetch(task_id=1, uri=f"{web.url}/a?signature=secret")
-    assert "secret" not in str(refused.value)
+    for uri in (f"{web.url}/a?signature=secret", web.url.replace("://", "://me:secret@") + "/a"):
+        with pytest.raises(ImageError) as refused:
+            store.fetch(task_id=1, uri=uri)
+        assert "secret" not in str(refused.value)
 
 
 # data: addresses

@@ -44,10 +44,21 @@ def with_image(
         pytest.param(MINIMAL_CONFIG, LabelConfig("label", "image", "image", ("object",), ("object",)), id="one label"),
         pytest.param(
             TWO_IMAGES,
-            LabelConfig("lesions", "slice", "ct", ("bleeding", "infarct"), ("bleeding", "infarct")),
+            LabelConfig(
+                "lesions",
+                "slice",
+                "ct",
+                ("bleeding", "infarct"),
+                ("bleeding", "infarct"),
+                ("overview", "boxes", "brush", "quality"),
+            ),
             id="nested, several images, other controls",
         ),
-        pytest.param(TWO_CONTROLS, LabelConfig("first", "left", "left", ("a",), ("a",)), id="two polygon controls"),
+        pytest.param(
+            TWO_CONTROLS,
+            LabelConfig("first", "left", "left", ("a",), ("a",), ("right", "second")),
+            id="two polygon controls",
+        ),
         pytest.param(
             '<?xml version="1.0" encoding="utf-8"?><!-- made by hand -->'
             + with_image(
@@ -62,7 +73,7 @@ def with_image(
                 '<Text name="t" value="$text"/><Image name="i" value="$scan.url"/>',
                 '<PolygonLabels name="p" toName="t,i"><Label value="a"/></PolygonLabels>',
             ),
-            LabelConfig("p", "i", "scan.url", ("a",), ("a",)),
+            LabelConfig("p", "i", "scan.url", ("a",), ("a",), ("t",)),
             id="several targets, path into the data",
         ),
         pytest.param(
@@ -71,7 +82,7 @@ def with_image(
                 '<PolygonLabels name="t" toName="x"><Label value="z"/></PolygonLabels>'
                 '<polygonlabels name="p" toName="i"><label value="a"/></polygonlabels>',
             ),
-            LabelConfig("p", "i", "image", ("a",), ("a",)),
+            LabelConfig("p", "i", "image", ("a",), ("a",), ("t",)),
             id="the first control points at no image, lower case",
         ),
         pytest.param(

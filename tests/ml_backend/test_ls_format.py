@@ -1,5 +1,6 @@
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ XML = """
   <RectangleLabels name="boxes" toName="image"><Label value="cell"/></RectangleLabels>
 </View>
 """
-CONFIG = parse_label_config(XML)
+CONFIG = replace(parse_label_config(XML), other_names=("second",))
 INTERFACE = LabelInterface(XML)
 HW = (80, 100)
 
@@ -450,8 +451,18 @@ def test_parts_with_a_parent_of_the_same_label_are_one_instance(regions: list[Js
             polygon(SQUARE, type="rectanglelabels"), "rectanglelabels: only polygons are learnt", id="rectangle"
         ),
         pytest.param(polygon(SQUARE, type="brushlabels"), "brushlabels: only polygons are learnt", id="brush"),
-        pytest.param(polygon(SQUARE, from_name="other"), "polygon of another control", id="another control"),
-        pytest.param(polygon(SQUARE, to_name="other"), "polygon on another image", id="another image"),
+        pytest.param(polygon(SQUARE, from_name="second"), "polygon of another control", id="another control"),
+        pytest.param(polygon(SQUARE, to_name="second"), "polygon on another image", id="another image"),
+        pytest.param(
+            polygon(SQUARE, from_name="gone"),
+            "polygon of a tag that the labelling configuration does not have: 'gone'",
+            id="a control that is gone",
+        ),
+        pytest.param(
+            polygon(SQUARE, to_name="gone"),
+            "polygon of a tag that the labelling configuration does not have: 'gone'",
+            id="an image that is gone",
+        ),
         pytest.param(polygon(SQUARE[:2]), "fewer than 3 points", id="two points"),
         pytest.param(polygon([]), "fewer than 3 points", id="no points"),
         pytest.param(polygon([[10, 10], [20, 20], [30, 30]]), "polygon without area", id="a line"),

@@ -32,6 +32,10 @@ def test_a_new_project_has_no_version_and_no_cycle(lonely_service: Service) -> N
             "active_version": None,
             "first_batch": None,
             "events": {"received": 0, "waiting": 0},
+            "labels": {"gone": [], "new": []},
+            "activations": [],
+            "versions": [],
+            "versions_problem": "",
             "cycles": [],
         }
     ]

@@ -1,6 +1,8 @@
 """Scoring the unlabelled images of a real Label Studio with a tiny real network."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from tests.ml_backend.examples import (
     grey_images,
     import_images,
     key_of,
+    settings,
     sha256,
 )
 
@@ -197,3 +200,46 @@ def test_a_larger_share_keeps_the_images_of_a_smaller_one() -> None:
     images = [sha256(str(number).encode()) for number in range(200)]
     small, large = ({image for image in images if is_validation(image, fraction)} for fraction in (0.2, 0.4))
     assert small < large
+
+
+@pytest.mark.label_studio
+def test_an_image_whose_host_is_away_for_a_moment_is_asked_for_again_and_read(
+    service: Service, client: LabelStudioClient, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host answers 503 twice, another one always, a third one 404, which no patience mends."""
+    monkeypatch.setattr("ml_backend.pool._PAUSES_SECONDS", (0.1, 0.2, 0.3))
+    (png,) = grey_images(1)
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Keeps the test output clean."""
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            status = {"/moody": 503 if asked.count("/moody") <= 2 else 200, "/away": 503, "/gone": 404}[self.path]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(png if status == 200 else b"")
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    known = service.settings
+    place = {"LABEL_STUDIO_URL": known.label_studio_url, "LABEL_STUDIO_API_KEY": known.require_api_key()}
+    patient = Service.connect(settings(tmp_path / "patient", **place, TSP_ALLOWED_IMAGE_HOSTS="127.0.0.1"))
+    try:
+        key = key_of(patient, project)
+        add_version(patient, key)
+        address = f"http://127.0.0.1:{server.server_port}"
+        tasks = import_images(client, project, [f"{address}/{name}" for name in ("moody", "away", "gone")])
+        assert score_pool(patient, key, VERSION) == 3
+        found = scores(patient, key)
+    finally:
+        patient.close()
+        server.shutdown()
+        server.server_close()
+    assert list(found) == [tasks[2], tasks[0], tasks[1]]
+    assert "instances" in found[tasks[0]]
+    assert "the server answered 503" in str(found[tasks[1]]["problem"])
+    assert "the server answered 404" in str(found[tasks[2]]["problem"])
+    assert {path: asked.count(path) for path in asked} == {"/moody": 3, "/away": 4, "/gone": 1}

@@ -1,6 +1,7 @@
 """What is kept of unlabelled images and decided later is what would have been decided at once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ml_backend.pseudo_labels import (
     only_masks_are_needed,
     seen_image,
     thresholds_by_class,
+    trust_by,
     with_trusted,
 )
 from model.config import PseudoLabelConfig, TrainingConfig
@@ -60,6 +62,7 @@ CONFIGS = [
         PseudoLabelConfig(class_wise_thresholds=True, class_threshold_floor=0.4, box_threshold=0.3, mask_threshold=0.2),
         id="thresholds by class",
     ),
+    pytest.param(PseudoLabelConfig(rule="precision", score_threshold=0.6), id="by precision"),
 ]
 
 
@@ -161,6 +164,7 @@ def test_lines_of_older_releases_teach_what_they_can(labels: list[str], only_mas
         pytest.param(PseudoLabelConfig(), TrainingConfig(soft_weights=True), False, id="soft weights"),
         pytest.param(PseudoLabelConfig(), TrainingConfig(pseudo_negatives="outside_ignored"), False, id="negatives"),
         pytest.param(PseudoLabelConfig(class_wise_thresholds=True), TrainingConfig(), False, id="thresholds by class"),
+        pytest.param(PseudoLabelConfig(rule="precision"), TrainingConfig(), False, id="by precision"),
     ],
 )
 def test_scores_and_doubtful_boxes_are_needed_by_what_goes_beyond_the_paper(
@@ -173,3 +177,10 @@ def test_thresholds_of_a_pool_in_which_nothing_was_seen_are_sigma_c() -> None:
     thresholds = thresholds_by_class([], PseudoLabelConfig(class_wise_thresholds=True), num_classes=2)
     assert thresholds is not None
     assert thresholds.tolist() == [0.9, 0.9]
+
+
+def test_sigma_s_is_that_of_the_version_which_saw_the_images() -> None:
+    by_precision = PseudoLabelConfig(rule="precision", precision=0.8)
+    assert trust_by(by_precision, {"pseudo_score_threshold": 0.7}) == replace(by_precision, score_threshold=0.7)
+    assert trust_by(by_precision, {}).score_threshold == 1  # of an older release: nothing is trusted
+    assert trust_by(PseudoLabelConfig(), {"pseudo_score_threshold": 0.7}) == PseudoLabelConfig()

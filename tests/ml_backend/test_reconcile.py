@@ -10,11 +10,11 @@ from sqlalchemy import select
 
 from ml_backend import inbox
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import CycleRow, ProjectRow, UsedTaskRow
+from ml_backend.db import CycleRow, ProjectRow, UsedTaskRow, unfinished_work
 from ml_backend.errors import LabelStudioError
 from ml_backend.inbox import START_TRAINING
 from ml_backend.ls_client import LabelStudioClient, Project
-from ml_backend.reconcile import _plan_cycle, reconcile, unfinished_cycle
+from ml_backend.reconcile import _plan_cycle, reconcile
 from ml_backend.service import Service
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, raw_api
@@ -73,7 +73,7 @@ def test_a_cycle_is_planned_once_for_each_batch_of_new_images(
     (cycle,) = cycles(service, key)
     assert (cycle.number, cycle.status) == (1, "planned")
     assert cycle.reason == "2 newly annotated images (a batch is 2)"
-    assert unfinished_cycle(service.database, key) == 1
+    assert unfinished_work(service.database, key) == ("cycle", 1)
 
     finish(service, key, 1, tasks[:2])
     annotate(client, tasks[2])

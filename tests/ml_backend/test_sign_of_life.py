@@ -1,22 +1,32 @@
 """The worker's sign of life, with and without a real Label Studio, and what the dashboard makes of it."""
 
+import base64
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
+from ml_backend.app import create_app
 from ml_backend.db import WorkerRow
 from ml_backend.overview import worker_overview
 from ml_backend.service import Service
-from ml_backend.sign_of_life import NAME, SignOfLife
+from ml_backend.sign_of_life import SignOfLife
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import USERNAME
 from tests.ml_backend.examples import settings
 
+NAME = "host-1"
+# The middle part of JSON web tokens, as Label Studio fills it in
+REFRESH_TOKEN = base64.urlsafe_b64encode(b'{"token_type": "refresh"}').decode().rstrip("=")
+ACCESS_TOKEN = base64.urlsafe_b64encode(b'{"token_type": "access"}').decode().rstrip("=")
 
-def sign_of_life(service: Service) -> SignOfLife:
-    return SignOfLife(service.database, service.label_studio, ask_every_seconds=60)
+
+def sign_of_life(service: Service, name: str = NAME) -> SignOfLife:
+    return SignOfLife(service.database, service.label_studio, name=name, ask_every_seconds=60)
 
 
 def test_a_worker_that_was_never_started_is_a_problem(lonely_service: Service) -> None:
@@ -30,7 +40,9 @@ def test_a_worker_that_lives_is_none(lonely_service: Service) -> None:
 
 def test_a_living_worker_touches_its_file_for_health_checks(lonely_service: Service, tmp_path: Path) -> None:
     file = tmp_path / "alive"
-    life = SignOfLife(lonely_service.database, lonely_service.label_studio, ask_every_seconds=60, alive_file=file)
+    life = SignOfLife(
+        lonely_service.database, lonely_service.label_studio, name=NAME, ask_every_seconds=60, alive_file=file
+    )
     life.give()
     os.utime(file, (0, 0))
     life.give()
@@ -57,9 +69,7 @@ def test_label_studio_being_away_is_told_before_any_project_is_known(
 
 
 @pytest.mark.label_studio
-def test_the_owner_of_a_good_token_is_told_to_the_log_alone_and_a_wrong_token_with_what_to_do(
-    service: Service, label_studio: LabelStudioServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_owner_of_a_good_token_is_told_to_the_log_alone(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="ml_backend.sign_of_life")
     sign_of_life(service).ask()
     assert f"knows us as {USERNAME}" in caplog.text
@@ -68,9 +78,43 @@ def test_the_owner_of_a_good_token_is_told_to_the_log_alone_and_a_wrong_token_wi
         row = vars(session.get_one(WorkerRow, NAME))
     assert USERNAME not in f"{worker_overview(service)} {row}"  # anybody may read /status
 
-    wrong = Service.connect(settings(tmp_path, LABEL_STUDIO_URL=label_studio.url, LABEL_STUDIO_API_KEY="f" * 40))
+
+@pytest.mark.label_studio
+@pytest.mark.parametrize(
+    ("token", "kind"),
+    [("f" * 40, "a legacy token"), (f"eyJhbGciOiJIUzI1NiJ9.{REFRESH_TOKEN}.c2lnbmF0dXJl", "a personal access token")],
+    ids=["legacy", "personal"],
+)
+def test_a_wrong_token_is_told_on_the_dashboard_with_what_to_do(
+    label_studio: LabelStudioServer, tmp_path: Path, token: str, kind: str
+) -> None:
+    place = {"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": token}
+    wrong = Service.connect(settings(tmp_path, **place))
     sign_of_life(wrong).ask()
-    told = worker_overview(wrong)
     wrong.close()
-    assert "Label Studio refused the token" in told["problem"]
-    assert "f" * 40 not in told["problem"]
+    with TestClient(create_app(settings(tmp_path, **place))) as web:
+        page, problem = web.get("/ui").text, web.get("/status").json()["worker"]["problem"]
+    for told in (page, problem):
+        assert f"Label Studio refused the token, which looks like {kind}" in told
+        assert "LABEL_STUDIO_API_KEY" in told
+        assert token not in told
+
+
+@pytest.mark.parametrize(
+    ("module", "token", "told"),
+    [("ml_backend.worker", "", "LABEL_STUDIO_API_KEY is not set"),
+     ("ml_backend.app", "two words", "has blanks or characters that no token has"),
+     ("ml_backend.worker", f"a.{ACCESS_TOKEN}.b", "is an access token, which dies after 5 minutes")],
+    ids=["missing", "mangled", "access token"],
+)  # fmt: skip
+def test_no_process_starts_without_something_that_can_be_a_token(
+    module: str, token: str, told: str, tmp_path: Path
+) -> None:
+    environment = {"PATH": os.environ["PATH"], "LABEL_STUDIO_API_KEY": token, "MODEL_DIR": str(tmp_path), "PORT": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-m", module], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert told in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not token or token not in ended.stderr

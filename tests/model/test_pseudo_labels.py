@@ -3,11 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.comparison import compare
 from model.config import PseudoLabelConfig
 from model.errors import InvalidInputError
 from model.geometry import rle_to_mask
-from model.pseudo_labels import class_thresholds, image_with_trusted, trusted
-from tests.model.examples import detections, rectangle
+from model.pseudo_labels import class_thresholds, image_with_trusted, score_threshold, trusted, with_score_threshold
+from model.tsp import instance_scores
+from tests.model.examples import detections, labeled_image, rectangle
 
 BOX = [10.0, 10.0, 40.0, 40.0]
 ABOVE = {"c": 0.95, "b": 0.95, "m": 0.85}
@@ -96,7 +98,7 @@ def test_an_instance_without_a_pixel_is_left_out_of_an_image_that_has_others():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(InvalidInputError, match="'and' or 'or', got 'xor'"):
+    with pytest.raises(InvalidInputError, match="'and', 'or' or 'precision', got 'xor'"):
         PseudoLabelConfig(rule="xor")
 
 
@@ -173,3 +175,51 @@ def test_thresholds_by_class_must_be_there_and_enough():
 def test_a_floor_above_the_threshold_or_below_zero_is_refused(floor):
     with pytest.raises(InvalidInputError, match="from 0 to class_threshold"):
         PseudoLabelConfig(class_wise_thresholds=True, class_threshold_floor=floor)
+
+
+@pytest.mark.parametrize(
+    ("right", "precision", "trusted_count"),
+    [
+        pytest.param([True] * 9, 0.9, 9, id="nine in a row are enough for 0.9"),
+        pytest.param([True] * 8, 0.9, 0, id="eight are not"),
+        pytest.param([True] * 9 + [False], 0.9, 9, id="the wrong one after them is left out"),
+        pytest.param([False] + [True] * 18, 0.9, 19, id="a wrong one in front is made up for"),
+        pytest.param([False] * 20, 0.5, 0, id="all wrong"),
+        pytest.param([], 0.5, 0, id="nothing seen"),
+        pytest.param([True], 0.5, 1, id="one is enough for a half"),
+    ],
+)
+def test_sigma_s_is_the_lowest_with_the_precision(right, precision, trusted_count):
+    scores = np.linspace(0.9, 0.5, len(right))
+    shuffled = np.random.default_rng(0).permutation(len(right))
+    threshold = score_threshold(scores[shuffled], np.array(right, dtype=bool)[shuffled], precision)
+    assert (scores > threshold).sum() == trusted_count
+
+
+def test_equal_scores_are_trusted_together():
+    scores, right = np.array([0.9, 0.8, 0.8, 0.8]), np.array([True, True, True, False])
+    assert (scores > score_threshold(scores, right, 0.6)).sum() == 4
+
+
+def test_by_precision_the_threshold_counts_and_no_other():
+    scores = instance_scores(np.array([0.6]), np.array([0.7]), np.array([0.8]))[0]
+    found = one_instance(c=0.6, b=0.7, m=0.8)
+    for threshold, expected in ((scores - 1e-6, True), (scores, False), (1.0, False)):
+        config = PseudoLabelConfig(rule="precision", score_threshold=threshold, class_threshold=1)
+        assert trusted(found, config).tolist() == [expected]
+
+
+def test_what_is_right_has_the_class_and_half_of_the_mask(tmp_path):
+    truth = labeled_image(tmp_path, "7", (1, rectangle(10, 10, 40, 40)), (1, rectangle(50, 50, 58, 58)))
+    found = detections([BOX] * 3, labels=[1, 2, 1], class_scores=[0.9, 0.8, 0.7], image_hw=truth.image_hw)
+    compared = compare({"7": found}, [truth], 2, mask_threshold=0.3)
+    adapted = with_score_threshold(PseudoLabelConfig(rule="precision", precision=0.4), compared)
+    # The best one is right, the next of another class, the last a duplicate: 1 / 2, then 1 / 3, then 1 / 4.
+    assert trusted(found, adapted).tolist() == [True, False, False]
+    assert with_score_threshold(PseudoLabelConfig(), compared) == PseudoLabelConfig()
+
+
+@pytest.mark.parametrize("options", [{"precision": 0.0}, {"precision": 1.0}, {"class_wise_thresholds": True}], ids=str)
+def test_rules_that_cannot_be_are_refused(options):
+    with pytest.raises(InvalidInputError, match="expected"):
+        PseudoLabelConfig(rule="precision", **options)

@@ -1,12 +1,14 @@
 """The speed ratios: each benchmark runs, says what it measured, and compares like with like."""
 
+import asyncio
 import json
 import sys
 
 import pytest
 import torch
 
-from scripts import bench
+from scripts import bench, bench_web
+from scripts.label_studio_server import free_port
 from scripts.make_phantoms import CLASS_NAMES
 from tests.model.examples import rectangle, target, tiny_network
 
@@ -45,3 +47,19 @@ def test_torchvisions_network_trains_on_the_same_batch():
     losses = theirs([torch.rand(3, 64, 64)], [target((1, rectangle(10, 12, 40, 44)))])
     assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
     assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.label_studio
+@pytest.mark.parametrize("name", bench.SOAKS)
+def test_the_web_process_answers_while_a_cycle_trains(name, label_studio):
+    measured = bench_web.soak(name, bench_web.Load(requests=30, rate=20), server=label_studio)
+    assert measured["lost"] == measured["refused"] == 0
+    assert 0 < measured["p50_ms"] <= measured["p99_ms"] <= measured["max_ms"]
+    assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"], abs=1e-3)
+    assert measured["ours"] == pytest.approx(measured["p99_ms"] / 1000, abs=1e-3)
+
+
+def test_a_request_that_nobody_answers_is_counted_as_refused():
+    answers = asyncio.run(bench_web._ask_at_their_times(free_port(), [("GET", "/health", b"")] * 3, 100.0))
+    assert [status for status, _ in answers] == [0, 0, 0]
+    assert bench_web._measured(answers, waits_seconds=1.0)["refused"] == 3

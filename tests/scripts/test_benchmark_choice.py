@@ -2,9 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from model.strategies import STRATEGIES, Strategy
+from model.config import PseudoLabelConfig
+from model.dataset import load_image
+from model.pseudo_labels import image_with_trusted
+from model.strategies import STRATEGIES, Strategy, look
+from model.tsp import instance_scores
 from scripts.benchmark_choice import choose_next
 from scripts.benchmark_lines import Selection
 from tests.model.examples import tiny_network
@@ -36,9 +41,14 @@ def network():
 
 @pytest.fixture
 def files(sets):
-    """Three annotated images and six that are not, as the choice gets them."""
-    paths = [(image.image_id, image.path) for image in sets.pool.images]
-    return {"labelled": dict(paths[:3]), "unlabelled": dict(paths[3:])}
+    """Three annotated images and six that are not, as the choice gets them, and who annotates them."""
+    images = {image.image_id: image for image in sets.pool.images}
+    paths = [(image_id, image.path) for image_id, image in images.items()]
+    return {
+        "labelled": dict(paths[:3]),
+        "unlabelled": dict(paths[3:]),
+        "annotate": lambda ids: [images[image_id] for image_id in ids],
+    }
 
 
 @pytest.mark.parametrize(
@@ -85,3 +95,40 @@ def test_only_detections_of_some_confidence_count_in_the_queue(network, files, t
     settings = replace(SETTINGS, selection=Selection(queue_threshold=threshold))
     queue = choose_next(network, STRATEGIES["tsp"], settings, **files, semi_supervised=False, seed=0).queue
     assert [part["without_score"] for part in queue.values()] == without_score
+
+
+def test_by_precision_what_the_network_saw_in_the_new_images_says_how_far_it_is_trusted(network, files):
+    """The oracle draws what the network saw in the chosen images, but for the detection that it was least sure of."""
+    strategy, precision = STRATEGIES["tsp"], PseudoLabelConfig(rule="precision", precision=0.6)
+    settings = replace(SETTINGS, pseudo=precision)
+    asked = []
+
+    def draw_what_was_seen(ids):
+        asked.extend(ids)
+        everything = PseudoLabelConfig(class_threshold=0, box_threshold=0, mask_threshold=0)
+        images = []
+        for image_id in ids:
+            path = files["unlabelled"][image_id]
+            _, found = look(network, load_image(path), queue_threshold=0)
+            scores = instance_scores(found.class_scores, found.box_scores, found.mask_scores)
+            found = found.select(np.flatnonzero(scores > scores.min()))
+            images.append(image_with_trusted(found, everything, image_id=image_id, path=path, mask_threshold=0.3))
+        return images
+
+    choice = choose_next(
+        network, strategy, settings, **{**files, "annotate": draw_what_was_seen}, semi_supervised=True, seed=0
+    )
+    assert asked == choice.new_ids
+    assert 0 < choice.trust.score_threshold < 1
+    assert choice.pseudo
+    for image in choice.pseudo:
+        assert (instance_scores(*image.triplets.T) > choice.trust.score_threshold).all()
+    nothing_right = choose_next(
+        network,
+        strategy,
+        settings,
+        **{**files, "annotate": lambda ids: [replace(i, labels=i.labels[:0], rles=()) for i in files["annotate"](ids)]},
+        semi_supervised=True,
+        seed=0,
+    )
+    assert (nothing_right.trust.score_threshold, nothing_right.pseudo) == (1.0, [])

@@ -6,19 +6,12 @@ import numpy as np
 import pytest
 
 from model.calibration import true_ious
+from model.comparison import average_precision, compare, matched
 from model.evaluate import evaluate
 from model.geometry import mask_to_rle
 from model.types import LabeledImage
 from scripts import benchmark_measures
-from scripts.benchmark_measures import (
-    average_precision,
-    compare,
-    iou_pairs,
-    matched,
-    measured,
-    pseudo_quality,
-    unpacked,
-)
+from scripts.benchmark_measures import iou_pairs, measured, pseudo_quality, unpacked
 from tests.model.examples import HW, detections, rectangle
 
 CLASSES = ("one", "two", "three")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
+from model.comparison import Compared, resampled_map_50
 from scripts.benchmark_lines import parse_line
-from scripts.benchmark_measures import Compared, matches
+from scripts.benchmark_measures import matches
 from scripts.benchmark_plots import _figure_2, _figure_reliability
 from scripts.benchmark_report import make_report, write_report, write_reports
 from scripts.benchmark_statistics import (
@@ -18,7 +19,6 @@ from scripts.benchmark_statistics import (
     holm,
     images_to_reach,
     paired_t_p,
-    resampled_map_50,
     smallest_sign_p,
     student_p,
     student_quantile,

@@ -1,0 +1,95 @@
+"""Events are on the disk when `record` returns, however many come at once; one that cannot be kept hurts no other."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from sqlalchemy import event, select
+from sqlalchemy.exc import DBAPIError
+
+from ml_backend.db import Database, EventRow, ProjectRow
+from ml_backend.inbox import ProjectName, unhandled
+from ml_backend.recorder import EventRecorder
+
+FIRST, SECOND = ProjectName("1-10", 1), ProjectName("2-20", 2)
+
+
+@pytest.fixture
+def database(tmp_path):
+    database = Database(f"sqlite:///{tmp_path / 'state.sqlite3'}")
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def recorder(database):
+    recorder = EventRecorder(database)
+    yield recorder
+    recorder.close()
+
+
+def commits(database: Database) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    event.listen(database.engine, "commit", lambda _: counts.update(["commit"]))
+    return counts
+
+
+def test_many_at_once_share_commits(database, recorder):
+    counts = commits(database)
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(recorder.record((FIRST, SECOND)[n % 2], f"ACTION_{n}") for n in range(200)))
+
+    asyncio.run(all_at_once())
+    stored = [action for key in ("1-10", "2-20") for _, action in unhandled(database, key)]
+    assert sorted(stored) == sorted(f"ACTION_{n}" for n in range(200))
+    assert counts["commit"] < 100
+    with database.session() as session:
+        assert set(session.scalars(select(ProjectRow.key))) == {"1-10", "2-20"}
+
+
+def test_it_is_on_the_disk_when_record_returns(database, recorder):
+    async def one_by_one() -> None:
+        for number in range(5):
+            await recorder.record(FIRST, "ANNOTATION_CREATED")
+            assert len(unhandled(database, "1-10")) == number + 1
+
+    asyncio.run(one_by_one())
+
+
+def test_an_event_that_cannot_be_kept_gets_its_error_and_the_others_are_kept(database, recorder):
+    async def all_at_once() -> list[object]:
+        actions = ["GOOD", None, "GOOD"]
+        return list(await asyncio.gather(*(recorder.record(FIRST, a) for a in actions), return_exceptions=True))
+
+    first, bad, last = asyncio.run(all_at_once())
+    assert first is last is None
+    assert isinstance(bad, DBAPIError)
+    assert [action for _, action in unhandled(database, "1-10")] == ["GOOD", "GOOD"]
+
+
+def test_what_waits_is_written_before_it_ends(database):
+    recorder = EventRecorder(database)
+
+    async def hurry() -> None:
+        waiting = [asyncio.ensure_future(recorder.record(FIRST, "A")) for _ in range(20)]
+        await asyncio.sleep(0)
+        await asyncio.to_thread(recorder.close)
+        await asyncio.gather(*waiting)
+
+    asyncio.run(hurry())
+    with database.session() as session:
+        assert len(session.scalars(select(EventRow.id)).all()) == 20
+
+
+def test_somebody_who_hangs_up_disturbs_nobody(database, recorder):
+    async def one_hangs_up() -> None:
+        waiting = [asyncio.ensure_future(recorder.record(FIRST, "A")) for _ in range(20)]
+        await asyncio.sleep(0)
+        waiting[7].cancel()
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [n for n, answer in enumerate(answers) if answer is not None] == [7]
+        await recorder.record(FIRST, "A")
+
+    asyncio.run(one_hangs_up())
+    assert len(unhandled(database, "1-10")) == 21
