@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,11 +27,17 @@ class Postgres:
     """A running server; each test takes a database of its own."""
 
     port: int
+    folder: Path  # where its socket is
+    superuser: str
     numbers: Iterator[int]
 
     def url(self, database: str) -> str:
         """The address as people write it into DATABASE_URL."""
-        return f"postgresql://tests@{HOST}:{self.port}/{database}"
+        return f"postgresql://{self.superuser}@{HOST}:{self.port}/{database}"
+
+    def local_url(self, database: str) -> str:
+        """The address by the socket, where no password is asked for."""
+        return f"postgresql://{self.superuser}@/{database}?host={self.folder}&port={self.port}"
 
     def new_database(self) -> str:
         """The address of an empty database."""
@@ -43,7 +50,14 @@ class Postgres:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A real PostgreSQL; skips where none is installed."""
-    programs = _programs()
+    with running_postgres() as server:
+        yield server
+
+
+@contextmanager
+def running_postgres(*, superuser: str = "tests", asks_for_passwords: bool = False) -> Iterator[Postgres]:
+    """A PostgreSQL of its own; passwords are asked for by TCP only, if at all. Skips where none is installed."""
+    programs = postgres_programs()
     if programs is None:
         pytest.skip("no PostgreSQL server is installed (apt install postgresql)")
     folder = Path(tempfile.mkdtemp(prefix="postgres"))
@@ -52,7 +66,14 @@ def postgres() -> Iterator[Postgres]:
     data = folder / "data"
     try:
         subprocess.run(
-            [programs / "initdb", "--auth=trust", "--username=tests", "--no-sync", data],
+            [
+                programs / "initdb",
+                f"--username={superuser}",
+                "--auth-local=trust",
+                f"--auth-host={'scram-sha-256' if asks_for_passwords else 'trust'}",
+                "--no-sync",
+                data,
+            ],
             check=True,
             capture_output=True,
             **options,
@@ -61,7 +82,7 @@ def postgres() -> Iterator[Postgres]:
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
         try:
-            server = Postgres(port, count(1))
+            server = Postgres(port, folder, superuser, count(1))
             _wait_until_it_answers(server, process, folder / "log")
             yield server
         finally:
@@ -71,7 +92,7 @@ def postgres() -> Iterator[Postgres]:
         shutil.rmtree(folder)
 
 
-def _programs() -> Path | None:
+def postgres_programs() -> Path | None:
     """The folder with `initdb` and `postgres`; Debian keeps it out of the PATH."""
     folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep)]
     folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
@@ -92,7 +113,7 @@ def _wait_until_it_answers(server: Postgres, process: subprocess.Popen[bytes], l
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
-            psycopg.connect(server.url("postgres")).close()
+            psycopg.connect(server.local_url("postgres")).close()
         except psycopg.OperationalError:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"PostgreSQL did not start:\n{log.read_text()}") from None
