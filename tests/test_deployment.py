@@ -122,7 +122,11 @@ def test_every_service_may_do_as_little_as_possible(name: str) -> None:
     assert "cap_add" not in service
     assert "privileged" not in service
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert any(mount.startswith("/tmp") for mount in service["tmpfs"])
+    assert any(mount.startswith("/tmp:") for mount in service["tmpfs"])
+    assert all(
+        {"size", "mode"} == {option.partition("=")[0] for option in mount.partition(":")[2].split(",")}
+        for mount in service["tmpfs"]
+    )
     user = service.get("user") or final(STAGES, service["build"]["target"], "USER")
     assert user in ("postgres", "10001:10001")
 
