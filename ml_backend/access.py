@@ -4,7 +4,6 @@ that the worker gives to Label Studio's webhook. Who is refused is counted, beca
 import base64
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -36,7 +35,8 @@ _ADVICE = {
 }
 _ADVICE["/predict"] = _ADVICE["/setup"]
 
-Next = Callable[[Request], Awaitable[Response]]
+# No other site may show our pages inside its own.
+HEADERS = {"X-Frame-Options": "DENY", "X-Content-Type-Options": "nosniff"}
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Refusals:
 
 
 class Access:
-    """The checks, each a middleware. Refusals are counted in memory, a number for each of Label Studio's routes: a
+    """Checks for the gatekeeper. Refusals are counted in memory, a number for each of Label Studio's routes: a
     stranger can make them grow, but nothing else."""
 
     def __init__(self, settings: Settings) -> None:
@@ -59,11 +59,11 @@ class Access:
         self._secret = (webhook_secret(settings) or "").encode()
         self._refused = {path: _Refusals() for path in _ADVICE}
 
-    async def check(self, request: Request, go_on: Next) -> Response:
+    def check(self, request: Request) -> Response | None:
         """401 for whoever brings neither password nor secret, when a password is set."""
         path = request.scope["path"]
         if not self._password or path == "/health" or self._is_known(request, path):
-            return await go_on(request)
+            return None
         self._count(path)
         return JSONResponse(
             {"detail": "user name and password are needed: set them in Label Studio where the backend is connected"},
@@ -101,15 +101,11 @@ class Access:
         return {"problem": "\n".join(recent), "requests": counts}
 
 
-async def refuse_other_sites(request: Request, go_on: Next) -> Response:
-    """403 for what a page of another site makes a browser send: the browser adds the password by itself. And no other
-    site may show our pages inside its own."""
-    if request.method not in _SAFE_METHODS and _is_from_another_site(request):
-        return JSONResponse({"detail": "expected a request from a page of this backend"}, status_code=403)
-    response = await go_on(request)
-    response.headers["X-Frame-Options"] = "DENY"
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    return response
+def refuse_other_sites(request: Request) -> Response | None:
+    """403 for what a page of another site makes a browser send: the browser adds the password by itself."""
+    if request.method in _SAFE_METHODS or not _is_from_another_site(request):
+        return None
+    return JSONResponse({"detail": "expected a request from a page of this backend"}, status_code=403)
 
 
 def _is_from_another_site(request: Request) -> bool:

@@ -22,11 +22,12 @@ from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
 from ml_backend import inbox
-from ml_backend.access import Access, Next, refuse_other_sites
+from ml_backend.access import HEADERS, Access, refuse_other_sites
 from ml_backend.actions import NO_FRAMES, add_actions, form_token
 from ml_backend.backend import TSPBackend
 from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
 from ml_backend.forget import forgotten_projects
+from ml_backend.gatekeeper import Gatekeeper
 from ml_backend.inbox import ProjectName
 from ml_backend.label_config import parse_label_config
 from ml_backend.logs import start_logging
@@ -85,9 +86,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         service.close()
 
     app = FastAPI(title="TSP active learning", description=__doc__, version="0.1.0", lifespan=lifespan)
-    app.middleware("http")(_refuse_huge_bodies)
-    app.middleware("http")(access.check)
-    app.middleware("http")(refuse_other_sites)  # the last one added is the first one asked
+    app.add_middleware(Gatekeeper, checks=(refuse_other_sites, access.check, _refuse_huge_bodies), headers=HEADERS)
     app.add_exception_handler(RequestValidationError, _refuse_malformed)
     for kind, code in _STATUS_OF.items():
         app.add_exception_handler(kind, _answer_with(code))
@@ -203,7 +202,7 @@ def _as_address(message: str) -> str:
     return re.sub(r"[^\w.,:;=$()'-]+", "-", message.partition("\n")[0], flags=re.ASCII)[:_LONGEST_REASON].strip("-")
 
 
-async def _refuse_huge_bodies(request: Request, go_on: Next) -> Response:
+def _refuse_huge_bodies(request: Request) -> Response | None:
     """A body is read into memory as a whole, so its length must be known and bearable before."""
     length = request.headers.get("content-length", "0" if request.method in ("GET", "HEAD") else "")
     if not length.isdecimal():
@@ -211,7 +210,7 @@ async def _refuse_huge_bodies(request: Request, go_on: Next) -> Response:
     if int(length) > _MAX_BODY_BYTES:
         detail = f"expected a body of at most {_MAX_BODY_BYTES} bytes, {length} are announced: send fewer tasks at once"
         return JSONResponse({"detail": detail}, status_code=413)
-    return await go_on(request)
+    return None
 
 
 def _project_name(uid: str) -> ProjectName:
