@@ -23,12 +23,16 @@ class BackendProcessError(Exception):
 
 
 class BackendProcesses:
-    """The web process and the worker, with these settings (environment variables) and a log file each in `log_dir`."""
+    """The web process and the worker, with these settings (environment variables) and a log file each in `log_dir`.
 
-    def __init__(self, *, settings: Mapping[str, str], log_dir: Path) -> None:
+    `end_with_us`: they end when the thread that starts them ends, also when we are killed (on Linux).
+    """
+
+    def __init__(self, *, settings: Mapping[str, str], log_dir: Path, end_with_us: bool = False) -> None:
         self.url = f"http://127.0.0.1:{settings['PORT']}"
         self._environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | dict(settings)
         self._log_dir = log_dir
+        self._before_exec = end_with_parent if end_with_us else None
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -64,7 +68,7 @@ class BackendProcesses:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=end_with_parent,
+                preexec_fn=self._before_exec,
                 start_new_session=True,  # Ctrl-C goes to the demo alone, which stops them in order
             )
 

@@ -270,6 +270,9 @@ class _SilentLog(CycleLog):
     def facts(self, facts: dict[str, Any]) -> None:
         pass
 
+    def go_on(self) -> None:
+        pass
+
 
 def unix(moment: str) -> float:
     return datetime.fromisoformat(moment).timestamp()

@@ -77,13 +77,18 @@ def _run(options: argparse.Namespace) -> None:
     with ExitStack() as running:
         server = running.enter_context(
             LabelStudioServer(
-                data_dir=folder / "label-studio", username=EMAIL, password=PASSWORD, port=options.port, report=_say
+                data_dir=folder / "label-studio",
+                username=EMAIL,
+                password=PASSWORD,
+                port=options.port,
+                report=_say,
+                end_with_us=True,
             )
         )
         client = running.enter_context(LabelStudioClient(server.url, server.token))
         _say("Our web process and worker start ...")
         backend = running.enter_context(
-            BackendProcesses(settings=_settings(options, folder, server), log_dir=folder / "logs")
+            BackendProcesses(settings=_settings(options, folder, server), log_dir=folder / "logs", end_with_us=True)
         )
         project_id = _project(client, images, folder / "projects.json")
         client.connect_backend(project_id, url=backend.url, title="TSP Mask R-CNN")

@@ -38,7 +38,8 @@ class LabelStudioServer:
     The first start in a new `data_dir` takes about a minute and creates the user; later starts take seconds and keep
     everything, the user's password and token included. `token` is that user's legacy token; without one, a random one
     is made and kept in the folder. `port` None takes a free one. `local_files` is a folder that Label Studio may serve
-    (its "local files" storage). `report` receives progress in words.
+    (its "local files" storage). `report` receives progress in words. `end_with_us`: it ends when the thread that starts
+    it ends, also when we are killed (on Linux).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class LabelStudioServer:
         local_files: Path | None = None,
         environment: Mapping[str, str] | None = None,
         report: Callable[[str], None] = print,
+        end_with_us: bool = False,
     ) -> None:
         self.data_dir = data_dir.resolve()
         self.username = username
@@ -65,6 +67,7 @@ class LabelStudioServer:
         self._local_files = local_files
         self._environment = dict(environment or {})
         self._report = report
+        self._before_exec = end_with_parent if end_with_us else None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -162,7 +165,7 @@ class LabelStudioServer:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=end_with_parent,
+            preexec_fn=self._before_exec,
             start_new_session=True,
             pass_fds=(lock.fileno(),),  # holds the folder for as long as the server lives, even without us
         )

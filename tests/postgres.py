@@ -55,7 +55,9 @@ def postgres() -> Iterator[Postgres]:
 
 
 @contextmanager
-def running_postgres(*, superuser: str = "tests", asks_for_passwords: bool = False) -> Iterator[Postgres]:
+def running_postgres(
+    *, superuser: str = "tests", asks_for_passwords: bool = False, encoding: str = "UTF8"
+) -> Iterator[Postgres]:
     """A PostgreSQL of its own; passwords are asked for by TCP only, if at all. Skips where none is installed."""
     programs = postgres_programs()
     if programs is None:
@@ -69,6 +71,8 @@ def running_postgres(*, superuser: str = "tests", asks_for_passwords: bool = Fal
             [
                 programs / "initdb",
                 f"--username={superuser}",
+                f"--encoding={encoding}",
+                "--locale=C",
                 "--auth-local=trust",
                 f"--auth-host={'scram-sha-256' if asks_for_passwords else 'trust'}",
                 "--no-sync",

@@ -122,7 +122,11 @@ def test_every_service_may_do_as_little_as_possible(name: str) -> None:
     assert "cap_add" not in service
     assert "privileged" not in service
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert any(mount.startswith("/tmp") for mount in service["tmpfs"])
+    assert any(mount.startswith("/tmp:") for mount in service["tmpfs"])
+    assert all(
+        {"size", "mode"} == {option.partition("=")[0] for option in mount.partition(":")[2].split(",")}
+        for mount in service["tmpfs"]
+    )
     user = service.get("user") or final(STAGES, service["build"]["target"], "USER")
     assert user in ("postgres", "10001:10001")
 
@@ -230,9 +234,9 @@ def test_label_studio_may_reach_private_networks_but_neither_itself_nor_metadata
 # The databases
 
 
-def test_both_services_get_a_database_and_no_password_makes_anybody_superuser(tmp_path: Path) -> None:
+def test_both_services_get_a_database_in_utf8_and_no_password_makes_anybody_superuser() -> None:
     password = REQUIRED["POSTGRES_PASSWORD"]
-    with running_postgres(superuser="postgres", asks_for_passwords=True) as server:
+    with running_postgres(superuser="postgres", asks_for_passwords=True, encoding="SQL_ASCII") as server:
         run = ["psql", "--no-psqlrc", "--set=ON_ERROR_STOP=1", "--file", ROOT / "deploy" / "databases.sql"]
         subprocess.run(
             [*run, server.local_url("postgres")],
@@ -244,8 +248,8 @@ def test_both_services_get_a_database_and_no_password_makes_anybody_superuser(tm
             address = f"postgresql://{name}:{password}@127.0.0.1:{server.port}/{name}"
             with psycopg.connect(address) as connection:
                 connection.execute("CREATE TABLE mine (id int)")
-                row = connection.execute("SELECT rolsuper FROM pg_roles WHERE rolname = current_user").fetchone()
-            assert row == (False,)
+                role = "SELECT rolsuper, current_setting('server_encoding') FROM pg_roles WHERE rolname = current_user"
+                assert connection.execute(role).fetchone() == (False, "UTF8")
             with pytest.raises(psycopg.OperationalError, match="authentication failed"):
                 psycopg.connect(address.replace(password, "guessed"))
         with pytest.raises(psycopg.OperationalError, match="authentication failed"):
