@@ -90,7 +90,7 @@ class Plan:
     def quick(cls, *, kills: int, seed: int) -> "Plan":
         """A run of about a minute, as in the tests."""
         return cls(
-            kills=kills, seed=seed, images=60, first_images=24, batch_size=6, steps=24, checkpoint_steps=4,
+            kills=kills, seed=seed, images=90, first_images=40, batch_size=6, steps=24, checkpoint_steps=4,
             worker_seconds=8, web_seconds=10, aimed=0.8, annotator_seconds=0.8, kills_a_restart=10, trained_again=1,
         )  # fmt: skip
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from ml_backend.app import create_app
+from ml_backend.cycle_log import CycleLog
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
 from ml_backend.pool import read_scores, score_pool
 from ml_backend.publish import import_missing, publish
+from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from model.tsp import EmptyImagePolicy
 from scripts.label_studio_server import LabelStudioServer
@@ -186,6 +188,25 @@ def test_publishing_with_nothing_left_to_label_makes_the_version_active(
     assert service.registry.active(key) == SECOND
     assert client.project(project.id).sampling == UNCERTAINTY_SAMPLING
     assert Counter(client.model_versions(project.id)) == Counter(old)  # nothing replaces them
+
+
+@pytest.mark.label_studio
+def test_what_comes_after_nothing_was_left_is_shown(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    (first,) = import_images(client, project, grey_images(1))
+    write_scores(service, key, [scored(first, 0.5)])
+    publish(service, key, VERSION, begin_cycle(service, key))
+    client.submit_annotation(first, result=[polygon_result()], lead_time_seconds=1)
+    write_scores(service, key, [], SECOND)
+    publish(service, key, SECOND, begin_cycle(service, key, 2))
+    (later,) = import_images(client, project, grey_images(2)[1:])
+    write_scores(service, key, [scored(later, 0.5)], SECOND)
+    import_missing(service, key, SECOND)
+    for number in (1, 2):
+        CycleLog(service.database, key, number).finish("done")
+    reconcile(service, key)
+    assert client.project(project.id).model_version == SECOND
 
 
 @pytest.mark.label_studio

@@ -159,6 +159,7 @@ def test_the_registry_is_compared_with_the_cycles(registry, tmp_path):
         ({"counts": {VERSION: 3}}, f"{VERSION} has 3 predictions of 2 tasks"),
         ({"counts": {VERSION: 2, "tsp-0-0123abcd": 1}}, "predictions of other versions are left"),
         ({"counts": {VERSION: 2, "somebody's": 1}}, None),
+        ({"counts": {"tsp-0-0123abcd": 1}, "predicted": set(), "open_tasks": set()}, None),
     ],
 )
 def test_predictions_at_the_end(changed, violation):
