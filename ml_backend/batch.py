@@ -1,21 +1,22 @@
 """The next batch, for strategies that choose a set of images: chosen once for each version, then frozen."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import used_tasks
+from ml_backend.ls_client import Task
 from ml_backend.ls_format import Json
 from ml_backend.order import frozen_batch
 from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, look_at, packed, read_scores
 from ml_backend.service import Service
 from model.dataset import read_coco
 from model.files import write_json
-from model.strategies import STRATEGIES, Observation
-from model.types import LabeledImage
+from model.strategies import STRATEGIES, Observations
+from model.types import FloatArray, LabeledImage
 
 
 def choose_batch(
@@ -35,17 +36,22 @@ def choose_batch(
     if batch is None or (anew_when_used_up and _is_used_up(service, project_key, batch)):
         snapshot = service.cycle_folder(project_key, number) / "training.json"
         annotated = read_coco(snapshot, Path("/")).images if snapshot.exists() else ()
-        labelled = _annotated(service, project_key, version, annotated, log) if strategy.compares_images else []
+        labelled = _annotated(service, project_key, version, annotated, log) if strategy.compares_images else ()
         log.stage("choosing the next batch")
-        pool = _candidates(service, project_key, version, {image.image_id for image in annotated})
+        task_ids, pool = candidates(
+            service.scores_file(project_key, version),
+            _waiting(service, project_key),
+            {image.image_id for image in annotated},
+            validation_fraction=service.settings.validation_fraction,
+        )
         chosen = strategy.choose(
-            [_observation(line) for line in pool],
+            pool,
             labelled,
             service.settings.batch_size,
             seed=_seed(service.settings.seed, version),
             empty_policy=service.settings.empty_policy,
         )
-        batch = tuple(pool[i]["task"] for i in chosen)
+        batch = tuple(task_ids[i] for i in chosen)
         write_json(service.batch_file(project_key, version), {"tasks": batch})
     log.facts({"batch": len(batch)})
 
@@ -53,30 +59,41 @@ def choose_batch(
 def _is_used_up(service: Service, project_key: str, batch: Sequence[int]) -> bool:
     """Whether fewer tasks of the batch wait than the next cycle still needs."""
     tasks = list(service.label_studio.tasks(service.project(project_key).id))
-    waiting = {task.id for task in tasks if not task.is_annotated and not task.skip_count}
+    waiting = {task.id for task in tasks if _waits(task)}
     new = {task.id for task in tasks if task.is_annotated} - used_tasks(service.database, project_key)
     return len(waiting & set(batch)) < service.settings.batch_size - len(new)
 
 
-def _candidates(service: Service, project_key: str, version: str, annotated: set[str]) -> list[Json]:
-    """The lines that may be chosen: readable images that can teach something new, each once; nobody has annotated or
-    skipped the task meanwhile. Only what choosing needs is kept of a line."""
-    tasks = service.label_studio.tasks(service.project(project_key).id)
-    waiting = {task.id for task in tasks if not task.is_annotated and not task.skip_count}
+def _waiting(service: Service, project_key: str) -> set[int]:
+    return {task.id for task in service.label_studio.tasks(service.project(project_key).id) if _waits(task)}
+
+
+def _waits(task: Task) -> bool:
+    """Neither annotated nor skipped."""
+    return not task.is_annotated and not task.skip_count
+
+
+def candidates(
+    path: Path, waiting: Set[int], annotated: Set[str], *, validation_fraction: float
+) -> tuple[list[int], Observations]:
+    """What may be chosen of a scores file, task ids and what was observed: readable images of the tasks that wait; each
+    once, no annotated one (by the hash of their bytes), and none that measures, since it can teach nothing."""
     taken = set(annotated)
-    found: list[Json] = []
-    for line in read_scores(service.scores_file(project_key, version)):
+    task_ids: list[int] = []
+    pool = Observations(len(waiting))
+    for line in read_scores(path):
         if line["task"] not in waiting or "problem" in line or line["image"] in taken:
             continue
-        if not is_validation(line["image"], service.settings.validation_fraction):
+        if not is_validation(line["image"], validation_fraction):
             taken.add(line["image"])
-            found.append({name: line.get(name) for name in ("task", "score", "feature")})
-    return found
+            task_ids.append(line["task"])
+            pool.append(line["score"], _feature(line))
+    return task_ids, pool
 
 
 def _annotated(
     service: Service, project_key: str, version: str, images: tuple[LabeledImage, ...], log: CycleLog
-) -> list[Observation]:
+) -> Observations:
     """What the version sees in the images it was trained on; kept line by line, so that it can go on in the middle."""
     path = service.annotated_file(project_key, version)
     seen = go_on_with(path, "image")
@@ -89,12 +106,14 @@ def _annotated(
             observation, _ = look_at(service, network, card, image.path)
             append_line(lines, {"image": image.image_id, "feature": packed(observation.feature)})
             log.progress(done, len(waiting))
-    return [_observation(line) for line in read_scores(path)]
+    found = Observations(len(seen) + len(waiting))
+    for line in read_scores(path):
+        found.append(None, _feature(line))
+    return found
 
 
-def _observation(line: Json) -> Observation:
-    feature = feature_of(line["feature"]) if line.get("feature") else np.empty(0, dtype=np.float32)
-    return Observation(score=line.get("score"), feature=feature)
+def _feature(line: Json) -> FloatArray:
+    return feature_of(line["feature"]) if "feature" in line else np.empty(0, dtype=np.float32)
 
 
 def _seed(seed: int, version: str) -> int:

@@ -1,6 +1,6 @@
 """Which unlabelled images people should annotate next: the paper's strategies, one file each, behind one interface."""
 
-from model.strategies.base import Observation, Sight, Strategy, look
+from model.strategies.base import Observation, Observations, Sight, Strategy, look
 from model.strategies.class_entropy import ClassEntropy
 from model.strategies.core_set import CoreSet
 from model.strategies.hybrid import Hybrid
@@ -26,4 +26,4 @@ STRATEGIES: dict[str, Strategy] = {
     )
 }
 
-__all__ = ["STRATEGIES", "Observation", "Sight", "Strategy", "look"]
+__all__ = ["STRATEGIES", "Observation", "Observations", "Sight", "Strategy", "look"]

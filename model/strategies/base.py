@@ -1,10 +1,11 @@
 """What a strategy is: it looks at each image once, keeps a few numbers, and chooses from these."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import torch
@@ -28,6 +29,46 @@ class Observation:
 
     score: float | None
     feature: FloatArray
+
+
+class Observations(Sequence[Observation]):
+    """Observations by columns, at most `capacity`: a million of them fit where a million small arrays would not.
+
+    Features are kept as float16: distances between images change in their fourth digit.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity, self._count = capacity, 0
+        self._scores = np.empty(capacity)  # NaN for None
+        self._features: FloatArray = np.empty((0, 0), dtype=np.float16)  # pages that nothing is written to cost nothing
+
+    def append(self, score: float | None, feature: FloatArray) -> None:
+        """Add one; the feature (F,) is copied, and as long as those before it."""
+        if self._count == 0:
+            self._features = np.empty((self._capacity, len(feature)), dtype=np.float16)
+        self._scores[self._count] = np.nan if score is None else score
+        self._features[self._count] = feature
+        self._count += 1
+
+    @property
+    def features(self) -> FloatArray:
+        """(P, F), not a copy."""
+        return self._features[: self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Observation: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Observation]: ...
+    def __getitem__(self, index: int | slice) -> Observation | Sequence[Observation]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        score = float(self._scores[index])
+        return Observation(score=None if math.isnan(score) else score, feature=self._features[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +115,15 @@ class Candidates:
         """The features of some images of the pool, by their indices, (K, F)."""
         return np.stack([self.pool[i].feature for i in chosen])
 
+    @property
+    def all_features(self) -> FloatArray:
+        """The features of the pool, (P, F)."""
+        return _stacked(self.pool)
+
     @cached_property
     def centres(self) -> FloatArray | None:
         """The features of the annotated images (L, F); None when there are none."""
-        return np.stack([observation.feature for observation in self.labelled]) if self.labelled else None
+        return _stacked(self.labelled) if self.labelled else None
 
     def lowest(self, count: int) -> IntArray:
         """Indices of the lowest scores, ties by position."""
@@ -139,6 +185,12 @@ def confident(output: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
         return output
     keep = output["scores"] >= threshold
     return {name: values[keep] if name in _OF_DETECTIONS else values for name, values in output.items()}
+
+
+def _stacked(observations: Sequence[Observation]) -> FloatArray:
+    if isinstance(observations, Observations):
+        return observations.features
+    return np.stack([observation.feature for observation in observations])
 
 
 def mean_or_none(values: Tensor) -> float | None:
