@@ -67,16 +67,18 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     log.stage("reading annotations")
-    task_ids = sorted(service.label_studio.annotated_task_ids(project.id))
+    annotated = sorted(service.label_studio.annotated_task_ids(project.id))
+    task_ids: list[int] = []  # those that still are when they are read
     images: dict[str, LabeledImage] = {}
     problems: list[str] = []
-    for done, task in enumerate(service.label_studio.annotated_tasks(project.id, task_ids), start=1):
+    for task in service.label_studio.annotated_tasks(project.id, annotated):
+        task_ids.append(task["id"])
         try:
             image = _annotated_image(service, project_key, task, config)
             images[image.image_id] = image  # the same bytes in two tasks are one image
         except (ImageError, DatasetError) as error:
             problems.append(str(error))
-        log.progress(done, len(task_ids))
+        log.progress(len(task_ids), len(annotated))
     split = {
         name: LabeledSet(
             images=tuple(

@@ -242,6 +242,11 @@ class LabelStudioClient:
                 project_id, filters=[*filters, _id_above(after_id)], fields=fields, page_size=_TASKS_A_PAGE
             )
             rows = answer["tasks"]
+            if not rows and answer["total"]:
+                raise LabelStudioUnavailableError(
+                    f"project {project_id}: Label Studio counts {answer['total']} tasks and lists none of them: were "
+                    "they deleted just now?"
+                )
             yield from rows
             if len(rows) >= answer["total"]:
                 return
@@ -562,6 +567,7 @@ def _integer(value: int | None) -> int:
 # The connection
 
 _PAUSES_SECONDS = (0.5, 1.0, 2.0)
+_LONGEST_PAUSE_SECONDS = 30.0  # Retry-After may ask for more, but people may be waiting
 _REPEATABLE = frozenset({"GET", "HEAD", "PATCH"})  # our PATCHes set values: twice is the same as once
 _RENEW_BEFORE_SECONDS = 30.0
 
@@ -586,12 +592,7 @@ class _Http(httpx.Client):
 
     def json(self, method: str, path: str, **options: Any) -> Any:
         response = self.request(method, path, **options)
-        try:
-            return response.json() if response.content else None
-        except ValueError as error:
-            raise LabelStudioError(
-                f"{method} {path}: expected JSON, got {len(response.content)} bytes of something else"
-            ) from error
+        return response.json() if response.content else None
 
     def open_file(self, path: str) -> AbstractContextManager[httpx.Response]:
         return self.stream("GET", path, extensions={"is_file": True})
@@ -614,6 +615,7 @@ class _Http(httpx.Client):
                 if authorized:
                     self._authorize(request)
                 response = super().send(request, **options)
+                _check_whole(request, response)
             except httpx.TransportError as error:
                 if pause is None or not _may_repeat_after(request, error):
                     raise _broken_off(request, error) from error
@@ -622,7 +624,7 @@ class _Http(httpx.Client):
                 if pause is None or not (_is_unavailable(response.status_code) and _may_repeat(request)):
                     return response
                 response.close()
-                trouble = f"status {response.status_code}"
+                trouble, pause = f"status {response.status_code}", max(pause, _wished_pause(response))
             logger.info("%s: %s, trying again in %s s", _described(request), trouble, pause)
             time.sleep(pause)
 
@@ -706,6 +708,23 @@ def _may_repeat_after(request: httpx.Request, error: httpx.TransportError) -> bo
     if isinstance(error, httpx.TimeoutException):
         return False  # more requests would not make it quicker
     return _may_repeat(request)
+
+
+def _check_whole(request: httpx.Request, response: httpx.Response) -> None:
+    """httpx.ReadError when a JSON answer ends in the middle, as those of a gateway do that has lost its own connection:
+    it says that this is all of it."""
+    if not (response.is_success and response.is_closed and response.content and _is_json(response)):
+        return  # an error, or a file, which is read later
+    try:
+        response.json()
+    except ValueError as error:
+        raise httpx.ReadError(f"{len(response.content)} bytes that are no whole JSON", request=request) from error
+
+
+def _wished_pause(response: httpx.Response) -> float:
+    """How many seconds Label Studio asks to be left alone, as far as that is bearable; 0 when it does not say."""
+    wish = response.headers.get("retry-after", "")
+    return min(float(wish), _LONGEST_PAUSE_SECONDS) if wish.isdecimal() else 0.0
 
 
 def _is_unavailable(status: int) -> bool:

@@ -29,7 +29,7 @@ from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import ActivationLog, CycleLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
-from ml_backend.errors import LabelStudioUnavailableError
+from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
 from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool
@@ -52,13 +52,14 @@ _MOST_RESTARTS = 100  # of a cycle whose worker died
 _FAREWELL_SECONDS = 2.0
 _CHANGE_THE_POOL = {"TASKS_CREATED", "ANNOTATIONS_DELETED"}  # what may leave a task without a prediction
 _TRY_AGAIN = "Press Start Training in Label Studio to try again."
+_GOES_ON = " Then start web process and worker again: this goes on where it was."
 
 
 def _is_worth_waiting(error: BaseException) -> bool:
-    return isinstance(error, LabelStudioUnavailableError | OperationalError)
+    return isinstance(error, LabelStudioUnavailableError | LabelStudioAuthError | OperationalError)
 
 
-# However long Label Studio or the database is away: a cycle waits and goes on.
+# However long Label Studio or the database is away, or the token refused: a cycle waits and goes on.
 _durable_step = DBOS.step(
     retries_allowed=True,
     interval_seconds=_WAIT_FOR_LABEL_STUDIO_SECONDS,
@@ -167,7 +168,7 @@ class DurableCycles(DBOSConfiguredInstance):
         except Exception as error:
             if _is_worth_waiting(error):
                 logger.warning("project %s, number %d waits: %s", project_key, number, error)
-                log.wait(_in_words(error))
+                log.wait(_in_words(error) + (_GOES_ON if isinstance(error, LabelStudioAuthError) else ""))
             raise
         log.go_on()
 

@@ -224,6 +224,41 @@ def test_reading_is_repeated_until_label_studio_is_back(fault: Answer) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("wish", "pause"),
+    [
+        pytest.param("0.03", "0.01", id="not in whole seconds"),
+        pytest.param("0", "0.01", id="not at all"),
+        pytest.param("1", "0.05", id="for a while"),
+        pytest.param("9" * 500, "0.05", id="for ever"),
+        pytest.param("soon", "0.01", id="in words"),
+    ],
+)
+def test_label_studio_is_left_alone_as_long_as_it_asks_and_is_bearable(
+    wish: str, pause: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ls_client, "_LONGEST_PAUSE_SECONDS", 0.05)
+    caplog.set_level(logging.INFO)
+    with scripted({WHOAMI: [says(429, retry_after=wish), says(200, {"email": "a@b.c"})]}) as (client, _):
+        assert client.whoami() == "a@b.c"
+    assert f"status 429, trying again in {pause} s" in caplog.text
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_answer_that_ends_in_the_middle_is_asked_for_again() -> None:
+    half = says(200, b'{"email": "a@', content_type="application/json")
+    with scripted({WHOAMI: [half, half, says(200, {"email": "a@b.c"})]}) as (client, log):
+        assert client.whoami() == "a@b.c"
+    assert len(log) == 3
+
+
+def test_tasks_that_are_counted_but_not_listed_are_asked_for_later() -> None:
+    answers = {"/api/tasks/": [says(200, {"tasks": [], "total": 1})]}
+    with scripted(answers) as (client, _), pytest.raises(LabelStudioUnavailableError, match="counts 1 tasks and lists"):
+        client.annotated_task_ids(1)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_reading_gives_up_after_a_few_tries() -> None:
     with (
         scripted({WHOAMI: [says(503, {"detail": "maintenance"})]}) as (client, log),
@@ -260,7 +295,9 @@ def test_a_server_that_is_not_there_is_unavailable() -> None:
             says(302, location="https://x/y?s=1"), "redirect to https://x/y: set LABEL_STUDIO_URL", id="moved"
         ),
         pytest.param(says(403, {"detail": "no permission"}), "403: .*no permission", id="forbidden"),
-        pytest.param(says(200, b"{", content_type="application/json"), "expected JSON", id="broken JSON"),
+        pytest.param(
+            says(200, b"{", content_type="application/json"), "1 bytes that are no whole JSON", id="half a JSON"
+        ),
     ],
 )
 def test_a_strange_answer_says_what_came(answer: Answer, explanation: str) -> None:
