@@ -45,6 +45,13 @@ class Running:
         }
         self.worker = BackendProcesses(settings=self.environment, log_dir=folder)
 
+    def restart(self, **others: str) -> None:
+        """The worker is killed, and another one started with these settings changed."""
+        self.worker.kill("worker")
+        self.environment |= others
+        self.worker = BackendProcesses(settings=self.environment, log_dir=self.log.parent)
+        self.worker.start_one("worker")
+
     def __enter__(self) -> Self:
         self.worker.start_one("worker")
         wait(lambda: "the worker is ready" in self.log.read_text(), self.log.read_text)
