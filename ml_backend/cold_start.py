@@ -16,8 +16,9 @@ import torch
 
 from ml_backend.errors import ImageError
 from ml_backend.label_config import parse_label_config
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project, Task
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_format import Json, image_uri
+from ml_backend.ls_types import Project, Task
 from ml_backend.order import QueueOrder
 from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, packed, read_scores
 from ml_backend.publish import import_lines

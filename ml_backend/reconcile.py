@@ -22,7 +22,8 @@ from ml_backend.db import (
     utc_now,
 )
 from ml_backend.label_config import parse_label_config
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING
+from ml_backend.ls_types import Project
 from ml_backend.order import frozen_batch
 from ml_backend.planner import Decision, Situation, plan
 from ml_backend.publication import OUR_NAME, publication_of, settle

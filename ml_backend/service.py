@@ -8,7 +8,8 @@ from ml_backend.db import Database
 from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageLimits, ImageStore
 from ml_backend.inbox import ProjectName, label_studio_id
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
 from model.errors import TSPError
 from model.registry import Registry

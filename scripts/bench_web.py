@@ -21,7 +21,8 @@ from sqlalchemy import func, select
 
 from ml_backend.db import Database, EventRow
 from ml_backend.inbox import ProjectName
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
 from model.dataset import read_coco
 from scripts.backend_processes import BackendProcesses

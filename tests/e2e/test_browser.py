@@ -14,7 +14,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from ml_backend import ls_format
 from ml_backend.label_config import parse_label_config
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
+from ml_backend.ls_types import Project
 from model.geometry import rle_to_mask
 from model.types import Detections
 from scripts.backend_processes import BackendProcesses

@@ -18,7 +18,8 @@ from fastapi import FastAPI
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import CycleRow, utc_now
 from ml_backend.inbox import ProjectName, remember_project
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.pool import is_validation
 from ml_backend.service import Service
 from ml_backend.settings import Settings

@@ -16,7 +16,8 @@ from ml_backend.cycle import evaluate_version, snapshot, train_version
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import UsedTaskRow
 from ml_backend.errors import LabelConfigError
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.service import Service
 from model.calibration import reliability, true_ious
 from model.comparison import compare

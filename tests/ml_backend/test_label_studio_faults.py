@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from ml_backend import ls_client
+from ml_backend import ls_client, ls_http
 from ml_backend import publish as publish_module
 from ml_backend.cycle import snapshot
 from ml_backend.db import used_tasks
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.publish import import_missing, publish
 from ml_backend.service import Service
 from ml_backend.worker import _is_worth_waiting
@@ -107,7 +108,7 @@ def annotated(label_studio: LabelStudioServer, tmp_path_factory: pytest.TempPath
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little patience, and exports and imports in parts of two tasks."""
-    monkeypatch.setattr(ls_client, "_PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(ls_http, "_PAUSES_SECONDS", (0.01, 0.01))
     monkeypatch.setattr(ls_client, "_IDS_AN_EXPORT", 2)
     monkeypatch.setattr(ls_client, "_LONG_SECONDS", 2.0)
     monkeypatch.setattr(publish_module, "_LINES_AN_IMPORT", 2)

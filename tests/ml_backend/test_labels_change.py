@@ -10,7 +10,8 @@ from ml_backend.cycle import snapshot
 from ml_backend.cycle_log import ActivationLog
 from ml_backend.db import ActivationRow
 from ml_backend.errors import LabelConfigError
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.overview import overview
 from ml_backend.publish import publish
 from ml_backend.reconcile import reconcile

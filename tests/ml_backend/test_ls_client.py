@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from ml_backend import ls_client
+from ml_backend import ls_client, ls_http, ls_tokens
 from ml_backend.errors import LabelStudioAuthError, LabelStudioError, LabelStudioUnavailableError
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, WEBHOOK_ACTIONS, LabelStudioClient, Project, counted_annotations
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, WEBHOOK_ACTIONS, LabelStudioClient, counted_annotations
+from ml_backend.ls_types import Project
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import (
     PASSWORD,
@@ -102,7 +103,7 @@ def hangs_up(handler: BaseHTTPRequestHandler) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ls_client, "_PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(ls_http, "_PAUSES_SECONDS", (0.01, 0.01))
 
 
 def jwt(**payload: Any) -> str:
@@ -180,7 +181,7 @@ def test_an_access_token_that_label_studio_no_longer_takes_is_renewed(
         client.whoami()
         # Label Studio's own access tokens live five minutes: too long to wait, so this one is spoilt instead.
         credentials = client._http._credentials
-        assert isinstance(credentials, ls_client._PersonalAccessToken)
+        assert isinstance(credentials, ls_tokens.PersonalAccessToken)
         credentials._access += "x"
         assert client.whoami() == "pat@example.com"
 
@@ -237,7 +238,7 @@ def test_reading_is_repeated_until_label_studio_is_back(fault: Answer) -> None:
 def test_label_studio_is_left_alone_as_long_as_it_asks_and_is_bearable(
     wish: str, pause: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ls_client, "_LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(ls_http, "_LONGEST_PAUSE_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
     with scripted({WHOAMI: [says(429, retry_after=wish), says(200, {"email": "a@b.c"})]}) as (client, _):
         assert client.whoami() == "a@b.c"

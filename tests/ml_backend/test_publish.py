@@ -9,7 +9,8 @@ import pytest
 
 from ml_backend.app import create_app
 from ml_backend.cycle_log import CycleLog
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.pool import read_scores, score_pool
 from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile

@@ -17,7 +17,8 @@ from ml_backend.cycle import snapshot
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import CycleRow, EventRow, ProjectRow, UsedTaskRow
 from ml_backend.inbox import ProjectName
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from model.dataset import read_coco

@@ -13,7 +13,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ml_backend.app import create_app
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
 from model.files import read_tensors
 from scripts.backend_processes import BackendProcesses
