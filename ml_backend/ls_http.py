@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
@@ -65,7 +65,7 @@ class Http(httpx.Client):
                     self._authorize(request)
                 response = super().send(request, **options)
                 _check_whole(request, response)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:  # also of an answer that cannot be unpacked
                 if pause is None or not _may_repeat_after(request, error):
                     raise _broken_off(request, error) from error
                 trouble = str(error) or type(error).__name__
@@ -120,7 +120,7 @@ class Http(httpx.Client):
     def _excerpt(self, response: httpx.Response) -> str:
         """What the answer says, in 500 characters at most, without our token."""
         text = response.text
-        if _is_json(response) and text:
+        with suppress(ValueError):  # no JSON, or half of it
             body = response.json()
             if isinstance(body, dict) and "detail" in body:
                 text = json.dumps({key: body[key] for key in ("detail", "validation_errors") if body.get(key)})
@@ -164,7 +164,7 @@ def _may_repeat(request: httpx.Request) -> bool:
     return request.method in _REPEATABLE or "may_repeat" in request.extensions
 
 
-def _may_repeat_after(request: httpx.Request, error: httpx.TransportError) -> bool:
+def _may_repeat_after(request: httpx.Request, error: httpx.RequestError) -> bool:
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return True  # nothing was sent
     if isinstance(error, httpx.TimeoutException):
@@ -197,7 +197,7 @@ def _is_json(response: httpx.Response) -> bool:
     return response.status_code == 204 or "json" in response.headers.get("content-type", "")
 
 
-def _broken_off(request: httpx.Request, error: httpx.TransportError) -> LabelStudioUnavailableError:
+def _broken_off(request: httpx.Request, error: httpx.RequestError) -> LabelStudioUnavailableError:
     reason = str(error) or type(error).__name__
     sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) or request.method in ("GET", "HEAD")
     doubt = "" if sent else "; Label Studio may have carried it out all the same"

@@ -246,11 +246,20 @@ def test_label_studio_is_left_alone_as_long_as_it_asks_and_is_bearable(
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_answer_that_ends_in_the_middle_is_asked_for_again() -> None:
-    half = says(200, b'{"email": "a@', content_type="application/json")
+@pytest.mark.parametrize(
+    "half",
+    [
+        pytest.param(says(200, b'{"email": "a@', content_type="application/json"), id="in its JSON"),
+        pytest.param(says(200, b"not packed", content_encoding="gzip"), id="in what was packed"),
+        pytest.param(says(503, b'{"detail": "mainten', content_type="application/json"), id="in what is wrong"),
+    ],
+)
+def test_an_answer_that_ends_in_the_middle_is_asked_for_again(half: Answer) -> None:
     with scripted({WHOAMI: [half, half, says(200, {"email": "a@b.c"})]}) as (client, log):
         assert client.whoami() == "a@b.c"
     assert len(log) == 3
+    with scripted({WHOAMI: [half]}) as (client, _), pytest.raises(LabelStudioUnavailableError):
+        client.whoami()
 
 
 def test_tasks_that_are_counted_but_not_listed_are_asked_for_later() -> None:
