@@ -120,7 +120,8 @@ class ImageStore:
 
     def fetch(self, *, task_id: int, uri: str, project_key: str = "") -> FetchedImage:
         """The image at `uri`, as it stands in the task's data. What one project had at an address of Label Studio is
-        not believed of another: Label Studio may have been set up anew at the same place.
+        not believed of another: Label Studio may have been set up anew at the same place. What is damaged in the cache
+        is fetched again.
 
         Raises ImageError when this image cannot be had or read (the others may be fine; ImageUnavailableError when it
         is worth another try), and the client's errors when
@@ -157,7 +158,7 @@ class ImageStore:
         except (FileNotFoundError, ValueError):  # never seen, or the disk damaged the entry
             return None
         path = self._images / known["sha256"][:2] / f"{known['sha256']}.{known['extension']}"
-        if not path.exists():  # somebody tidied the cache up: fetch it again
+        if not is_whole(path):  # somebody tidied the cache up, or the disk damaged it: fetch it again
             return None
         return FetchedImage(path=path, sha256=known["sha256"], image_hw=(known["height"], known["width"]))
 
@@ -281,6 +282,15 @@ class ImageStore:
         if orientation in _QUARTER_TURNS:
             width, height = height, width
         return extension, (height, width)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of the cache is there, with the bytes that gave it its name."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == path.stem
+    except OSError:  # of a disk that cannot read it, too
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

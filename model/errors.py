@@ -17,6 +17,10 @@ class DatasetError(TSPError):
     """An annotation file or an image cannot be used for training or evaluation."""
 
 
+class ImageFileError(DatasetError):
+    """The file of an image is missing, damaged, or of another size than its annotations say; the others may be fine."""
+
+
 class WeightsError(TSPError):
     """Pretrained weights are missing, damaged or of another network."""
 
