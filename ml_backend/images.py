@@ -11,7 +11,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from ml_backend.errors import (
 )
 from ml_backend.foreign_hosts import AllowedHosts, JudgingTransport, PrivateAddressError
 from ml_backend.ls_client import LabelStudioClient
+from model.files import naming_full_disk
 
 _CLOUD_SCHEMES = ("s3", "gs", "azure-blob")  # what Label Studio resolves for us, with its own credentials
 # Where Label Studio serves files. Anything else there is not for images, and the token can do more than read images.
@@ -124,7 +125,7 @@ class ImageStore:
         is fetched again.
 
         Raises ImageError when this image cannot be had or read (the others may be fine; ImageUnavailableError when it
-        is worth another try), and the client's errors when
+        is worth another try), DiskFullError, and the client's errors when
         Label Studio itself is away or refuses the token.
         """
         source = _Source(task_id=task_id, uri=uri)
@@ -134,12 +135,12 @@ class ImageStore:
         known = self._look_up(entry)
         if known is not None:
             return known
-        with _unfinished_file(self._unfinished) as (file, unfinished):
+        with self._space_for(source), _unfinished_file(self._unfinished) as (file, unfinished):
             sha256 = self._write(source, file)
             extension, image_hw = self._inspect(source, unfinished)
             path = self._images / sha256[:2] / f"{sha256}.{extension}"
             _publish(file, unfinished, path)
-        self._remember(entry, path, image_hw)
+            self._remember(entry, path, image_hw)
         return FetchedImage(path=path, sha256=sha256, image_hw=image_hw)
 
     # The cache
@@ -167,6 +168,9 @@ class ImageStore:
         with _unfinished_file(self._unfinished) as (file, unfinished):
             file.write(json.dumps(known).encode())
             _publish(file, unfinished, entry)
+
+    def _space_for(self, source: "_Source") -> AbstractContextManager[None]:
+        return naming_full_disk(f"the image of task {source.task_id}", self._unfinished)
 
     # Fetching
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from types import FrameType
 
@@ -39,7 +39,7 @@ from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
 from ml_backend.versions import activate_version, end_refused_cycle
-from model.errors import TSPError
+from model.errors import DiskFullError, TSPError
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ _TRY_AGAIN = "Press Start Training in Label Studio to try again."
 
 
 def _is_worth_waiting(error: BaseException) -> bool:
-    return isinstance(error, LabelStudioUnavailableError | OperationalError)
+    return isinstance(error, LabelStudioUnavailableError | OperationalError | DiskFullError)
 
 
-# However long Label Studio or the database is away: a cycle waits and goes on.
+# However long Label Studio or the database is away or the disk is full: a cycle waits and goes on.
 _durable_step = DBOS.step(
     retries_allowed=True,
     interval_seconds=_WAIT_FOR_LABEL_STUDIO_SECONDS,
@@ -163,11 +163,14 @@ class DurableCycles(DBOSConfiguredInstance):
         log = kind(self._service.database, project_key, number, confirm=self._claims.confirm)
         try:
             log.check_wanted()
+            self._service.check_space()
             yield log
+            self._service.check_space()  # for what the workflow engine records next: it would not try again
         except Exception as error:
             if _is_worth_waiting(error):
                 logger.warning("project %s, number %d waits: %s", project_key, number, error)
-                log.wait(_in_words(error))
+                with suppress(OperationalError):  # the database may be what is waited for
+                    log.wait(_in_words(error))
             raise
         log.go_on()
 
@@ -367,6 +370,8 @@ class Worker:
 
 
 def _in_words(error: Exception) -> str:
+    if isinstance(error, OperationalError):  # without the statement and its parameters
+        return f"the database does not take what is to be recorded: {error.orig}"
     return str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"
 
 

@@ -29,6 +29,14 @@ class CheckpointError(TSPError):
     """A training checkpoint is damaged or belongs to another run."""
 
 
+class DiskFullError(TSPError):
+    """There was no space to write a file; what was there before is as it was. Worth trying again when there is some."""
+
+
+class TooLargeError(TSPError):
+    """Not even one image at a time fits into memory."""
+
+
 class NonFiniteLossError(TSPError):
     """The training loss or the weights became NaN or infinite; the weights of that step were not kept."""
 
