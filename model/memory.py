@@ -2,7 +2,17 @@
 
 import torch
 
-_MESSAGES = ("not enough memory", "DefaultCPUAllocator", "can't allocate memory", "bad_alloc")
+_MESSAGES = (
+    "not enough memory",
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "bad_alloc",
+    # What oneDNN says when its scratch memory cannot be had. It may mean something else; then a single image fails as
+    # well, and these words are in the error that people get.
+    "could not create a primitive",
+    "could not execute a primitive",
+    "could not create a memory object",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
