@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -143,6 +145,22 @@ def begin_cycle(service: Service, key: str, number: int = 1) -> CycleLog:
 def cycle_row(service: Service, key: str, number: int = 1) -> CycleRow:
     with service.database.session() as session:
         return session.get_one(CycleRow, (key, number))
+
+
+@contextmanager
+def locked(*paths: Path) -> Iterator[None]:
+    """Another process keeps these SQLite files from being written."""
+    code = (
+        "import sqlite3, sys\n"
+        "held = [sqlite3.connect(path, timeout=60, isolation_level=None) for path in sys.argv[1:]]\n"
+        "for connection in held: connection.execute('BEGIN IMMEDIATE')\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        yield  # the end of the block closes its input, so it ends
 
 
 @contextmanager
