@@ -13,22 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import torch
 import uvicorn
 from fastapi import FastAPI
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import CycleRow, utc_now
+from ml_backend.db import CycleRow
 from ml_backend.inbox import ProjectName, remember_project
 from ml_backend.ls_client import LabelStudioClient, Project
 from ml_backend.pool import is_validation
 from ml_backend.service import Service
 from ml_backend.settings import Settings
-from model.network import build_model
-from model.registry import ModelCard
-from model.strategies import STRATEGIES
 from scripts.label_studio_server import HOST, free_port
 from scripts.make_phantoms import phantom
+from scripts.tiny_version import tiny_version
 from tests.label_studio import png_bytes
 
 NOWHERE = "http://127.0.0.1:1"  # nothing listens there
@@ -63,28 +60,7 @@ def add_version(
     strategy: str = "tsp",
 ) -> None:
     """Put a tiny network that nobody has trained into the registry."""
-    torch.manual_seed(0)
-    network = build_model(
-        "efficientnet_lite0_fpn",
-        len(class_names) + 1,
-        weights="none",
-        min_size=64,
-        max_size=96,
-        fpn_channels=16,
-        box_head_width=32,
-        mask_head_widths=(16,),
-        proposals_inference=20,
-        detections_per_image=5,
-        **STRATEGIES[strategy].network_options,
-    )
-    card = ModelCard(
-        version=version,
-        network=network.config.to_json(),
-        class_names=tuple(class_names),
-        created_at=utc_now(),
-        strategy=strategy,
-    )
-    service.registry.add(key, card, network)
+    service.registry.add(key, *tiny_version(version, class_names, strategy=strategy))
 
 
 def data_uri(png: bytes) -> str:
