@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -171,6 +172,7 @@ class DurableCycles(DBOSConfiguredInstance):
                 logger.warning("project %s, number %d waits: %s", project_key, number, error)
                 with suppress(OperationalError):  # the database may be what is waited for
                     log.wait(_in_words(error))
+                free_frames(error)
             raise
         log.go_on()
 
@@ -367,6 +369,15 @@ class Worker:
             forgotten = select(ForgottenRow.project_key)
             query = select(ProjectRow.key).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
             return list(session.scalars(query))
+
+
+def free_frames(error: BaseException) -> None:
+    """Let go of what the functions that have failed hold, a whole network among it: the workflow engine keeps the errors
+    of all tries of a step, and there may be thousands."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 def _in_words(error: Exception) -> str:

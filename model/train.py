@@ -322,5 +322,6 @@ def _resume(
             _, index, field = name.split(".")
             # The step's count stays where AdamW keeps it, on the CPU.
             device = "cpu" if field == "step" else parameters[int(index)].device
-            optimizer.state[parameters[int(index)]][field] = tensor.to(device)
+            # A copy: what was read is the file, mapped into memory, whose space would stay taken once it is replaced.
+            optimizer.state[parameters[int(index)]][field] = tensor.to(device, copy=True)
     return int(metadata["step"])

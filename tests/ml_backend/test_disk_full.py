@@ -14,9 +14,7 @@ from ml_backend.pool import append_line, go_on_with, open_lines, read_scores, sc
 from ml_backend.service import Service
 from model.errors import DiskFullError
 from model.files import read_tensors
-from model.registry import Registry
 from scripts.label_studio_server import LabelStudioServer
-from scripts.tiny_version import tiny_version
 from tests.label_studio import polygon_result
 from tests.ml_backend.examples import (
     KEY,
@@ -31,7 +29,6 @@ from tests.ml_backend.examples import (
     settings,
 )
 from tests.ml_backend.test_frozen import Steps
-from tests.ml_backend.test_worker import Running, is_training
 from tests.small_disk import SmallDisk, small_disk
 
 TRAINED_MB = 200  # a cycle
@@ -143,42 +140,3 @@ def test_every_stage_that_found_no_space_goes_on_where_it_was(
     assert [line["task"] for line in read_scores(service.scores_file(key, version))] == pool
     assert cycle_row(service, key).facts["pool_problem_count"] == 0
     service.close()
-
-
-@pytest.mark.label_studio
-def test_a_cycle_waits_for_space_and_says_so_and_the_old_model_stays(
-    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, disk: SmallDisk, tmp_path: Path
-) -> None:
-    """The databases are on the same disk, which is full to the last byte."""
-    tasks = import_images(client, project, phantom_images(4))
-    for task in tasks[:2]:
-        client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
-    models = disk.folder / "models"
-    name = ProjectName.from_uid(project.uid)
-    assert name is not None
-    Registry(models / "versions").add(name.key, *tiny_version(VERSION, ("cell", "lesion")))
-    Registry(models / "versions").activate(name.key, VERSION)
-    with Running(
-        tmp_path,
-        MODEL_DIR=str(models),
-        LABEL_STUDIO_URL=label_studio.url,
-        LABEL_STUDIO_API_KEY=label_studio.token,
-        TSP_BATCH_SIZE="2",
-        TSP_EPOCHS="12",
-        TSP_CHECKPOINT_STEPS="2",
-        TSP_IMAGES_PER_STEP="1",
-        TSP_VALIDATION_FRACTION="0",
-    ) as running:
-        running.connect(project.uid)
-        running.wait(lambda p: is_training(p) and p["cycles"][0]["done"] > 4)
-        with disk.full():
-            running.wait(lambda _: "disk is full" in running.log.read_text() or "no space" in running.log.read_text())
-            assert "The worker waits: no space" in running.web.get("/ui").text
-            held = running.status()
-            assert (held["active_version"], held["cycles"][0]["status"]) == (VERSION, "running")
-        (cycle,) = running.wait(lambda p: p["cycles"][0]["finished_at"])["cycles"]
-        assert (cycle["status"], cycle["error"]) == ("done", "")
-        assert "waiting" not in cycle["facts"]
-        assert running.status()["active_version"] == cycle["version"]
-    assert client.project(project.id).model_version == cycle["version"]
-    assert client.predicted_task_ids(project.id, cycle["version"]) == set(tasks[2:])

@@ -11,7 +11,8 @@ from ml_backend.db import Database, EventRow, ProjectRow
 from ml_backend.inbox import ProjectName, unhandled
 from ml_backend.recorder import EventRecorder
 from model.errors import TSPError
-from tests.ml_backend.examples import locked
+from tests.ml_backend.examples import locked, settings
+from tests.postgres import running_postgres
 
 FIRST, SECOND = ProjectName("1-10", 1), ProjectName("2-20", 2)
 
@@ -162,3 +163,24 @@ def test_there_is_an_end_to_how_many_may_wait(tmp_path, monkeypatch):
     assert len(unhandled(database, "1-10")) == 6
     recorder.close()
     database.close()
+
+
+def test_what_comes_while_postgresql_is_restarted_is_kept_afterwards(tmp_path):
+    with running_postgres() as server:
+        database = Database(settings(tmp_path, DATABASE_URL=server.new_database()).database)
+        recorder = EventRecorder(database)
+
+        async def come_meanwhile() -> None:
+            await recorder.record(FIRST, "BEFORE")
+            await asyncio.to_thread(server.stop)
+            waiting = [asyncio.ensure_future(recorder.record(FIRST, f"ACTION_{n}")) for n in range(5)]
+            while not recorder.problem:
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(server.start)
+            await asyncio.gather(*waiting)
+
+        asyncio.run(come_meanwhile())
+        assert recorder.problem == ""
+        assert [action for _, action in unhandled(database, "1-10")] == ["BEFORE", *(f"ACTION_{n}" for n in range(5))]
+        recorder.close()
+        database.close()

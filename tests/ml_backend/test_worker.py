@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from ml_backend.app import create_app
 from ml_backend.inbox import ProjectName
 from ml_backend.ls_client import LabelStudioClient, Project
 from ml_backend.settings import Settings
+from ml_backend.worker import free_frames
+from model.errors import DiskFullError
 from model.files import read_tensors
 from model.registry import Registry
 from scripts.backend_processes import BackendProcesses
@@ -145,6 +148,30 @@ def test_a_label_studio_that_never_answers_does_not_keep_the_worker_from_giving_
     assert None not in signs  # the first one is there when the worker is ready
     assert len(signs) == 2
     assert worker["problem"] == ""
+
+
+def test_an_error_that_is_kept_does_not_keep_what_its_functions_held() -> None:
+    class Network:
+        pass
+
+    held: list[weakref.ref[Network]] = []
+
+    def write(network: Network) -> None:
+        held.append(weakref.ref(network))
+        raise OSError("no space")
+
+    def train() -> None:
+        network = Network()
+        try:
+            write(network)
+        except OSError as error:
+            raise DiskFullError("no space") from error
+
+    with pytest.raises(DiskFullError) as kept:
+        train()
+    assert held[0]() is not None
+    free_frames(kept.value)
+    assert held[0]() is None
 
 
 @pytest.mark.label_studio
