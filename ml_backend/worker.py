@@ -372,8 +372,8 @@ class Worker:
 
 
 def free_frames(error: BaseException) -> None:
-    """Let go of what the functions that have failed hold, a whole network among it: the workflow engine keeps the errors
-    of all tries of a step, and there may be thousands."""
+    """Let go of what the functions that have failed hold, a whole network among it: the workflow engine keeps the
+    errors of all tries of a step, and there may be thousands."""
     cause: BaseException | None = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
