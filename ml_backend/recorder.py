@@ -82,7 +82,7 @@ class EventRecorder:
                 if not _may_pass(error):
                     self._answer_each(events, error)
                 else:
-                    self._trouble = (self._trouble or (utc_now(), ""))[0], str(error.orig)
+                    self._trouble = (self._trouble or (utc_now(), ""))[0], str(error.orig).partition("\n")[0]
                     logger.warning("%d events wait for the database: %s", len(events), error.orig)
                     if not self._closing.wait(_PAUSE_SECONDS):
                         continue
@@ -90,8 +90,6 @@ class EventRecorder:
                         event[2].set_exception(error)
             except Exception as error:
                 self._answer_each(events, error)
-            else:
-                self._trouble = None
             return
 
     def _answer_each(self, events: list[_Waiting], error: Exception) -> None:
@@ -107,6 +105,7 @@ class EventRecorder:
         for name in {name for name, _, _ in events}:
             inbox.remember_project(self._database, name)
         inbox.record_all(self._database, [(name.key, action) for name, action, _ in events])
+        self._trouble = None
         for _, _, done in events:
             done.set_result(None)
 
