@@ -37,7 +37,7 @@ from ml_backend.predictor import Predictor
 from ml_backend.recorder import EventRecorder
 from ml_backend.service import Service
 from ml_backend.settings import Settings
-from model.errors import InvalidInputError, TSPError
+from model.errors import DiskFullError, InvalidInputError, TSPError
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @app.get("/status")
     def status() -> Json:
         """What the dashboard shows, as JSON."""
-        return {"worker": worker_overview(service), "refused": access.overview(), "projects": overview(service)}
+        return {
+            "worker": worker_overview(service),
+            "events": {"problem": recorder.problem},
+            "refused": access.overview(),
+            "projects": overview(service),
+        }
 
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True)
     add_actions(app, service, pages)
@@ -156,6 +161,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         """The dashboard."""
         page = pages.get_template("ui.html").render(
             worker=worker_overview(service),
+            events={"problem": recorder.problem},
             refused=access.overview(),
             projects=overview(service),
             forgotten=forgotten_projects(service),
@@ -171,6 +177,7 @@ _STATUS_OF: dict[type[Exception], int] = {
     InvalidInputError: 422,
     LabelStudioUnavailableError: 503,
     LabelStudioAuthError: 502,
+    DiskFullError: 503,
     TSPError: 500,
 }
 

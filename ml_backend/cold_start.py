@@ -20,7 +20,7 @@ from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_format import Json, image_uri
 from ml_backend.ls_types import Project, Task
 from ml_backend.order import QueueOrder
-from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, packed, read_scores
+from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, open_lines, packed, read_scores
 from ml_backend.publish import import_lines
 from ml_backend.service import Service
 from model.dataset import load_image
@@ -121,7 +121,7 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
     logger.info("project %s: looking at %d images for the first batch", project_key, len(waiting))
     network = _pretrained(service)
     told = 0.0
-    with path.open("a") as lines:
+    with open_lines(path) as lines:
         for done, task in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
             line: Json = {"task": task.id}
             try:

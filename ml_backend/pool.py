@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ from ml_backend.service import Service
 from model.dataset import load_image
 from model.duplicates import distinct
 from model.errors import DatasetError
+from model.files import naming_full_disk
 from model.network import MaskRCNNWithScores
 from model.registry import ModelCard
 from model.strategies import STRATEGIES, Observation, look
@@ -49,7 +51,7 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
     problems: list[str] = []
     empty = unavailable = 0
     away: set[str] = set()  # hosts
-    with path.open("a") as lines:
+    with open_lines(path) as lines:
         for done, task in enumerate(waiting, start=1):
             host = ""
             try:
@@ -97,6 +99,13 @@ def read_scores(path: Path) -> Iterator[Json]:
     if path.exists():
         with path.open("rb") as file:
             yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+
+
+@contextmanager
+def open_lines(path: Path) -> Iterator[IO[str]]:
+    """A file of lines, to add some; raises DiskFullError, also at the end, since the last line may be held back."""
+    with naming_full_disk(f"a line of {path}", path.parent), path.open("a") as lines:
+        yield lines
 
 
 def append_line(file: IO[str], line: Json) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import torch
 from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
 
 from ml_backend.errors import SettingsError
 from ml_backend.foreign_hosts import AllowedHosts
@@ -321,9 +322,11 @@ class Settings(BaseSettings):
     @cached_property
     def workflow_database(self) -> str:
         """Where the durable workflows keep their steps: beside an SQLite file, in a schema of its own in PostgreSQL."""
-        if self.database.startswith("sqlite"):
-            return self.database.removesuffix(".sqlite3") + "-workflows.sqlite3"
-        return self.database
+        if not self.database.startswith("sqlite"):
+            return self.database
+        address = make_url(self.database)
+        beside = f"{(address.database or '').removesuffix('.sqlite3')}-workflows.sqlite3"
+        return address.set(database=beside, query={}).render_as_string()
 
     @property
     def browser_url(self) -> str:

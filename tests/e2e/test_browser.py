@@ -381,5 +381,7 @@ def test_the_dashboard_tells_that_the_worker_is_missing(page: Page) -> None:
 
 def _show(page: Page, projects: list[dict[str, Any]], worker: dict[str, Any] | None = None) -> None:
     """Without the page's refresh: there is no server to ask again."""
-    content = DASHBOARD.render(worker=worker or {"problem": ""}, refused={"problem": ""}, projects=projects)
+    content = DASHBOARD.render(
+        worker=worker or {"problem": ""}, events={"problem": ""}, refused={"problem": ""}, projects=projects
+    )
     page.set_content(content.replace('http-equiv="refresh"', ""))
