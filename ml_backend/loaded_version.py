@@ -10,7 +10,7 @@ from ml_backend.errors import ImageError
 from ml_backend.label_config import LabelConfig
 from ml_backend.ls_format import Json, empty_prediction, image_uri, prediction
 from ml_backend.order import order_of
-from ml_backend.pool import detections_for_people, look_at
+from ml_backend.pool import detections_for_people, load_to_look, look_at
 from ml_backend.service import Service
 from model.errors import DatasetError
 
@@ -23,8 +23,7 @@ class LoadedVersion:
     def __init__(self, service: Service, project_key: str, version: str) -> None:
         torch.set_num_threads(max(1, service.settings.threads))
         logger.info("project %s: loading version %s", project_key, version)
-        network, self._card = service.registry.load(project_key, version)
-        self._network = network.to(service.settings.torch_device())
+        self._network, self._card = load_to_look(service, project_key, version)
         self._order = order_of(service, project_key, version)
         self._service, self._project_key = service, project_key
         self.names = version, self._order.version

@@ -11,7 +11,6 @@ time that Label Studio waits. What the others compare stands in their files, ben
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,16 +24,17 @@ from torchvision.models.detection import MaskRCNN
 
 from model.config import PROFILES
 from model.files import write_json
+from model.inference import for_inference
 from model.losses import total_loss
 from model.network import MaskRCNNWithScores, build_model
+from scripts.bench_compare import Work, compare
+from scripts.bench_predict import predict, predict_few
 from scripts.bench_start import start
 from scripts.bench_web import SOAKS, Load, soak
 from scripts.chaos_report import load_average, machine
 from scripts.make_phantoms import CLASS_NAMES, phantom
 
 IMAGES = 2  # annotated images of a step
-
-Work = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +96,6 @@ def _soak(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, words
 
 
-def compare(ours: Work, theirs: Work, *, rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each, and the median ratio; which goes first alternates, one round warms up."""
-    seconds = []
-    for number in range(rounds + 1):
-        timed = {work: _cpu_seconds(work) for work in ((ours, theirs) if number % 2 else (theirs, ours))}
-        seconds.append((timed[ours], timed[theirs]))
-    pairs = np.array(seconds[1:])
-    return {
-        "ours": float(np.median(pairs[:, 0])),
-        "theirs": float(np.median(pairs[:, 1])),
-        "ratio": float(np.median(pairs[:, 0] / pairs[:, 1])),
-    }
-
-
 def train_step(setting: Setting) -> tuple[Work, Work]:
     """A training step on annotated images, against torchvision's with the same body, heads and weights."""
     network = _network(setting)
@@ -136,7 +122,8 @@ def semi_supervised_step(setting: Setting) -> tuple[Work, Work]:
 
 
 def branches(setting: Setting) -> tuple[Work, Work]:
-    """Inference with both IoU branches, against inference that leaves them out; the masks stay in their boxes.
+    """Inference with both IoU branches, against inference that leaves them out; both are made quick, as predictions and
+    the look at the pool have them, and the masks stay in their boxes.
 
     A score threshold of 0 lets an untrained network, too, fill its 100 detections, for which the branches work.
     """
@@ -146,7 +133,7 @@ def branches(setting: Setting) -> tuple[Work, Work]:
     for name in ("box_iou_branch", "mask_iou_branch"):
         setattr(without.roi_heads, name, _Nothing())
     images, _ = _batch(setting.size, 1)
-    return partial(_look, network, images), partial(_look, without, images)
+    return partial(_look, for_inference(network), images), partial(_look, for_inference(without), images)
 
 
 BENCHMARKS: dict[str, tuple[str, Callable[[Setting], tuple[Work, Work]]]] = {
@@ -157,6 +144,8 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Setting], tuple[Work, Work]]]] = {
 
 # Those that take more than two pieces of work in turn; each gets all options.
 OTHERS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+    "predict": ("/predict with 100 detections against torchvision's network alone", predict),
+    "predict-few": ("/predict with 5 detections, or at 512 px, against torchvision's network alone", predict_few),
     "start": ("start of the web process until /health answers, against one that loads torch first", start),
 }
 
@@ -240,12 +229,6 @@ def _step(network: nn.Module, images: list[Tensor], targets: list[dict[str, Any]
 def _look(network: nn.Module, images: list[Tensor]) -> None:
     with torch.inference_mode():
         network(images)
-
-
-def _cpu_seconds(work: Work) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A version of an untrained network, and settings of a service that predicts with it; Label Studio is away."""
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,17 @@ def environment(folder: Path, *, port: int = 0, **others: str) -> dict[str, str]
     }
 
 
-def add_version(settings: dict[str, str], profile: str, **options: Any) -> MaskRCNNWithScores:
-    """Put a network of seed 0 into the registry, make it the active version, and return it."""
+def add_version(
+    settings: dict[str, str],
+    profile: str,
+    *,
+    prepare: Callable[[MaskRCNNWithScores], object] = lambda _: None,
+    **options: Any,
+) -> MaskRCNNWithScores:
+    """Put a network of seed 0, changed by `prepare`, into the registry, make it the active version, and return it."""
     torch.manual_seed(0)
     network = build_model(profile, len(CLASS_NAMES) + 1, **options)
+    prepare(network)
     registry = Registry(Path(settings["MODEL_DIR"]) / "versions")
     card = ModelCard(version=VERSION, network=network.config.to_json(), class_names=CLASS_NAMES, created_at=utc_now())
     registry.add(KEY, card, network)
