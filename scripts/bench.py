@@ -28,6 +28,7 @@ from model.inference import for_inference
 from model.losses import total_loss
 from model.network import MaskRCNNWithScores, build_model
 from scripts.bench_compare import Work, compare
+from scripts.bench_polygons import polygons
 from scripts.bench_predict import predict, predict_few
 from scripts.bench_start import start
 from scripts.bench_web import SOAKS, Load, soak
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="of webhook and health")
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
     parser.add_argument("--database-url", default="", help="where the backend of webhook and health keeps its state")
+    parser.add_argument("--data", nargs="+", default=[], help="COCO folders (annotations.json, images/) of polygons")
     parser.add_argument("--out", help="folder in which the result is kept as <name>.json")
     parser.add_argument("--json", action="store_true", help="only the JSON line")
     options = parser.parse_args()
@@ -146,6 +148,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Setting], tuple[Work, Work]]]] = {
 OTHERS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "predict": ("/predict with 100 detections against torchvision's network alone", predict),
     "predict-few": ("/predict with 5 detections, or at 512 px, against torchvision's network alone", predict_few),
+    "polygons": ("masks to polygons against cv2.findContours and approxPolyDP", polygons),
     "start": ("start of the web process until /health answers, against one that loads torch first", start),
 }
 
