@@ -13,7 +13,17 @@ from ml_backend.frozen import frozen_part, repeated_without_damaged, usable_part
 from ml_backend.ls_format import Json
 from ml_backend.ls_types import Task
 from ml_backend.order import frozen_batch
-from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, look_at, open_lines, packed, read_scores
+from ml_backend.pool import (
+    append_line,
+    feature_of,
+    go_on_with,
+    is_validation,
+    load_to_look,
+    look_at,
+    open_lines,
+    packed,
+    read_scores,
+)
 from ml_backend.service import Service
 from model.files import write_json
 from model.strategies import STRATEGIES, Observation, Observations
@@ -103,8 +113,7 @@ def _annotated(
     seen = go_on_with(path, "image")
     waiting = [image for image in images if image.image_id not in seen]
     log.stage("looking at the annotated images", total=len(waiting))
-    network, card = service.registry.load(project_key, version)
-    network.to(service.settings.torch_device())
+    network, card = load_to_look(service, project_key, version)
     with open_lines(path) as lines:
         for done, image in enumerate(waiting, start=1):
             observation, _ = look_at(service, network, card, image.path)

@@ -31,6 +31,7 @@ from ml_backend.ls_format import (
     image_uri,
     instances_from_annotation,
 )
+from ml_backend.network_options import network_options
 from ml_backend.pool import is_validation, read_scores
 from ml_backend.pseudo_labels import (
     SeenImage,
@@ -278,7 +279,7 @@ def _freeze_recipe(service: Service, project_key: str, number: int, folder: Path
         "num_classes": len(training.class_names) + 1,
         "weights": settings.weights,
         "strategy": settings.strategy,
-        "options": settings.network_options(training.images),
+        "options": network_options(settings, training.images),
         "training": asdict(settings.training()),
         "pseudo_labels": _trust(service, metrics),
     }

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
-from label_studio_sdk.client import LabelStudio
 
 from ml_backend.errors import LabelStudioError, LabelStudioUnavailableError
 from ml_backend.ls_http import Http, NotFoundError, base_url, path_below, same_origin, without_query
@@ -60,14 +60,7 @@ class LabelStudioClient:
 
     def __init__(self, url: str, api_key: str, *, timeout_seconds: float = 60.0, public_url: str | None = None) -> None:
         self._http = Http(url=url, credentials=read_credentials(api_key), timeout_seconds=timeout_seconds)
-        # The SDK may not retry by itself (it would repeat POSTs) nor renew the token: our connection does both.
-        self._sdk = LabelStudio(  # type: ignore[no-untyped-call]
-            base_url=str(self._http.base_url).rstrip("/"),
-            api_key="set by the connection",
-            httpx_client=self._http,
-            timeout=timeout_seconds,
-            max_retries=0,
-        )
+        self._timeout_seconds = timeout_seconds
         self.url = str(self._http.base_url).rstrip("/")
         self._public_url = httpx.URL(base_url(public_url or url))
 
@@ -81,6 +74,19 @@ class LabelStudioClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @cached_property
+    def _sdk(self) -> Any:
+        from label_studio_sdk.client import LabelStudio  # brings pandas; to fetch images, it is not needed
+
+        # The SDK may not retry by itself (it would repeat POSTs) nor renew the token: our connection does both.
+        return LabelStudio(  # type: ignore[no-untyped-call]
+            base_url=self.url,
+            api_key="set by the connection",
+            httpx_client=self._http,
+            timeout=self._timeout_seconds,
+            max_retries=0,
+        )
 
     # Projects
 

@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import select
 
 from ml_backend import inbox
-from ml_backend.cold_start import first_batch_progress
 from ml_backend.db import ActivationRow, CycleRow, ForgottenRow, ProjectRow, WorkerRow
+from ml_backend.first_batch import first_batch_progress
 from ml_backend.publication import publication_of
 from ml_backend.service import Service
 from ml_backend.sign_of_life import SILENT_SECONDS

@@ -23,6 +23,7 @@ from model.dataset import load_image
 from model.duplicates import distinct
 from model.errors import DatasetError
 from model.files import naming_full_disk
+from model.inference import for_inference
 from model.network import MaskRCNNWithScores
 from model.registry import ModelCard
 from model.strategies import STRATEGIES, Observation, look
@@ -46,8 +47,7 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
         log.stage("scoring the unlabelled images", total=len(waiting))
     if not waiting:
         return 0
-    network, card = service.registry.load(project_key, version)
-    network.to(service.settings.torch_device())
+    network, card = load_to_look(service, project_key, version)
     problems: list[str] = []
     empty = unavailable = 0
     away: set[str] = set()  # hosts
@@ -134,6 +134,12 @@ def packed(feature: FloatArray) -> str:
 def feature_of(text: str) -> FloatArray:
     """The inverse of `packed`."""
     return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)
+
+
+def load_to_look(service: Service, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard]:
+    """A version as `look_at` takes it: on the device of the settings, made quick, no longer to be trained or kept."""
+    network, card = service.registry.load(project_key, version)
+    return for_inference(network.to(service.settings.torch_device())), card
 
 
 def look_at(

@@ -25,6 +25,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from ml_backend import cycle, inbox
+from ml_backend.activation import activate_version, end_refused_cycle
 from ml_backend.batch import choose_batch
 from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cold_start import prepare_first_batch
@@ -39,7 +40,6 @@ from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
-from ml_backend.versions import activate_version, end_refused_cycle
 from model.errors import DiskFullError, TSPError
 
 logger = logging.getLogger(__name__)

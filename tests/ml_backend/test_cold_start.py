@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ml_backend.cold_start import first_batch, prepare_first_batch, spread_batch
+from ml_backend.cold_start import prepare_first_batch, spread_batch
+from ml_backend.first_batch import first_batch
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
 from ml_backend.ls_format import Json
 from ml_backend.ls_types import Project

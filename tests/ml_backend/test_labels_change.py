@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from ml_backend.activation import activate_version
 from ml_backend.cycle import snapshot
 from ml_backend.cycle_log import ActivationLog
 from ml_backend.db import ActivationRow
@@ -16,7 +17,6 @@ from ml_backend.overview import overview
 from ml_backend.publish import publish
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
-from ml_backend.versions import activate_version
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, raw_api
 from tests.ml_backend.examples import (
