@@ -8,8 +8,8 @@ import numpy as np
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import used_tasks
-from ml_backend.ls_client import Task
 from ml_backend.ls_format import Json
+from ml_backend.ls_types import Task
 from ml_backend.order import frozen_batch
 from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, look_at, packed, read_scores
 from ml_backend.service import Service
