@@ -1,6 +1,7 @@
-# Targets: `cpu` and `cuda` are our service (web process and worker are one image), `label-studio` is Label Studio.
+# Targets: `backend` is our service (web process and worker are one image), `label-studio` is Label Studio.
 #
-#   docker build --target cpu --tag tsp-active-learning:cpu .
+#   docker build --target backend --tag tsp-active-learning:cpu .
+#   docker build --target backend --tag tsp-active-learning:cuda --build-arg TORCH_INDEX= .
 #
 # Web process: no command. Worker: the command `python -m ml_backend.worker`.
 
@@ -42,22 +43,12 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-m", "ml_backend.health", "http://127.0.0.1:9090/health"]
 CMD ["python", "-m", "ml_backend.app"]
 
-FROM service AS cpu
+# The index is that of CPU-only wheels. PyPI's torch for x86-64, with an empty TORCH_INDEX, is built for CUDA 13 and brings
+# its libraries; the host needs NVIDIA's driver and container toolkit.
+FROM service AS backend
 ARG TORCH="torch==2.14.1 torchvision==0.29.1"
-ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install ${TORCH_CPU_INDEX:+--index-url "$TORCH_CPU_INDEX"} $TORCH
-COPY --from=wheel /requirements /requirements
-RUN pip install --constraint /requirements/constraints.txt --requirement /requirements/requirements.txt \
-    && pip install --no-deps label-studio-ml==1.0.9
-COPY --from=wheel /wheel /wheel
-RUN pip install --no-deps /wheel/*.whl
-USER 10001:10001
-
-# PyPI's torch for x86-64 is built for CUDA 13 and brings its libraries; the host needs NVIDIA's driver and container toolkit.
-FROM service AS cuda
-ARG TORCH="torch==2.14.1 torchvision==0.29.1"
-ARG TORCH_CUDA_INDEX=
-RUN pip install ${TORCH_CUDA_INDEX:+--index-url "$TORCH_CUDA_INDEX"} $TORCH
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} $TORCH
 COPY --from=wheel /requirements /requirements
 RUN pip install --constraint /requirements/constraints.txt --requirement /requirements/requirements.txt \
     && pip install --no-deps label-studio-ml==1.0.9

@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -24,7 +23,6 @@ from pydantic import BaseModel, Field
 from ml_backend import inbox
 from ml_backend.access import HEADERS, Access, refuse_other_sites
 from ml_backend.actions import NO_FRAMES, add_actions, form_token
-from ml_backend.backend import TSPBackend
 from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
 from ml_backend.forget import forgotten_projects
 from ml_backend.gatekeeper import Gatekeeper
@@ -37,7 +35,7 @@ from ml_backend.predictor import Predictor
 from ml_backend.recorder import EventRecorder
 from ml_backend.service import Service
 from ml_backend.settings import Settings
-from model.errors import InvalidInputError, TSPError
+from model.errors import DiskFullError, InvalidInputError, TSPError
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +68,12 @@ class WebhookRequest(BaseModel):
     project: dict[str, Any]
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The ASGI application, with the settings of the environment unless some are given."""
+def create_app(settings: Settings | None = None, *, after_first_load: Callable[[], object] = lambda: None) -> FastAPI:
+    """The ASGI application, with the settings of the environment unless some are given. Weights, and torch, are loaded
+    when somebody first asks for a prediction by a version; `after_first_load` is called then."""
     settings = settings or Settings.from_environment()
-    torch.set_num_threads(max(1, settings.threads))
     service = Service.connect(settings)
-    predictor = Predictor(service)
+    predictor = Predictor(service, after_first_load=after_first_load)
     access = Access(settings)
     recorder = EventRecorder(service.database)
 
@@ -91,9 +89,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for kind, code in _STATUS_OF.items():
         app.add_exception_handler(kind, _answer_with(code))
 
-    def backend(project: str, label_config: str = "") -> TSPBackend:
-        return TSPBackend(project, label_config or None, service=service, predictor=predictor)
-
     @app.get("/")
     def root() -> RedirectResponse:
         return RedirectResponse("/ui")
@@ -102,7 +97,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     def health() -> Json:
         """Alive and the database answers. Label Studio waits one second."""
         service.database.ping()
-        return {"status": "UP", "model_class": TSPBackend.__name__}
+        return {"status": "UP", "model_class": "TSPBackend"}
 
     @app.post("/setup")
     def setup(request: SetupRequest) -> Json:
@@ -110,7 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         name = _project_name(request.project)
         parse_label_config(request.label_config, from_name=settings.from_name)
         inbox.remember_project(service.database, name, connected=True)
-        return backend(request.project).setup()
+        return {"model_version": predictor.version(name.key)}
 
     @app.get("/refused/{reason}")
     def refused(reason: str) -> Json:
@@ -120,8 +115,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @app.post("/predict")
     def predict(request: PredictRequest) -> Json:
         """One prediction for each task; empty ones, quickly, before the first cycle."""
-        _project_name(request.project)
-        return {"results": backend(request.project, request.label_config).predict(request.tasks)}
+        name = _project_name(request.project)
+        return {"results": predictor.predict(name.key, request.tasks, request.label_config)}
 
     @app.post("/webhook")
     async def webhook(request: WebhookRequest) -> Json:
@@ -146,7 +141,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @app.get("/status")
     def status() -> Json:
         """What the dashboard shows, as JSON."""
-        return {"worker": worker_overview(service), "refused": access.overview(), "projects": overview(service)}
+        return {
+            "worker": worker_overview(service),
+            "events": {"problem": recorder.problem},
+            "refused": access.overview(),
+            "projects": overview(service),
+        }
 
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True)
     add_actions(app, service, pages)
@@ -156,6 +156,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         """The dashboard."""
         page = pages.get_template("ui.html").render(
             worker=worker_overview(service),
+            events={"problem": recorder.problem},
             refused=access.overview(),
             projects=overview(service),
             forgotten=forgotten_projects(service),
@@ -171,6 +172,7 @@ _STATUS_OF: dict[type[Exception], int] = {
     InvalidInputError: 422,
     LabelStudioUnavailableError: 503,
     LabelStudioAuthError: 502,
+    DiskFullError: 503,
     TSPError: 500,
 }
 
@@ -220,16 +222,21 @@ def _project_name(uid: str) -> ProjectName:
     return name
 
 
+def _keep_out_of_collections() -> None:
+    """What stays for good, torch above all, is not looked through again while Label Studio waits."""
+    gc.collect()
+    gc.freeze()
+
+
 def main() -> None:
     """Serve with the settings of the environment."""
     try:
         settings = Settings.from_environment()
-        app = create_app(settings)
+        app = create_app(settings, after_first_load=_keep_out_of_collections)
     except TSPError as error:
         sys.exit(str(error))
     start_logging(settings)
-    gc.collect()
-    gc.freeze()  # torch and all else that stays for good is not looked through again while Label Studio waits
+    _keep_out_of_collections()
     uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level.lower())
 
 

@@ -1,7 +1,8 @@
 """`TSPBackend`: this service as a class of label-studio-ml, for tools that expect one.
 
 It runs under label-studio-ml 1.0.9, the newest release on PyPI, and under the signature of the 2.x line. Our own web
-process (app.py) uses it too; label-studio-ml's Flask server is not used (docs/decisions/002).
+process (app.py) answers the same without it, for label-studio-ml brings torch, and its Flask server is not used
+(docs/decisions/002, 070).
 """
 
 from collections.abc import Mapping, Sequence

@@ -2,21 +2,32 @@
 
 import hashlib
 from collections.abc import Sequence, Set
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import used_tasks
-from ml_backend.ls_client import Task
+from ml_backend.frozen import frozen_part, repeated_without_damaged, usable_part
 from ml_backend.ls_format import Json
+from ml_backend.ls_types import Task
 from ml_backend.order import frozen_batch
-from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, look_at, packed, read_scores
+from ml_backend.pool import (
+    append_line,
+    feature_of,
+    go_on_with,
+    is_validation,
+    load_to_look,
+    look_at,
+    open_lines,
+    packed,
+    read_scores,
+)
 from ml_backend.service import Service
-from model.dataset import read_coco
 from model.files import write_json
-from model.strategies import STRATEGIES, Observations
-from model.types import FloatArray, LabeledImage
+from model.strategies import STRATEGIES, Observation, Observations
+from model.types import FloatArray
 
 
 def choose_batch(
@@ -34,9 +45,11 @@ def choose_batch(
         return
     batch = frozen_batch(service, project_key, version)
     if batch is None or (anew_when_used_up and _is_used_up(service, project_key, batch)):
-        snapshot = service.cycle_folder(project_key, number) / "training.json"
-        annotated = read_coco(snapshot, Path("/")).images if snapshot.exists() else ()
-        labelled = _annotated(service, project_key, version, annotated, log) if strategy.compares_images else ()
+        folder = service.cycle_folder(project_key, number)
+        annotated = frozen_part(folder, "training").images if (folder / "training.json").exists() else ()
+        labelled: Sequence[Observation] = ()
+        if strategy.compares_images and annotated:
+            labelled = repeated_without_damaged(partial(_annotated, service, project_key, number, version, log))
         log.stage("choosing the next batch")
         task_ids, pool = candidates(
             service.scores_file(project_key, version),
@@ -92,16 +105,16 @@ def candidates(
 
 
 def _annotated(
-    service: Service, project_key: str, version: str, images: tuple[LabeledImage, ...], log: CycleLog
+    service: Service, project_key: str, number: int, version: str, log: CycleLog, read_images: bool
 ) -> Observations:
     """What the version sees in the images it was trained on; kept line by line, so that it can go on in the middle."""
+    images = usable_part(service, project_key, number, "training", log, read=read_images).images
     path = service.annotated_file(project_key, version)
     seen = go_on_with(path, "image")
     waiting = [image for image in images if image.image_id not in seen]
     log.stage("looking at the annotated images", total=len(waiting))
-    network, card = service.registry.load(project_key, version)
-    network.to(service.settings.torch_device())
-    with path.open("a") as lines:
+    network, card = load_to_look(service, project_key, version)
+    with open_lines(path) as lines:
         for done, image in enumerate(waiting, start=1):
             observation, _ = look_at(service, network, card, image.path)
             append_line(lines, {"image": image.image_id, "feature": packed(observation.feature)})

@@ -8,18 +8,21 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ml_backend.errors import ImageError
+from ml_backend.first_batch import FirstBatch, batch_file, first_batch, progress_file
 from ml_backend.label_config import parse_label_config
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project, Task
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_format import Json, image_uri
+from ml_backend.ls_types import Project, Task
+from ml_backend.network_options import network_options
 from ml_backend.order import QueueOrder
-from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, packed, read_scores
+from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, open_lines, packed, read_scores
 from ml_backend.publish import import_lines
 from ml_backend.service import Service
 from model.dataset import load_image
@@ -33,18 +36,6 @@ from model.types import IntArray
 logger = logging.getLogger(__name__)
 
 _VERSIONS = "tsp-0-"  # what their names start with; cycles count from 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstBatch:
-    """The tasks that people get first, in this order. Once it `is_full` it never changes; before that, tasks with an
-    id above `newest_task` (the highest that was looked at) lead to another one."""
-
-    version: str
-    tasks: tuple[int, ...]
-    newest_task: int
-    is_full: bool
-    is_published: bool = False  # from then on, people may choose what Label Studio shows
 
 
 def prepare_first_batch(service: Service, project_key: str) -> Iterator[None]:
@@ -65,27 +56,7 @@ def prepare_first_batch(service: Service, project_key: str) -> Iterator[None]:
         batch = _choose(service, project_key, now, newest_task=newest_task)
     if not batch.is_published:
         _publish(service, project.id, batch)
-        write_json(_batch_file(service, project_key), asdict(replace(batch, is_published=True)))
-
-
-def first_batch(service: Service, project_key: str) -> FirstBatch | None:
-    """The batch that was chosen before there was a version, if one was."""
-    path = _batch_file(service, project_key)
-    if not path.exists():
-        return None
-    frozen = json.loads(path.read_text())
-    return FirstBatch(**{**frozen, "tasks": tuple(frozen["tasks"])})
-
-
-def first_batch_progress(service: Service, project_key: str) -> Json | None:
-    """For the dashboard: {"done", "total"} images looked at, how many "tasks" were chosen, and whether people get them
-    ("is_published"); None before anything was begun."""
-    path, batch = _progress_file(service, project_key), first_batch(service, project_key)
-    if not path.exists() and batch is None:
-        return None
-    looked_at = json.loads(path.read_text()) if path.exists() else {"done": 0, "total": 0}
-    tasks, is_published = (len(batch.tasks), batch.is_published) if batch else (0, False)
-    return {**looked_at, "tasks": tasks, "is_published": is_published}
+        write_json(batch_file(service, project_key), asdict(replace(batch, is_published=True)))
 
 
 def spread_batch(
@@ -120,7 +91,7 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
     logger.info("project %s: looking at %d images for the first batch", project_key, len(waiting))
     network = _pretrained(service)
     told = 0.0
-    with path.open("a") as lines:
+    with open_lines(path) as lines:
         for done, task in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
             line: Json = {"task": task.id}
             try:
@@ -134,7 +105,7 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
             append_line(lines, line)
             if done == len(tasks) or time.monotonic() - told >= 1:
                 told = time.monotonic()
-                write_json(_progress_file(service, project_key), {"done": done, "total": len(tasks)})
+                write_json(progress_file(service, project_key), {"done": done, "total": len(tasks)})
             yield
 
 
@@ -159,7 +130,7 @@ def _choose(service: Service, project_key: str, tasks: Sequence[Task], *, newest
         newest_task=newest_task,
         is_full=len(chosen) == count,
     )
-    write_json(_batch_file(service, project_key), asdict(batch))
+    write_json(batch_file(service, project_key), asdict(batch))
     return batch
 
 
@@ -187,7 +158,7 @@ def _pretrained(service: Service) -> MaskRCNNWithScores:
     cheap = {"score_threshold": 1.0, "proposals_inference": 1}
     if settings.weights == "none":  # a body at random, the same after a restart
         torch.manual_seed(settings.seed)
-    network = build_model(settings.profile, 2, weights=settings.weights, **{**settings.network_options(), **cheap})
+    network = build_model(settings.profile, 2, weights=settings.weights, **{**network_options(settings), **cheap})
     return network.eval().to(settings.torch_device())
 
 
@@ -199,11 +170,3 @@ def _features_file(service: Service, project_key: str) -> Path:
         depends_on.append(settings.seed)
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     return service.scores_folder(project_key) / f"cold-start-{digest[:8]}.jsonl"
-
-
-def _progress_file(service: Service, project_key: str) -> Path:
-    return service.scores_folder(project_key) / "cold-start-progress.json"
-
-
-def _batch_file(service: Service, project_key: str) -> Path:
-    return service.scores_folder(project_key) / "cold-start.json"

@@ -20,6 +20,7 @@ import torch
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
 from ml_backend.errors import ImageError
+from ml_backend.frozen import freeze_tasks, frozen_part, repeated_without_damaged, usable_part
 from ml_backend.gate import judge_version
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import (
@@ -30,6 +31,7 @@ from ml_backend.ls_format import (
     image_uri,
     instances_from_annotation,
 )
+from ml_backend.network_options import network_options
 from ml_backend.pool import is_validation, read_scores
 from ml_backend.pseudo_labels import (
     SeenImage,
@@ -43,7 +45,7 @@ from ml_backend.service import Service
 from model.calibration import reliability, true_ious
 from model.comparison import compare
 from model.config import PseudoLabelConfig, TrainingConfig
-from model.dataset import LabeledSet, load_image, read_coco, write_coco
+from model.dataset import LabeledSet, load_image, write_coco
 from model.errors import CheckpointError, DatasetError, TSPError
 from model.evaluate import evaluate
 from model.files import write_json
@@ -67,16 +69,20 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     log.stage("reading annotations")
-    task_ids = sorted(service.label_studio.annotated_task_ids(project.id))
+    annotated = sorted(service.label_studio.annotated_task_ids(project.id))
+    task_ids: list[int] = []  # those that still are when they are read
     images: dict[str, LabeledImage] = {}
+    task_of: dict[str, int] = {}
     problems: list[str] = []
-    for done, task in enumerate(service.label_studio.annotated_tasks(project.id, task_ids), start=1):
+    for task in service.label_studio.annotated_tasks(project.id, annotated):
+        task_ids.append(task["id"])
         try:
             image = _annotated_image(service, project_key, task, config)
             images[image.image_id] = image  # the same bytes in two tasks are one image
+            task_of[image.image_id] = task["id"]
         except (ImageError, DatasetError) as error:
             problems.append(str(error))
-        log.progress(done, len(task_ids))
+        log.progress(len(task_ids), len(annotated))
     split = {
         name: LabeledSet(
             images=tuple(
@@ -88,6 +94,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     }
     for name, part in split.items():
         write_coco(folder / f"{name}.json", part)
+    freeze_tasks(folder, task_of)
     _mark_used(service, project_key, number, task_ids)
     log.facts(
         {
@@ -108,10 +115,15 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
 
 def train_version(service: Service, project_key: str, number: int, log: CycleLog) -> None:
     """Train on D_al and D_semi, from the pretrained weights, into the cycle's folder (eq. 5)."""
+    repeated_without_damaged(partial(_train, service, project_key, number, log))
+
+
+def _train(service: Service, project_key: str, number: int, log: CycleLog, read_images: bool) -> None:
     folder = service.cycle_folder(project_key, number)
-    training = _still_there(_frozen(folder, "training"), "training", log)
+    training = usable_part(service, project_key, number, "training", log, read=read_images)
     network, config, trust = _recipe(service, folder)
-    pseudo, thresholds = _frozen_pseudo_labels(service, project_key, folder, training, config, trust)
+    thresholds = _freeze_pseudo_labels(service, project_key, folder, training, config, trust)
+    pseudo = usable_part(service, project_key, number, "pseudo", log, read=read_images).images
     labeled = [image for image in pseudo if len(image.labels)]
     log.facts(
         {
@@ -155,8 +167,13 @@ def train_version(service: Service, project_key: str, number: int, log: CycleLog
 def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> bool:
     """Measure the trained network on the frozen validation split and put it into the registry; whether it may take the
     place of the active version."""
+    return repeated_without_damaged(partial(_evaluate, service, project_key, number, version, log))
+
+
+def _evaluate(service: Service, project_key: str, number: int, version: str, log: CycleLog, read_images: bool) -> bool:
     folder = service.cycle_folder(project_key, number)
-    training, validation = _frozen(folder, "training"), _still_there(_frozen(folder, "validation"), "validation", log)
+    training = frozen_part(folder, "training")
+    validation = usable_part(service, project_key, number, "validation", log, read=read_images)
     log.stage("evaluating", total=len(validation.images))
     network = _trained_network(service, folder)
     found: dict[str, Detections] = {}
@@ -262,7 +279,7 @@ def _freeze_recipe(service: Service, project_key: str, number: int, folder: Path
         "num_classes": len(training.class_names) + 1,
         "weights": settings.weights,
         "strategy": settings.strategy,
-        "options": settings.network_options(training.images),
+        "options": network_options(settings, training.images),
         "training": asdict(settings.training()),
         "pseudo_labels": _trust(service, metrics),
     }
@@ -275,34 +292,16 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _frozen(folder: Path, name: str) -> LabeledSet:
-    """A part of the snapshot; its images lie in the cache, under absolute paths."""
-    return read_coco(folder / f"{name}.json", Path("/"))
-
-
-def _still_there(part: LabeledSet, name: str, log: CycleLog) -> LabeledSet:
-    """A part of the snapshot without the images whose file has left the cache since; people are told how many."""
-    images = tuple(image for image in part.images if image.path.exists())
-    if gone := len(part.images) - len(images):
-        log.facts({f"vanished_{name}": gone})
-        logger.warning("%d %s images of the snapshot are no longer in the cache", gone, name)
-    if gone and not images:
-        raise TSPError(
-            f"none of the {gone} {name} images of the snapshot is in the cache any more: was MODEL_DIR/cache removed? "
-            "The next cycle fetches them again."
-        )
-    return replace(part, images=images)
-
-
-def _frozen_pseudo_labels(
+def _freeze_pseudo_labels(
     service: Service,
     project_key: str,
     folder: Path,
     training: LabeledSet,
     config: TrainingConfig,
     trust: PseudoLabelConfig | None,
-) -> tuple[tuple[LabeledImage, ...], FloatArray | None]:
-    """D_semi and sigma_c by class (None: one for all): decided when training first starts, then always the same.
+) -> FloatArray | None:
+    """Write D_semi as a part of the snapshot, once, when training first starts; returns sigma_c by class (None: one for
+    all), always the same.
 
     With a teacher, which looks again, also the images in which nothing is trusted.
     """
@@ -318,7 +317,7 @@ def _frozen_pseudo_labels(
         write_coco(folder / "pseudo.json", LabeledSet(images=tuple(chosen), class_names=training.class_names))
     path = folder / "class_thresholds.json"  # older releases knew none
     thresholds = json.loads(path.read_text()) if path.exists() else None
-    return _frozen(folder, "pseudo").images, None if thresholds is None else np.array(thresholds)
+    return None if thresholds is None else np.array(thresholds)
 
 
 def _seen_unlabelled(
@@ -336,7 +335,7 @@ def _seen_unlabelled(
     version = service.registry.active(project_key)
     if version is None:
         return
-    taken = {image.image_id for image in (*training.images, *_frozen(folder, "validation").images)}
+    taken = {image.image_id for image in (*training.images, *frozen_part(folder, "validation").images)}
     open_tasks = {t.id for t in service.label_studio.tasks(service.project(project_key).id) if not t.is_annotated}
     only_masks = only_masks_are_needed(trust, config)
     for line in read_scores(service.scores_file(project_key, version)):

@@ -1,8 +1,9 @@
 """What the service remembers between requests, in SQLite or PostgreSQL: projects, events, cycles. Never a token."""
 
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 UNFINISHED = ("planned", "running")  # the statuses of a cycle that is not over
 _PAUSES_SECONDS = (0.1, 0.3, 1.0)
+_PATIENCE_SECONDS = 0.5  # with whoever is writing, before somebody looks at the dashboard
 
 
 class Base(DeclarativeBase):
@@ -179,6 +181,21 @@ class Database:
         with self.engine.connect() as connection:
             connection.execute(text("SELECT 1"))
 
+    def lock_problem(self) -> str:
+        """Why nothing can be written at this moment, for people; "" when it can. SQLite takes one writer at a time."""
+        address = self.engine.url
+        if address.get_backend_name() != "sqlite" or not address.database:
+            return ""
+        with closing(sqlite3.connect(address.database, timeout=_PATIENCE_SECONDS, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                return (
+                    f"Another program keeps {address.database} from being written ({error}); "
+                    "`fuser` of that file tells which. Everything goes on when it lets go."
+                )
+        return ""
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -195,10 +212,11 @@ class Database:
 def _engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
         return create_engine(url, pool_pre_ping=True)
-    path = make_url(url).database
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": 30})
+    address = make_url(url)
+    if address.database:
+        Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+    waits = {} if "timeout" in address.query else {"timeout": 30}  # seconds, for other writers
+    engine = create_engine(url, connect_args=waits)
 
     @event.listens_for(engine, "connect")
     def _two_processes_share_the_file(connection: Any, _: Any) -> None:

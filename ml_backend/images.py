@@ -11,7 +11,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from ml_backend.errors import (
 )
 from ml_backend.foreign_hosts import AllowedHosts, JudgingTransport, PrivateAddressError
 from ml_backend.ls_client import LabelStudioClient
+from model.files import naming_full_disk
 
 _CLOUD_SCHEMES = ("s3", "gs", "azure-blob")  # what Label Studio resolves for us, with its own credentials
 # Where Label Studio serves files. Anything else there is not for images, and the token can do more than read images.
@@ -120,10 +121,11 @@ class ImageStore:
 
     def fetch(self, *, task_id: int, uri: str, project_key: str = "") -> FetchedImage:
         """The image at `uri`, as it stands in the task's data. What one project had at an address of Label Studio is
-        not believed of another: Label Studio may have been set up anew at the same place.
+        not believed of another: Label Studio may have been set up anew at the same place. What is damaged in the cache
+        is fetched again.
 
         Raises ImageError when this image cannot be had or read (the others may be fine; ImageUnavailableError when it
-        is worth another try), and the client's errors when
+        is worth another try), DiskFullError, and the client's errors when
         Label Studio itself is away or refuses the token.
         """
         source = _Source(task_id=task_id, uri=uri)
@@ -133,12 +135,12 @@ class ImageStore:
         known = self._look_up(entry)
         if known is not None:
             return known
-        with _unfinished_file(self._unfinished) as (file, unfinished):
+        with self._space_for(source), _unfinished_file(self._unfinished) as (file, unfinished):
             sha256 = self._write(source, file)
             extension, image_hw = self._inspect(source, unfinished)
             path = self._images / sha256[:2] / f"{sha256}.{extension}"
             _publish(file, unfinished, path)
-        self._remember(entry, path, image_hw)
+            self._remember(entry, path, image_hw)
         return FetchedImage(path=path, sha256=sha256, image_hw=image_hw)
 
     # The cache
@@ -157,7 +159,7 @@ class ImageStore:
         except (FileNotFoundError, ValueError):  # never seen, or the disk damaged the entry
             return None
         path = self._images / known["sha256"][:2] / f"{known['sha256']}.{known['extension']}"
-        if not path.exists():  # somebody tidied the cache up: fetch it again
+        if not is_whole(path):  # somebody tidied the cache up, or the disk damaged it: fetch it again
             return None
         return FetchedImage(path=path, sha256=known["sha256"], image_hw=(known["height"], known["width"]))
 
@@ -166,6 +168,9 @@ class ImageStore:
         with _unfinished_file(self._unfinished) as (file, unfinished):
             file.write(json.dumps(known).encode())
             _publish(file, unfinished, entry)
+
+    def _space_for(self, source: "_Source") -> AbstractContextManager[None]:
+        return naming_full_disk(f"the image of task {source.task_id}", self._unfinished)
 
     # Fetching
 
@@ -281,6 +286,15 @@ class ImageStore:
         if orientation in _QUARTER_TURNS:
             width, height = height, width
         return extension, (height, width)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of the cache is there, with the bytes that gave it its name."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == path.stem
+    except OSError:  # of a disk that cannot read it, too
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

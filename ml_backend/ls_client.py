@@ -1,26 +1,23 @@
 """The only caller of Label Studio's API: one authenticated connection, shared by label-studio-sdk and by the calls that
 the SDK lacks. What Label Studio really answers was observed on 1.23.2."""
 
-import base64
-import binascii
 import json
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
-from label_studio_sdk.client import LabelStudio
 
-from ml_backend.errors import LabelStudioAuthError, LabelStudioError, LabelStudioUnavailableError
+from ml_backend.errors import LabelStudioError, LabelStudioUnavailableError
+from ml_backend.ls_http import Http, NotFoundError, base_url, path_below, same_origin, without_query
+from ml_backend.ls_tokens import read_credentials
+from ml_backend.ls_types import MLBackend, Project, Task, Webhook, ml_backend_of, project_of, webhook_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,76 +44,6 @@ _MAX_REQUEST_BYTES = 250_000_000  # DATA_UPLOAD_MAX_MEMORY_SIZE of a stock Label
 _LONG_SECONDS = 3600.0  # bulk imports and deletions are one synchronous request
 
 
-@dataclass(frozen=True, kw_only=True)
-class Project:
-    """`model_version` is "" when none is chosen. `task_count` and `prediction_count` are Label Studio's own counters.
-
-    There is no counter of annotated tasks here: Label Studio's leaves imported (ground truth) annotations out;
-    ask `count_annotated_tasks`.
-    """
-
-    id: int
-    title: str
-    label_config: str
-    model_version: str
-    sampling: str
-    maximum_annotations: int
-    shows_predictions: bool
-    created_at: datetime
-    task_count: int
-    annotation_count: int
-    prediction_count: int
-
-    @property
-    def uid(self) -> str:
-        """The name under which Label Studio presents the project to a backend: "<id>.<unix time of its creation>"."""
-        return f"{self.id}.{int(self.created_at.timestamp())}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One task without its annotations; `data` as it was imported (cloud addresses are not resolved).
-
-    `annotation_count` leaves skipped annotations and drafts out; `updated_at` moves with every annotation that is
-    created, changed or deleted.
-    """
-
-    id: int
-    data: dict[str, Any]
-    annotation_count: int
-    skip_count: int
-    updated_at: datetime
-
-    @property
-    def is_annotated(self) -> bool:
-        """At least one annotation that is neither skipped nor a draft."""
-        return self.annotation_count > 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLBackend:
-    """A connected backend. `state`: "CO" connected, "DI" disconnected, "ER" error, "TR" training, "PR" predicting."""
-
-    id: int
-    url: str
-    title: str
-    state: str
-    error_message: str
-    model_version: str
-    basic_auth_user: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Webhook:
-    """A project's webhook. Its headers are left out on purpose: they hold the shared secret."""
-
-    id: int
-    url: str
-    is_active: bool
-    sends_all_actions: bool
-    actions: tuple[str, ...]
-
-
 def counted_annotations(task: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The annotations of an exported task that count: neither skipped nor drafts (those sit under `drafts`)."""
     return [annotation for annotation in task["annotations"] if not annotation["was_cancelled"]]
@@ -132,17 +59,10 @@ class LabelStudioClient:
     """
 
     def __init__(self, url: str, api_key: str, *, timeout_seconds: float = 60.0, public_url: str | None = None) -> None:
-        self._http = _Http(url=url, credentials=_read_credentials(api_key), timeout_seconds=timeout_seconds)
-        # The SDK may not retry by itself (it would repeat POSTs) nor renew the token: our connection does both.
-        self._sdk = LabelStudio(  # type: ignore[no-untyped-call]
-            base_url=str(self._http.base_url).rstrip("/"),
-            api_key="set by the connection",
-            httpx_client=self._http,
-            timeout=timeout_seconds,
-            max_retries=0,
-        )
+        self._http = Http(url=url, credentials=read_credentials(api_key), timeout_seconds=timeout_seconds)
+        self._timeout_seconds = timeout_seconds
         self.url = str(self._http.base_url).rstrip("/")
-        self._public_url = httpx.URL(_base_url(public_url or url))
+        self._public_url = httpx.URL(base_url(public_url or url))
 
     def close(self) -> None:
         self._http.close()
@@ -155,6 +75,19 @@ class LabelStudioClient:
     ) -> None:
         self.close()
 
+    @cached_property
+    def _sdk(self) -> Any:
+        from label_studio_sdk.client import LabelStudio  # brings pandas; to fetch images, it is not needed
+
+        # The SDK may not retry by itself (it would repeat POSTs) nor renew the token: our connection does both.
+        return LabelStudio(  # type: ignore[no-untyped-call]
+            base_url=self.url,
+            api_key="set by the connection",
+            httpx_client=self._http,
+            timeout=self._timeout_seconds,
+            max_retries=0,
+        )
+
     # Projects
 
     def whoami(self) -> str:
@@ -162,13 +95,13 @@ class LabelStudioClient:
         return str(self._sdk.users.whoami().email)
 
     def project(self, project_id: int) -> Project:
-        return _project(self._sdk.projects.get(project_id))
+        return project_of(self._sdk.projects.get(project_id))
 
     def projects(self) -> list[Project]:
         answers: Iterator[Any] = iter(self._sdk.projects.list())
         found: list[Project] = []
-        with suppress(_NotFoundError):  # the SDK reads on until the page past the end
-            found.extend(map(_project, answers))
+        with suppress(NotFoundError):  # the SDK reads on until the page past the end
+            found.extend(map(project_of, answers))
         return found
 
     def create_project(self, *, title: str, label_config: str) -> Project:
@@ -242,6 +175,11 @@ class LabelStudioClient:
                 project_id, filters=[*filters, _id_above(after_id)], fields=fields, page_size=_TASKS_A_PAGE
             )
             rows = answer["tasks"]
+            if not rows and answer["total"]:
+                raise LabelStudioUnavailableError(
+                    f"project {project_id}: Label Studio counts {answer['total']} tasks and lists none of them: were "
+                    "they deleted just now?"
+                )
             yield from rows
             if len(rows) >= answer["total"]:
                 return
@@ -330,7 +268,7 @@ class LabelStudioClient:
 
     def ml_backends(self, project_id: int) -> list[MLBackend]:
         """The connected backends; Label Studio asks each for /health and /setup before it answers."""
-        return [_ml_backend(answer) for answer in self._sdk.ml.list(project=project_id)]
+        return [ml_backend_of(answer) for answer in self._sdk.ml.list(project=project_id)]
 
     def connect_backend(
         self, project_id: int, *, url: str, title: str, basic_auth: tuple[str, str] | None = None
@@ -345,11 +283,11 @@ class LabelStudioClient:
             fields |= {"auth_method": "BASIC_AUTH", "basic_auth_user": basic_auth[0], "basic_auth_pass": basic_auth[1]}
         for known in self.ml_backends(project_id):
             if known.url.rstrip("/") == url.rstrip("/"):
-                return _ml_backend(self._sdk.ml.update(known.id, **fields))  # without url and project: a 500
-        return _ml_backend(self._sdk.ml.create(**fields))
+                return ml_backend_of(self._sdk.ml.update(known.id, **fields))  # without url and project: a 500
+        return ml_backend_of(self._sdk.ml.create(**fields))
 
     def webhooks(self, project_id: int) -> list[Webhook]:
-        return [_webhook(answer) for answer in self._sdk.webhooks.list(project=str(project_id))]
+        return [webhook_of(answer) for answer in self._sdk.webhooks.list(project=str(project_id))]
 
     def create_webhook(self, project_id: int, *, url: str, headers: Mapping[str, str] | None = None) -> Webhook:
         """Send all events of the project to `url`, with these headers. A hook to this address that is there already
@@ -367,13 +305,13 @@ class LabelStudioClient:
         for surplus in known[1:]:
             self._sdk.webhooks.delete(surplus.id)
         if known:
-            return _webhook(self._sdk.webhooks.update(known[0].id, **settings))
-        return _webhook(self._sdk.webhooks.create(project=project_id, **settings))
+            return webhook_of(self._sdk.webhooks.update(known[0].id, **settings))
+        return webhook_of(self._sdk.webhooks.create(project=project_id, **settings))
 
     def webhooks_without(self, project_id: int, headers: Mapping[str, str]) -> list[Webhook]:
         """The project's webhooks that do not send these headers."""
         hooks = self._sdk.webhooks.list(project=str(project_id))
-        return [_webhook(hook) for hook in hooks if not headers.items() <= (hook.headers or {}).items()]
+        return [webhook_of(hook) for hook in hooks if not headers.items() <= (hook.headers or {}).items()]
 
     def add_webhook_headers(self, webhook_id: int, headers: Mapping[str, str]) -> None:
         """From now on the webhook sends these headers, too; everything else about it stays."""
@@ -396,7 +334,7 @@ class LabelStudioClient:
             answer = self._http.json(
                 "POST", "/api/dm/actions", params={"id": "next_task", "project": project_id}, json={}
             )
-        except _NotFoundError:
+        except NotFoundError:
             self.project(project_id)  # a project that does not exist is a 404 too
             return None
         return dict(answer)
@@ -447,13 +385,13 @@ class LabelStudioClient:
     def own_path(self, path_or_url: str) -> str | None:
         """The part below Label Studio's address when this lives on Label Studio, None when it lives elsewhere."""
         if path_or_url.startswith("/") and not path_or_url.startswith("//"):
-            return _below(self._http.base_url, path_or_url) or path_or_url
+            return path_below(self._http.base_url, path_or_url) or path_or_url
         try:
             url = httpx.URL(path_or_url)
         except httpx.InvalidURL:
             return None
         for base in (self._http.base_url, self._public_url):
-            path = _below(base, url.raw_path.decode()) if _same_origin(url, base) else None
+            path = path_below(base, url.raw_path.decode()) if same_origin(url, base) else None
             if path is not None:
                 return path
         return None
@@ -464,12 +402,12 @@ class LabelStudioClient:
         addresses) is handed back, not followed, so the token cannot travel with it."""
         path = self.own_path(path_or_url)
         if path is None:
-            raise LabelStudioError(f"expected an address on {self.url}, got {_without_query(path_or_url)}")
+            raise LabelStudioError(f"expected an address on {self.url}, got {without_query(path_or_url)}")
         try:
             with self._http.open_file(path) as response:
                 yield response
         except httpx.TransportError as error:
-            raise LabelStudioUnavailableError(f"{_without_query(path)}: the download broke off ({error})") from error
+            raise LabelStudioUnavailableError(f"{without_query(path)}: the download broke off ({error})") from error
 
 
 _JSON_BODY = {"Content-Type": "application/json"}
@@ -515,338 +453,7 @@ def _upload_chunks(paths: Sequence[Path]) -> Iterator[list[Path]]:
         yield chunk
 
 
-def _project(answer: Any) -> Project:
-    return Project(
-        id=answer.id,
-        title=answer.title or "",
-        label_config=answer.label_config or "",
-        model_version=answer.model_version or "",
-        sampling=answer.sampling or "",
-        maximum_annotations=answer.maximum_annotations or 1,
-        shows_predictions=bool(answer.show_collab_predictions),
-        created_at=answer.created_at,
-        task_count=answer.task_number or 0,
-        annotation_count=answer.total_annotations_number or 0,
-        prediction_count=answer.total_predictions_number or 0,
-    )
-
-
-def _ml_backend(answer: Any) -> MLBackend:
-    return MLBackend(
-        id=answer.id,
-        url=answer.url,
-        title=answer.title or "",
-        state=answer.state or "",
-        error_message=answer.error_message or "",
-        model_version=answer.model_version or "",
-        basic_auth_user=answer.basic_auth_user or "",
-    )
-
-
-def _webhook(answer: Any) -> Webhook:
-    return Webhook(
-        id=answer.id,
-        url=answer.url,
-        is_active=bool(answer.is_active),
-        sends_all_actions=bool(answer.send_for_all_actions),
-        actions=tuple(answer.actions or ()),
-    )
-
-
 def _integer(value: int | None) -> int:
     if value is None:
         raise LabelStudioError("Label Studio answered without an id; is it version 1.20 or later?")
     return value
-
-
-# The connection
-
-_PAUSES_SECONDS = (0.5, 1.0, 2.0)
-_REPEATABLE = frozenset({"GET", "HEAD", "PATCH"})  # our PATCHes set values: twice is the same as once
-_RENEW_BEFORE_SECONDS = 30.0
-
-
-class _NotFoundError(LabelStudioError):
-    """Label Studio answered 404."""
-
-
-class _Http(httpx.Client):
-    """Every request to Label Studio passes `send`: it adds the token, repeats what it may, and names the errors."""
-
-    def __init__(self, *, url: str, credentials: "_Credentials", timeout_seconds: float) -> None:
-        base = _base_url(url)
-        super().__init__(
-            base_url=base,
-            timeout=httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, 10.0)),
-            follow_redirects=False,
-            # A session cookie would go on to work when the token no longer does.
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-        )
-        self._credentials = credentials
-
-    def json(self, method: str, path: str, **options: Any) -> Any:
-        response = self.request(method, path, **options)
-        try:
-            return response.json() if response.content else None
-        except ValueError as error:
-            raise LabelStudioError(
-                f"{method} {path}: expected JSON, got {len(response.content)} bytes of something else"
-            ) from error
-
-    def open_file(self, path: str) -> AbstractContextManager[httpx.Response]:
-        return self.stream("GET", path, extensions={"is_file": True})
-
-    def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        response = self._send_patiently(request, authorized=True, **options)
-        if response.status_code == 401 and self._credentials.renewable:
-            response.close()
-            self._credentials.forget_access()
-            response = self._send_patiently(request, authorized=True, **options)
-        self._check(request, response)
-        return response
-
-    def _send_patiently(self, request: httpx.Request, *, authorized: bool, **options: Any) -> httpx.Response:
-        """The answer, whatever its status; a few tries where a repetition cannot do harm."""
-        pauses = iter(_PAUSES_SECONDS)
-        while True:
-            pause = next(pauses, None)
-            try:
-                if authorized:
-                    self._authorize(request)
-                response = super().send(request, **options)
-            except httpx.TransportError as error:
-                if pause is None or not _may_repeat_after(request, error):
-                    raise _broken_off(request, error) from error
-                trouble = str(error) or type(error).__name__
-            else:
-                if pause is None or not (_is_unavailable(response.status_code) and _may_repeat(request)):
-                    return response
-                response.close()
-                trouble = f"status {response.status_code}"
-            logger.info("%s: %s, trying again in %s s", _described(request), trouble, pause)
-            time.sleep(pause)
-
-    def _authorize(self, request: httpx.Request) -> None:
-        if not _same_origin(request.url, self.base_url):
-            raise LabelStudioError(f"the token is for {self.base_url} only, not for {request.url.host}")
-        request.headers["Authorization"] = self._credentials.header(self._exchange)
-
-    def _exchange(self, refresh_token: str) -> str:
-        request = self.build_request("POST", "/api/token/refresh/", json={"refresh": refresh_token})
-        request.extensions["may_repeat"] = True
-        response = self._send_patiently(request, authorized=False)
-        self._check(request, response)
-        access = response.json().get("access")
-        if not isinstance(access, str):
-            raise LabelStudioError(f"{_described(request)}: expected an access token, got {self._excerpt(response)}")
-        return access
-
-    def _check(self, request: httpx.Request, response: httpx.Response) -> None:
-        """Raise what the status means; an answer of 2xx, and a file's redirect, pass."""
-        is_file = "is_file" in request.extensions
-        status = response.status_code
-        if response.is_success and (is_file or _is_json(response)):
-            return
-        if response.has_redirect_location and is_file:
-            return
-        response.read()
-        response.close()
-        what = f"{_described(request)}: Label Studio answered {status}"
-        if status == 401:
-            raise LabelStudioAuthError(self._credentials.refusal(str(self.base_url), self._excerpt(response)))
-        # A 500 for a file is about that file (Label Studio's answer to an upload that is gone), not about the server.
-        if _is_unavailable(status) and not (is_file and status == 500):
-            raise LabelStudioUnavailableError(f"{what}: {self._excerpt(response)}")
-        if status == 404:
-            raise _NotFoundError(f"{what}: {self._excerpt(response)}")
-        if response.is_redirect:
-            target = _without_query(response.headers.get("location", ""))
-            raise LabelStudioError(f"{what} with a redirect to {target}: set LABEL_STUDIO_URL to the address behind it")
-        if response.is_success:
-            raise LabelStudioError(f"{what} but not in JSON; is {self.base_url} really Label Studio's address?")
-        raise LabelStudioError(f"{what}: {self._excerpt(response)}")
-
-    def _excerpt(self, response: httpx.Response) -> str:
-        """What the answer says, in 500 characters at most, without our token."""
-        text = response.text
-        if _is_json(response) and text:
-            body = response.json()
-            if isinstance(body, dict) and "detail" in body:
-                text = json.dumps({key: body[key] for key in ("detail", "validation_errors") if body.get(key)})
-        return self._credentials.scrub(" ".join(text.split()))[:500]
-
-
-def _base_url(url: str) -> str:
-    try:
-        base = httpx.URL(url.strip())
-    except httpx.InvalidURL as error:
-        raise LabelStudioError(
-            f"expected Label Studio's address such as http://localhost:8080, got {url!r}: {error}"
-        ) from error
-    if base.scheme not in ("http", "https") or not base.host:
-        raise LabelStudioError(f"expected Label Studio's address such as http://localhost:8080, got {url!r}")
-    return str(base.copy_with(query=None, fragment=None, userinfo=b"")).rstrip("/")
-
-
-def _same_origin(url: httpx.URL, other: httpx.URL) -> bool:
-    return (url.scheme, url.host, _port(url)) == (other.scheme, other.host, _port(other))
-
-
-def _port(url: httpx.URL) -> int | None:
-    return url.port or {"http": 80, "https": 443}.get(url.scheme)
-
-
-def _may_repeat(request: httpx.Request) -> bool:
-    return request.method in _REPEATABLE or "may_repeat" in request.extensions
-
-
-def _may_repeat_after(request: httpx.Request, error: httpx.TransportError) -> bool:
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return True  # nothing was sent
-    if isinstance(error, httpx.TimeoutException):
-        return False  # more requests would not make it quicker
-    return _may_repeat(request)
-
-
-def _is_unavailable(status: int) -> bool:
-    return status == 429 or status >= 500
-
-
-def _is_json(response: httpx.Response) -> bool:
-    return response.status_code == 204 or "json" in response.headers.get("content-type", "")
-
-
-def _broken_off(request: httpx.Request, error: httpx.TransportError) -> LabelStudioUnavailableError:
-    reason = str(error) or type(error).__name__
-    sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) or request.method in ("GET", "HEAD")
-    doubt = "" if sent else "; Label Studio may have carried it out all the same"
-    return LabelStudioUnavailableError(
-        f"{_described(request)}: no answer from Label Studio ({reason}){doubt}; is it running and is the address right?"
-    )
-
-
-def _described(request: httpx.Request) -> str:
-    return f"{request.method} {_without_query(str(request.url))}"
-
-
-def _below(base: httpx.URL, path: str) -> str | None:
-    """What comes after the base's own path ("/label-studio" behind some proxies), None when `path` is not below it."""
-    prefix = base.raw_path.decode().rstrip("/")
-    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else None
-
-
-def _without_query(url: str) -> str:
-    return url.partition("?")[0][:300]
-
-
-# The token
-
-_Exchange = Callable[[str], str]  # a refresh token -> an access token
-
-
-class _Credentials:
-    """A legacy token: sent as it is."""
-
-    kind = "legacy token"
-    renewable = False
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def header(self, exchange: _Exchange) -> str:
-        return f"Token {self._token}"
-
-    def forget_access(self) -> None:
-        """Nothing to forget: a legacy token is not exchanged."""
-
-    def refusal(self, url: str, answer: str) -> str:
-        if "legacy token authentication has been disabled" in answer:
-            return (
-                f"{url}: legacy tokens are switched off in this organisation. Make a personal access token (Account & "
-                "Settings > Personal Access Token) and set LABEL_STUDIO_API_KEY to it, or switch legacy tokens on "
-                "(Organization > API Tokens Settings)."
-            )
-        return (
-            f"{url}: Label Studio refused the token, which looks like a legacy token ({len(self._token)} characters; "
-            f"theirs have 40). Copy it again from Account & Settings, or set LABEL_STUDIO_API_KEY to a personal access "
-            f"token. Label Studio said: {answer}"
-        )
-
-    def scrub(self, text: str) -> str:
-        return text.replace(self._token, "[token]")
-
-
-class _PersonalAccessToken(_Credentials):
-    """A JWT refresh token: exchanged for access tokens, which live 5 minutes."""
-
-    kind = "personal access token"
-    renewable = True
-
-    def __init__(self, token: str) -> None:
-        super().__init__(token)
-        self._lock = threading.Lock()
-        self._access = ""
-        self._renew_at = 0.0
-
-    def header(self, exchange: _Exchange) -> str:
-        with self._lock:
-            if not self._access or time.monotonic() >= self._renew_at:
-                self._access = exchange(self._token)
-                self._renew_at = time.monotonic() + _lifetime_seconds(self._access) - _RENEW_BEFORE_SECONDS
-            return f"Bearer {self._access}"
-
-    def forget_access(self) -> None:
-        with self._lock:
-            self._access = ""
-
-    def refusal(self, url: str, answer: str) -> str:
-        return (
-            f"{url}: Label Studio refused the token, which looks like a personal access token: it was revoked, has "
-            "expired or belongs to another server. Make a new one (Account & Settings > Personal Access Token) and set "
-            f"LABEL_STUDIO_API_KEY to it. Label Studio said: {answer}"
-        )
-
-    def scrub(self, text: str) -> str:
-        scrubbed = super().scrub(text)
-        return scrubbed.replace(self._access, "[token]") if self._access else scrubbed
-
-
-def _read_credentials(api_key: str) -> _Credentials:
-    token = api_key.strip()
-    if not token:
-        raise LabelStudioAuthError(
-            "no Label Studio token: set LABEL_STUDIO_API_KEY to a personal access token (Label Studio: Account & "
-            "Settings > Personal Access Token)"
-        )
-    if not (token.isascii() and token.isprintable() and " " not in token):
-        raise LabelStudioAuthError(
-            "the Label Studio token has blanks or characters that no token has: copy it again to LABEL_STUDIO_API_KEY"
-        )
-    kind = _jwt_payload(token).get("token_type")
-    if kind == "access":
-        raise LabelStudioAuthError(
-            "the Label Studio token is an access token, which dies after 5 minutes: set LABEL_STUDIO_API_KEY to the "
-            "personal access token that it was made from"
-        )
-    return _PersonalAccessToken(token) if kind == "refresh" else _Credentials(token)
-
-
-def _lifetime_seconds(access_token: str) -> float:
-    """From the token's own two times, so that a clock that differs from Label Studio's does no harm."""
-    payload = _jwt_payload(access_token)
-    issued, expires = payload.get("iat"), payload.get("exp")
-    if not isinstance(issued, int | float) or not isinstance(expires, int | float):
-        return 0.0  # unreadable: exchange before each request, which is slow but right
-    return expires - issued
-
-
-def _jwt_payload(token: str) -> dict[str, Any]:
-    """The unverified payload of a JSON web token (Label Studio verifies it); {} when it is none."""
-    parts = token.split(".")
-    if len(parts) != 3:
-        return {}
-    try:
-        payload = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (binascii.Error, ValueError):
-        return {}
-    return payload if isinstance(payload, dict) else {}

@@ -27,7 +27,6 @@ from model.geometry import (
     rle_to_mask,
     roi_mask_to_polygons,
 )
-from model.tsp import instance_scores
 from model.types import Detections, FloatArray, IntArray, Rle
 
 Json = dict[str, Any]
@@ -87,6 +86,8 @@ def prediction(
     """
     if not len(detections):
         return empty_prediction(model_version, score=score)
+    from model.tsp import instance_scores  # brings torch, which who only converts annotations or names does not need
+
     _check_score(score)
     _check_classes(detections.labels, config)
     uncertainties = instance_scores(detections.class_scores, detections.box_scores, detections.mask_scores)

@@ -11,7 +11,7 @@ from ml_backend.ls_format import Json, relabelled
 from ml_backend.pool import is_validation, read_scores
 from ml_backend.publication import POOL, publication_of
 from ml_backend.service import Service
-from model.tsp import empty_image_score
+from model.empty_images import empty_image_score
 
 _LAST = 1.0  # the score that is served last
 

@@ -7,13 +7,13 @@ from typing import Any
 from sqlalchemy import select
 
 from ml_backend import inbox
-from ml_backend.cold_start import first_batch_progress
 from ml_backend.db import ActivationRow, CycleRow, ForgottenRow, ProjectRow, WorkerRow
+from ml_backend.first_batch import first_batch_progress
 from ml_backend.publication import publication_of
 from ml_backend.service import Service
 from ml_backend.sign_of_life import SILENT_SECONDS
 from ml_backend.versions import versions_overview
-from model.errors import RegistryError
+from model.errors import DiskFullError, RegistryError
 
 
 def worker_overview(service: Service) -> dict[str, Any]:
@@ -24,13 +24,25 @@ def worker_overview(service: Service) -> dict[str, Any]:
     silent = {row.name for row in rows if (now - datetime.fromisoformat(row.seen_at)).total_seconds() > SILENT_SECONDS}
     return {
         "seen_at": max((row.seen_at for row in rows), default=None),
-        "problem": "\n".join(_problems(rows, silent)),
+        "problem": "\n".join(
+            [*_storage_problems(service, is_silent=len(silent) == len(rows)), *_problems(rows, silent)]
+        ),
         "living": len(rows) - len(silent),
         "workers": [
             {"name": row.name, "seen_at": row.seen_at, "lives": row.name not in silent, "project": row.project_key}
             for row in rows
         ],
     }
+
+
+def _storage_problems(service: Service, *, is_silent: bool) -> list[str]:
+    """What keeps every worker from writing; a silent one could not say so itself."""
+    locked = service.database.lock_problem() if is_silent else ""
+    try:
+        service.check_space()
+    except DiskFullError as error:
+        return list(filter(None, [f"The worker waits: {error}", locked]))
+    return [locked] if locked else []
 
 
 def _problems(rows: Sequence[WorkerRow], silent: Set[str]) -> list[str]:

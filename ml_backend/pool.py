@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,8 @@ from ml_backend.service import Service
 from model.dataset import load_image
 from model.duplicates import distinct
 from model.errors import DatasetError
+from model.files import naming_full_disk
+from model.inference import for_inference
 from model.network import MaskRCNNWithScores
 from model.registry import ModelCard
 from model.strategies import STRATEGIES, Observation, look
@@ -44,12 +47,11 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
         log.stage("scoring the unlabelled images", total=len(waiting))
     if not waiting:
         return 0
-    network, card = service.registry.load(project_key, version)
-    network.to(service.settings.torch_device())
+    network, card = load_to_look(service, project_key, version)
     problems: list[str] = []
     empty = unavailable = 0
     away: set[str] = set()  # hosts
-    with path.open("a") as lines:
+    with open_lines(path) as lines:
         for done, task in enumerate(waiting, start=1):
             host = ""
             try:
@@ -99,6 +101,13 @@ def read_scores(path: Path) -> Iterator[Json]:
             yield from (json.loads(line) for line in file if line.endswith(b"\n"))
 
 
+@contextmanager
+def open_lines(path: Path) -> Iterator[IO[str]]:
+    """A file of lines, to add some; raises DiskFullError, also at the end, since the last line may be held back."""
+    with naming_full_disk(f"a line of {path}", path.parent), path.open("a") as lines:
+        yield lines
+
+
 def append_line(file: IO[str], line: Json) -> None:
     """Add a line; a process that is killed after this does not take it away."""
     file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -125,6 +134,12 @@ def packed(feature: FloatArray) -> str:
 def feature_of(text: str) -> FloatArray:
     """The inverse of `packed`."""
     return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)
+
+
+def load_to_look(service: Service, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard]:
+    """A version as `look_at` takes it: on the device of the settings, made quick, no longer to be trained or kept."""
+    network, card = service.registry.load(project_key, version)
+    return for_inference(network.to(service.settings.torch_device())), card
 
 
 def look_at(

@@ -18,6 +18,7 @@ from ml_backend.service import Service
 logger = logging.getLogger(__name__)
 
 _LINES_AN_IMPORT = 2000
+_SETTLING_SECONDS = 2.0
 
 
 def publish(service: Service, project_key: str, version: str, log: CycleLog) -> None:
@@ -140,7 +141,7 @@ def _settled_task_ids(service: Service, project_id: int, versions: Iterable[str]
     """The tasks that carry a version, once no import that broke off here is still going on in Label Studio."""
     have = _predicted_task_ids(service, project_id, versions)
     while have:
-        time.sleep(2)
+        time.sleep(_SETTLING_SECONDS)
         now = _predicted_task_ids(service, project_id, versions)
         if now == have:
             break

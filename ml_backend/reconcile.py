@@ -10,7 +10,6 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ml_backend import inbox
-from ml_backend.cold_start import first_batch
 from ml_backend.db import (
     ActivationRow,
     CycleRow,
@@ -21,8 +20,10 @@ from ml_backend.db import (
     used_tasks,
     utc_now,
 )
+from ml_backend.first_batch import first_batch
 from ml_backend.label_config import parse_label_config
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, Project
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING
+from ml_backend.ls_types import Project
 from ml_backend.order import frozen_batch
 from ml_backend.planner import Decision, Situation, plan
 from ml_backend.publication import OUR_NAME, publication_of, settle

@@ -1,5 +1,6 @@
 """What both processes work with: settings, database, model registry, Label Studio and its images."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -8,10 +9,14 @@ from ml_backend.db import Database
 from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageLimits, ImageStore
 from ml_backend.inbox import ProjectName, label_studio_id
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
 from model.errors import TSPError
+from model.files import disk_full
 from model.registry import Registry
+
+_LEAST_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,12 @@ class Service:
         self.images.close()
         self.label_studio.close()
         self.database.close()
+
+    def check_space(self) -> None:
+        """DiskFullError unless there is some on the disk of MODEL_DIR: the databases of SQLite are there, too."""
+        usage = shutil.disk_usage(self.settings.model_dir)
+        if usage.total and usage.free < _LEAST_BYTES:  # file systems that do not count say 0 of 0
+            raise disk_full("the records of what is done", self.settings.model_dir)
 
     def project(self, project_key: str) -> Project:
         """The project in Label Studio; TSPError when its id belongs to another one by now."""

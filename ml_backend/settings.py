@@ -2,25 +2,24 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-import torch
 from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
 
 from ml_backend.errors import SettingsError
 from ml_backend.foreign_hosts import AllowedHosts
-from model.config import NetworkConfig, Profile, PseudoLabelConfig, TrainingConfig
-from model.dataset import fitting_anchors
+from model.config import STRATEGY_NAMES, NetworkConfig, Profile, PseudoLabelConfig, TrainingConfig
+from model.empty_images import EmptyImagePolicy
 from model.errors import InvalidInputError
-from model.strategies import STRATEGIES
-from model.tsp import EmptyImagePolicy
-from model.types import LabeledImage
 
+_DEVICES = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")  # of torch, which takes seconds to ask
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
@@ -250,18 +249,15 @@ class Settings(BaseSettings):
     @field_validator("strategy")
     @classmethod
     def _known_strategy(cls, strategy: str) -> str:
-        if strategy not in STRATEGIES:
-            raise ValueError(f"expected one of {', '.join(STRATEGIES)}")
+        if strategy not in STRATEGY_NAMES:
+            raise ValueError(f"expected one of {', '.join(STRATEGY_NAMES)}")
         return strategy
 
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
-        if device != "auto":
-            try:
-                torch.device(device)
-            except RuntimeError as error:
-                raise ValueError("expected auto, cpu, cuda or cuda:<number>") from error
+        if not _DEVICES.fullmatch(device):
+            raise ValueError("expected auto, cpu, cuda or cuda:<number>")
         return device
 
     @field_validator("anchor_sizes", mode="before")
@@ -288,7 +284,7 @@ class Settings(BaseSettings):
                 f"({settings.class_threshold}), got {settings.class_threshold_floor}"
             )
         try:
-            NetworkConfig.for_profile(settings.profile, 2, **settings.network_options())
+            NetworkConfig.for_profile(settings.profile, 2, **settings.network_sizes())
             settings.training()
             settings.pseudo_labels()
         except InvalidInputError as error:
@@ -321,9 +317,11 @@ class Settings(BaseSettings):
     @cached_property
     def workflow_database(self) -> str:
         """Where the durable workflows keep their steps: beside an SQLite file, in a schema of its own in PostgreSQL."""
-        if self.database.startswith("sqlite"):
-            return self.database.removesuffix(".sqlite3") + "-workflows.sqlite3"
-        return self.database
+        if not self.database.startswith("sqlite"):
+            return self.database
+        address = make_url(self.database)
+        beside = f"{(address.database or '').removesuffix('.sqlite3')}-workflows.sqlite3"
+        return address.set(database=beside, query={}).render_as_string()
 
     @property
     def browser_url(self) -> str:
@@ -334,6 +332,8 @@ class Settings(BaseSettings):
         """Where networks run."""
         if self.device != "auto":
             return self.device
+        import torch  # only who runs a network loads it: the web process answers Label Studio long before
+
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def require_api_key(self) -> str:
@@ -345,23 +345,14 @@ class Settings(BaseSettings):
             )
         return self.label_studio_api_key.get_secret_value()
 
-    def network_options(self, training_images: Sequence[LabeledImage] = ()) -> dict[str, Any]:
-        """What these settings and the annotated images change of the profile's defaults (fields of NetworkConfig)."""
-        most = max((len(image.labels) for image in training_images), default=0)
-        options: dict[str, Any] = {
-            "score_threshold": self.score_threshold,
-            "detections_per_image": self.detections_per_image or max(100, 2 * most),
-            **STRATEGIES[self.strategy].network_options,
-        }
+    def network_sizes(self) -> dict[str, Any]:
+        """The sizes that differ from the profile's defaults (fields of NetworkConfig)."""
+        sizes: dict[str, Any] = {}
         if self.image_size is not None:
-            options |= {"min_size": self.image_size, "max_size": 2 * self.image_size}
+            sizes |= {"min_size": self.image_size, "max_size": 2 * self.image_size}
         if self.anchor_sizes is not None:
-            options["anchor_sizes"] = self.anchor_sizes
-        elif most:
-            options["anchor_sizes"] = fitting_anchors(
-                training_images, NetworkConfig.for_profile(self.profile, 2, **options)
-            )
-        return options
+            sizes["anchor_sizes"] = self.anchor_sizes
+        return sizes
 
     def training(self) -> TrainingConfig:
         """How a cycle trains."""

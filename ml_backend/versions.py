@@ -17,16 +17,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from ml_backend import inbox
-from ml_backend.batch import choose_batch
-from ml_backend.cycle_log import CycleLog
-from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, ProjectRow, unfinished_work, utc_now
+from ml_backend.db import ActivationRow, CycleRow, ProjectRow, unfinished_work
 from ml_backend.forget import FORGOTTEN, forget
-from ml_backend.pool import score_pool
-from ml_backend.publish import publish
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.errors import InvalidInputError, TSPError
-from model.strategies import STRATEGIES
 
 
 def request_activation(service: Service, project_key: str, version: str, reason: str) -> int:
@@ -40,43 +35,19 @@ def request_activation(service: Service, project_key: str, version: str, reason:
         raise InvalidInputError(f"project {project_key}: {work} is not finished yet; ask again when it is")
     try:
         with service.database.session() as session:
-            return _add_activation(session, project_key, version, reason)
+            return add_activation(session, project_key, version, reason)
     except IntegrityError as error:  # somebody else has asked in this moment
         raise InvalidInputError(
             f"project {project_key}: another version was just asked for; look at it first"
         ) from error
 
 
-def activate_version(service: Service, project_key: str, number: int, log: CycleLog) -> None:
-    """Fulfil a wish: look at the tasks that the version has not seen, choose a batch if its own is used up, publish.
-
-    Every part can be repeated and goes on where it was; until the last one, the queue stays as it is.
-    """
-    with service.database.session() as session:
-        version = session.get_one(ActivationRow, (project_key, number)).version or ""
-        query = select(CycleRow.number).where(CycleRow.project_key == project_key, CycleRow.status.in_(UNFINISHED))
-        if (running := session.scalar(query.limit(1))) is not None:  # both began in the same moment
-            raise InvalidInputError(f"cycle {running} has begun meanwhile; ask again when it is finished.")
-        newest_cycle = session.scalar(select(func.max(CycleRow.number)).where(CycleRow.project_key == project_key)) or 0
-    log.begin()
-    score_pool(service, project_key, version, log)
-    choose_batch(service, project_key, newest_cycle, version, log, anew_when_used_up=True)
-    publish(service, project_key, version, log)
-
-
-def end_refused_cycle(service: Service, project_key: str, number: int) -> None:
-    """The gate has refused what a cycle made. The active version's queue stays; where it is a batch, which people have
-    used up by now, the next one is asked for."""
-    active = service.registry.active(project_key)
-    with service.database.session() as session:
-        row = session.get_one(CycleRow, (project_key, number))
-        if row.status not in UNFINISHED:
-            return
-        row.status, row.stage, row.finished_at = "refused", "refused", utc_now()
-        if active and STRATEGIES[service.registry.card(project_key, active).strategy].chooses_a_set:
-            _add_activation(
-                session, project_key, active, f"cycle {number} was refused: {active} chooses the next batch"
-            )
+def add_activation(session: Session, project_key: str, version: str, reason: str) -> int:
+    """The wish for a version, within a transaction; its number."""
+    newest = select(func.max(ActivationRow.number)).where(ActivationRow.project_key == project_key)
+    number = (session.scalar(newest) or 0) + 1
+    session.add(ActivationRow(project_key=project_key, number=number, version=version, reason=reason))
+    return number
 
 
 def versions_overview(service: Service, project_key: str) -> list[dict[str, Any]]:
@@ -96,13 +67,6 @@ def versions_overview(service: Service, project_key: str) -> list[dict[str, Any]
         }
         for version in reversed(service.registry.versions(project_key))
     ]
-
-
-def _add_activation(session: Session, project_key: str, version: str, reason: str) -> int:
-    newest = select(func.max(ActivationRow.number)).where(ActivationRow.project_key == project_key)
-    number = (session.scalar(newest) or 0) + 1
-    session.add(ActivationRow(project_key=project_key, number=number, version=version, reason=reason))
-    return number
 
 
 def _key_of(service: Service, name: str) -> str:

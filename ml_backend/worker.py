@@ -13,8 +13,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from types import FrameType
 
@@ -24,12 +25,13 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from ml_backend import cycle, inbox
+from ml_backend.activation import activate_version, end_refused_cycle
 from ml_backend.batch import choose_batch
 from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import ActivationLog, CycleLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
-from ml_backend.errors import LabelStudioUnavailableError
+from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
 from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool
@@ -38,8 +40,7 @@ from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
-from ml_backend.versions import activate_version, end_refused_cycle
-from model.errors import TSPError
+from model.errors import DiskFullError, TSPError
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +53,14 @@ _MOST_RESTARTS = 100  # of a cycle whose worker died
 _FAREWELL_SECONDS = 2.0
 _CHANGE_THE_POOL = {"TASKS_CREATED", "ANNOTATIONS_DELETED"}  # what may leave a task without a prediction
 _TRY_AGAIN = "Press Start Training in Label Studio to try again."
+_GOES_ON = " Then start web process and worker again: this goes on where it was."
 
 
 def _is_worth_waiting(error: BaseException) -> bool:
-    return isinstance(error, LabelStudioUnavailableError | OperationalError)
+    return isinstance(error, LabelStudioUnavailableError | LabelStudioAuthError | OperationalError | DiskFullError)
 
 
-# However long Label Studio or the database is away: a cycle waits and goes on.
+# However long Label Studio or the database is away, the token refused or the disk full: a cycle waits and goes on.
 _durable_step = DBOS.step(
     retries_allowed=True,
     interval_seconds=_WAIT_FOR_LABEL_STUDIO_SECONDS,
@@ -163,11 +165,15 @@ class DurableCycles(DBOSConfiguredInstance):
         log = kind(self._service.database, project_key, number, confirm=self._claims.confirm)
         try:
             log.check_wanted()
+            self._service.check_space()
             yield log
+            self._service.check_space()  # for what the workflow engine records next: it would not try again
         except Exception as error:
             if _is_worth_waiting(error):
                 logger.warning("project %s, number %d waits: %s", project_key, number, error)
-                log.wait(_in_words(error))
+                with suppress(OperationalError):  # the database may be what is waited for
+                    log.wait(_in_words(error) + (_GOES_ON if isinstance(error, LabelStudioAuthError) else ""))
+                free_frames(error)
             raise
         log.go_on()
 
@@ -366,7 +372,18 @@ class Worker:
             return list(session.scalars(query))
 
 
+def free_frames(error: BaseException) -> None:
+    """Let go of what the functions that have failed hold, a whole network among it: the workflow engine keeps the
+    errors of all tries of a step, and there may be thousands."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+
+
 def _in_words(error: Exception) -> str:
+    if isinstance(error, OperationalError):  # without the statement and its parameters
+        return f"the database does not take what is to be recorded: {error.orig}"
     return str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"
 
 

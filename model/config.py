@@ -8,6 +8,21 @@ from model.errors import InvalidInputError
 Profile = Literal["resnet50_fpn", "resnet18_fpn", "efficientnet_lite0_fpn"]
 PROFILES: tuple[str, ...] = get_args(Profile)
 
+# The names of `model.strategies.STRATEGIES`, for those who need no network to check one.
+STRATEGY_NAMES: tuple[str, ...] = (
+    "random",
+    "mc_dropout",
+    "core_set",
+    "class_entropy",
+    "learning_loss",
+    "tsp",
+    "tsp_without_box",
+    "tsp_without_box_and_mask",
+    "tsp_expected",
+    "tsp_present",
+    "hybrid",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model.config import NetworkConfig, TrainingConfig
-from model.errors import DatasetError, InvalidInputError
+from model.errors import DatasetError, ImageFileError, InvalidInputError
 from model.files import write_json
 from model.geometry import polygons_to_rle, rle_area, rle_to_mask
 from model.types import LabeledImage, Rle
@@ -94,13 +94,26 @@ def write_coco(path: Path, dataset: LabeledSet) -> None:
 
 
 def load_image(path: Path) -> NDArray[np.uint8]:
-    """The image as (H, W, 3) uint8 RGB; grey becomes three equal channels, EXIF orientation is applied."""
+    """The image as (H, W, 3) uint8 RGB; grey becomes three equal channels, EXIF orientation is applied.
+
+    Raises ImageFileError.
+    """
     pixels = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if pixels is None:
-        raise DatasetError(
+        raise ImageFileError(
             f"{path}: expected an image that OpenCV can read; the file is missing, damaged or of a new kind"
         )
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+
+def load_annotated(image: LabeledImage) -> NDArray[np.uint8]:
+    """The pixels of an annotated image, `load_image`; ImageFileError also when the file is not of the stated size."""
+    pixels = load_image(image.path)
+    if pixels.shape[:2] != image.image_hw:
+        raise ImageFileError(
+            f"{image.path}: its annotations are for size {image.image_hw}, the file has {pixels.shape[:2]}"
+        )
+    return pixels
 
 
 def input_hw(image_hw: tuple[int, int], config: NetworkConfig) -> tuple[int, int]:
@@ -198,13 +211,9 @@ def used_fields(image: LabeledImage, training: TrainingConfig) -> LabeledImage:
 def training_sample(image: LabeledImage, config: NetworkConfig, *, flip: bool) -> tuple[Tensor, dict[str, Any]]:
     """One image and its target (see MaskRCNNWithScores) at the network's input size.
 
-    Instances that vanish at that size are left out. Raises DatasetError when the file is not of the stated size.
+    Instances that vanish at that size are left out. Raises ImageFileError.
     """
-    pixels = load_image(image.path)
-    if pixels.shape[:2] != image.image_hw:
-        raise DatasetError(
-            f"{image.path}: its annotations are for size {image.image_hw}, the file has {pixels.shape[:2]}"
-        )
+    pixels = load_annotated(image)
     hw = input_hw(image.image_hw, config)
     tensor = image_tensor(pixels, hw)
     return tensor.flip(2) if flip else tensor, training_target(image, hw, flip=flip)

@@ -17,12 +17,24 @@ class DatasetError(TSPError):
     """An annotation file or an image cannot be used for training or evaluation."""
 
 
+class ImageFileError(DatasetError):
+    """The file of an image is missing, damaged, or of another size than its annotations say; the others may be fine."""
+
+
 class WeightsError(TSPError):
     """Pretrained weights are missing, damaged or of another network."""
 
 
 class CheckpointError(TSPError):
     """A training checkpoint is damaged or belongs to another run."""
+
+
+class DiskFullError(TSPError):
+    """There was no space to write a file; what was there before is as it was. Worth trying again when there is some."""
+
+
+class TooLargeError(TSPError):
+    """Not even one image at a time fits into memory."""
 
 
 class NonFiniteLossError(TSPError):

@@ -1,21 +1,26 @@
 """Files that are either whole or not there: nobody ever reads half of one, whenever the power goes."""
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+from model.errors import DiskFullError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step that survives a crash."""
-    with _replacement(path) as unfinished:
+    """Replace `path` by `content` in one step that survives a crash. Raises DiskFullError."""
+    with naming_full_disk(f"{path} ({len(content) / 1e6:.1f} MB)", path.parent), _replacement(path) as unfinished:
         unfinished.write_bytes(content)
 
 
@@ -24,18 +29,39 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, json.dumps(value, indent=1, allow_nan=False).encode())
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
     """Replace `path` by a safetensors file, with the rights that other files get (safetensors' own is its owner's)."""
+    from safetensors.torch import save  # brings torch, which JSON files do not need
+
     write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """The tensors and the metadata of a safetensors file; ValueError when it is none."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file: {error}") from error
+
+
+@contextmanager
+def naming_full_disk(what: str, folder: Path) -> Iterator[None]:
+    """Running out of space, or of a quota, while `what` is written into `folder` is a DiskFullError that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise disk_full(what, folder) from error
+
+
+def disk_full(what: str, folder: Path) -> DiskFullError:
+    """The error for something that finds no space in a folder."""
+    return DiskFullError(
+        f"no space for {what}: {shutil.disk_usage(folder).free / 1e6:.1f} MB are free on the disk of {folder}. Remove "
+        "what is not needed there, or give it more space; what was there before is as it was."
+    )
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.dataset import image_tensor, input_hw
-from model.errors import InvalidInputError
+from model.errors import InvalidInputError, TooLargeError
+from model.memory import is_out_of_memory
 from model.network import MaskRCNNWithScores
 from model.types import Detections
 
@@ -19,7 +20,8 @@ def detect(
 ) -> Iterator[Detections]:
     """The detections in each image (H, W, 3) uint8 RGB, in pixels of that image, in order.
 
-    Lazy: no more than `batch_size` images are held at a time. The network runs where its weights are.
+    Lazy: no more than `batch_size` images are held at a time; a batch that does not fit into memory is halved. The
+    network runs where its weights are.
     """
     device = next(network.parameters()).device
     network.eval()
@@ -29,10 +31,26 @@ def detect(
             _check_pixels(pixels)
         sizes = [(pixels.shape[0], pixels.shape[1]) for pixels in batch]
         inputs = [image_tensor(p, input_hw(hw, network.config)).to(device) for p, hw in zip(batch, sizes, strict=True)]
-        with torch.inference_mode():
-            outputs = network(inputs)
+        outputs = _outputs(network, inputs)
         for tensor, output, hw in zip(inputs, outputs, sizes, strict=True):
             yield detections_of(output, input_hw=tensor.shape[-2:], image_hw=hw)
+
+
+def _outputs(network: MaskRCNNWithScores, inputs: list[Tensor]) -> list[dict[str, Tensor]]:
+    """The network's output for each image; raises TooLargeError when one alone does not fit into memory."""
+    try:
+        with torch.inference_mode():
+            return list(network(inputs))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(inputs) == 1:
+            raise TooLargeError(
+                f"an image of {tuple(inputs[0].shape[-2:])} pixels does not fit into memory. Lower the image size "
+                f"(min_size, max_size) or proposals_inference. ({str(error).splitlines()[0]})"
+            ) from error
+    half = len(inputs) // 2
+    return [*_outputs(network, inputs[:half]), *_outputs(network, inputs[half:])]
 
 
 def detections_of(tensors: Mapping[str, Tensor], *, input_hw: tuple[int, ...], image_hw: tuple[int, int]) -> Detections:

@@ -9,13 +9,15 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from model.config import NetworkConfig
 from model.errors import RegistryError
 from model.files import read_tensors, write_json, write_tensors
-from model.network import MaskRCNNWithScores
+
+if TYPE_CHECKING:
+    from model.network import MaskRCNNWithScores
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -41,7 +43,7 @@ class Registry:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def add(self, project: str, card: ModelCard, network: MaskRCNNWithScores) -> None:
+    def add(self, project: str, card: ModelCard, network: "MaskRCNNWithScores") -> None:
         """Store a version. Adding a version that is there already does nothing: versions never change."""
         folder = self._folder(project, card.version)
         if folder.exists():
@@ -58,8 +60,10 @@ class Registry:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def load(self, project: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard]:
+    def load(self, project: str, version: str) -> "tuple[MaskRCNNWithScores, ModelCard]":
         """The network of a version, in evaluation mode on the CPU, and its card."""
+        from model.network import MaskRCNNWithScores  # torch takes seconds; cards and pointers do not need it
+
         card = self.card(project, version)
         try:
             network = MaskRCNNWithScores(NetworkConfig.from_json(card.network))

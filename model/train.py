@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ from torch.utils.data import DataLoader
 from model.augment import strong_view
 from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import Batch, TrainingSteps
-from model.errors import CheckpointError, InvalidInputError, NonFiniteLossError
+from model.errors import CheckpointError, InvalidInputError, NonFiniteLossError, TooLargeError
 from model.files import read_tensors, write_tensors
-from model.losses import total_loss
+from model.losses import SEMI, total_loss
+from model.memory import is_out_of_memory
 from model.network import MaskRCNNWithScores
 from model.teacher import Teacher
 from model.types import FloatArray, LabeledImage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,9 @@ def train(
     With `ema_decay`, a teacher labels each step's unlabelled images anew after the burn-in, by `pseudo` and
     `class_thresholds` (`model.pseudo_labels`), and its weights are what is left in `network`. These images may come
     without labels (N = 0, pseudo).
-    Raises NonFiniteLossError, CheckpointError (the file is another run's or damaged), DatasetError.
+    A step whose batch does not fit into memory is done again in smaller pieces, and so are all steps after it: an
+    approximation, see `_gradients`.
+    Raises NonFiniteLossError, TooLargeError, CheckpointError (the file is another run's or damaged), DatasetError.
     """
     steps = TrainingSteps(images, network=network.config, training=config)
     network.to(device).train()
@@ -64,7 +71,7 @@ def train(
     run = _fingerprint(network, images, config, (pseudo, class_thresholds) if teacher else (None, None))
     first = _resume(checkpoint, run, network, optimizer, teacher) if checkpoint else 0
 
-    progress = None
+    progress, at_once = None, None
     batches = DataLoader(
         steps, batch_size=None, sampler=range(first, len(steps)), num_workers=config.loader_workers
     )  # an item is a whole batch; workers prepare the next ones
@@ -74,24 +81,11 @@ def train(
             batch_images, batch_targets = _relabeled(
                 (batch_images, batch_targets), teacher, config, pseudo, class_thresholds, step
             )
-        torch.manual_seed(config.seed * 1_000_003 + step)  # RoI sampling depends on the step alone, not on the past
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, len(steps))
-        losses = network(batch_images, batch_targets)
-        loss = total_loss(losses, beta=beta(config, step, len(steps)), iou_weight=config.iou_loss_weight)
-        progress = Progress(
-            step=step + 1,
-            steps=len(steps),
-            loss=loss.item(),
-            losses={name: value.item() for name, value in losses.items()},
+        progress, at_once = _gradients_in_memory(
+            network, (batch_images, batch_targets), config, step, len(steps), at_once
         )
-        if not math.isfinite(progress.loss):
-            raise NonFiniteLossError(
-                f"step {step + 1} of {len(steps)}: the loss is {progress.loss} ({progress.losses}). "
-                "Lower the learning rate or set gradient_clip; the last checkpoint is as it was."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
         if config.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.gradient_clip)
         optimizer.step()
@@ -107,6 +101,74 @@ def train(
         network.load_state_dict(teacher.network.state_dict())
     network.eval()
     return progress
+
+
+def _gradients_in_memory(
+    network: MaskRCNNWithScores, batch: Batch, config: TrainingConfig, step: int, steps: int, at_once: int | None
+) -> tuple[Progress, int | None]:
+    """`_gradients`, in pieces of at most `at_once` images (None: all), which are halved until memory is enough; returns
+    that number, too. Raises TooLargeError when one image is too much."""
+    while True:
+        network.zero_grad(set_to_none=True)
+        try:
+            return _gradients(network, batch, config, step, steps, at_once), at_once
+        except (RuntimeError, MemoryError) as error:
+            tried = min(at_once or len(batch[0]), len(batch[0]))
+            if not is_out_of_memory(error):
+                raise
+            if tried == 1:
+                raise TooLargeError(
+                    f"step {step + 1} of {steps}: one image of {tuple(batch[0][0].shape[-2:])} pixels at a time does "
+                    "not fit into memory. Lower the image size (min_size, max_size), or proposals_training and "
+                    f"rois_per_image; the last checkpoint is as it was. ({str(error).splitlines()[0]})"
+                ) from error
+        # Out here nothing holds on to the attempt any more.
+        at_once = -(-tried // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning("step %d: %d images do not fit into memory, from now on %d at a time", step + 1, tried, at_once)
+
+
+def _gradients(
+    network: MaskRCNNWithScores, batch: Batch, config: TrainingConfig, step: int, steps: int, at_once: int | None
+) -> Progress:
+    """Add the gradients of one step's loss to the parameters; the losses are returned.
+
+    In pieces of `at_once` images, each counts by its share of the annotated, and of the pseudo-labelled, images. That
+    is an approximation: the losses are means over sampled RoIs, whose number differs from image to image, a batch norm
+    that is not frozen sees one piece at a time, and the ranking loss only the pairs within a piece.
+    """
+    torch.manual_seed(config.seed * 1_000_003 + step)  # RoI sampling depends on the step alone, not on the past
+    total, sums = 0.0, dict[str, float]()
+    for images, targets, shares in _pieces(batch, at_once):
+        losses = network(images, targets)
+        if shares is not None:
+            losses = {name: shares[name.startswith(SEMI)] * loss for name, loss in losses.items()}
+        loss = total_loss(losses, beta=beta(config, step, steps), iou_weight=config.iou_loss_weight)
+        total += loss.item()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        if not math.isfinite(total):
+            raise NonFiniteLossError(
+                f"step {step + 1} of {steps}: the loss is {total} ({sums}). "
+                "Lower the learning rate or set gradient_clip; the last checkpoint is as it was."
+            )
+        torch.autograd.backward(loss)
+    return Progress(step=step + 1, steps=steps, loss=total, losses=sums)
+
+
+def _pieces(batch: Batch, at_once: int | None) -> Iterator[tuple[list[Tensor], list[Any], tuple[float, float] | None]]:
+    """Images, targets, and which share of the step's annotated and pseudo-labelled images they are; a batch that needs
+    no cutting comes as it is, with None."""
+    images, targets = batch
+    if at_once is None or len(images) <= at_once:
+        yield images, targets, None
+        return
+    counts = Counter(bool(target["pseudo"]) for target in targets)
+    for start in range(0, len(images), at_once):
+        piece = slice(start, start + at_once)
+        here = Counter(bool(target["pseudo"]) for target in targets[piece])
+        yield images[piece], targets[piece], (here[False] / max(counts[False], 1), here[True] / max(counts[True], 1))
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -260,5 +322,6 @@ def _resume(
             _, index, field = name.split(".")
             # The step's count stays where AdamW keeps it, on the CPU.
             device = "cpu" if field == "step" else parameters[int(index)].device
-            optimizer.state[parameters[int(index)]][field] = tensor.to(device)
+            # A copy: what was read is the file, mapped into memory, whose space would stay taken once it is replaced.
+            optimizer.state[parameters[int(index)]][field] = tensor.to(device, copy=True)
     return int(metadata["step"])

@@ -4,24 +4,16 @@ The lower a score, the more uncertain the model, and the sooner a person should 
 """
 
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.empty_images import EmptyImagePolicy, empty_image_score
 from model.errors import EmptyImageError, InvalidInputError
 
 Array = TypeVar("Array", NDArray[np.floating], torch.Tensor)
-
-
-class EmptyImagePolicy(StrEnum):
-    """Where an image without any detection stands in the queue; the paper is silent on it."""
-
-    FIRST = "first"  # S = 0: perhaps everything in it was missed
-    LAST = "last"  # S = 1: there is probably nothing in it
-    MEDIAN = "median"  # the median S of the images that have detections (0 when none has): neither first nor last
 
 
 def instance_scores(class_scores: Array, box_scores: Array, mask_scores: Array) -> Array:
@@ -71,16 +63,6 @@ def pool_scores(instance_scores_by_image: Sequence[Array], policy: EmptyImagePol
     empty = np.isnan(scores)
     scores[empty] = empty_image_score(scores[~empty], policy)
     return scores
-
-
-def empty_image_score(scores: Sequence[float] | NDArray[np.float64], policy: EmptyImagePolicy) -> float:
-    """The score that `policy` gives an image without detections; `scores` are those of the pool's other images."""
-    policy = EmptyImagePolicy(policy)  # accepts its text too, and no other
-    if policy is EmptyImagePolicy.FIRST:
-        return 0.0
-    if policy is EmptyImagePolicy.LAST:
-        return 1.0
-    return float(np.median(scores)) if len(scores) else 0.0
 
 
 def _consistent_mean(scores: torch.Tensor) -> torch.Tensor:

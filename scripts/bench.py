@@ -6,12 +6,11 @@
 The last line is one JSON object with `name`, `ours`, `theirs` (median CPU seconds of one round) and `ratio`, the median
 of ours / theirs round by round: lower is better. Without --json it is preceded by the same in words. `webhook` and
 `health` are answers of the web process while a cycle trains (bench_web.py): `ours` is the 99th percentile, `theirs` the
-time that Label Studio waits.
+time that Label Studio waits. What the others compare stands in their files, bench_<name>.py.
 """
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,14 +24,18 @@ from torchvision.models.detection import MaskRCNN
 
 from model.config import PROFILES
 from model.files import write_json
+from model.inference import for_inference
 from model.losses import total_loss
 from model.network import MaskRCNNWithScores, build_model
+from scripts.bench_compare import Work, compare
+from scripts.bench_polygons import polygons
+from scripts.bench_predict import predict, predict_few
+from scripts.bench_start import start
 from scripts.bench_web import SOAKS, Load, soak
+from scripts.chaos_report import load_average, machine
 from scripts.make_phantoms import CLASS_NAMES, phantom
 
 IMAGES = 2  # annotated images of a step
-
-Work = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class Setting:
 def main() -> None:
     """Run one benchmark and print what it measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("name", choices=[*BENCHMARKS, *SOAKS])
+    parser.add_argument("name", choices=[*BENCHMARKS, *OTHERS, *SOAKS])
     parser.add_argument("--profile", choices=PROFILES, default="resnet50_fpn")
     parser.add_argument("--size", type=int, default=512, help="side of the images and of the network's input, pixels")
     parser.add_argument("--rounds", type=int, default=10)
@@ -54,52 +57,45 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="of webhook and health")
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
     parser.add_argument("--database-url", default="", help="where the backend of webhook and health keeps its state")
-    parser.add_argument("--out", help="folder in which the result of webhook or health is kept as <name>.json")
+    parser.add_argument("--data", nargs="+", default=[], help="COCO folders (annotations.json, images/) of polygons")
+    parser.add_argument("--out", help="folder in which the result is kept as <name>.json")
     parser.add_argument("--json", action="store_true", help="only the JSON line")
     options = parser.parse_args()
-    (_soak if options.name in SOAKS else _compare)(options)
-
-
-def _compare(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
-    what, prepare = BENCHMARKS[options.name]
-    ours, theirs = prepare(Setting(profile=options.profile, size=options.size))
-    result = {
-        "name": options.name,
-        **compare(ours, theirs, rounds=options.rounds),
-        **{name: getattr(options, name) for name in ("profile", "size", "rounds", "threads")},
-    }
-    if not options.json:
-        print(f"{what}: {result['ours']:.3f} s against {result['theirs']:.3f} s, ratio {result['ratio']:.3f}")
-    print(json.dumps(result))
-
-
-def _soak(options: argparse.Namespace) -> None:
-    load = Load(requests=options.requests, rate=options.rate)
-    result = soak(options.name, load, database_url=options.database_url)
+    before = load_average()
+    measured, words = _measure(options)
+    result = {"name": options.name, **measured, "machine": machine() | {"load_average_before": before}}
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(options.out) / f"{options.name}.json", result)
     if not options.json:
-        print(
-            f"{SOAKS[options.name][0]}: half within {result['p50_ms']} ms, 99 % within {result['p99_ms']} ms, all "
-            f"within {result['max_ms']} ms; {result['lost']} of {result['requests']} lost"
-        )
+        print(words)
     print(json.dumps(result))
 
 
-def compare(ours: Work, theirs: Work, *, rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each, and the median ratio; which goes first alternates, one round warms up."""
-    seconds = []
-    for number in range(rounds + 1):
-        timed = {work: _cpu_seconds(work) for work in ((ours, theirs) if number % 2 else (theirs, ours))}
-        seconds.append((timed[ours], timed[theirs]))
-    pairs = np.array(seconds[1:])
-    return {
-        "ours": float(np.median(pairs[:, 0])),
-        "theirs": float(np.median(pairs[:, 1])),
-        "ratio": float(np.median(pairs[:, 0] / pairs[:, 1])),
-    }
+def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What was measured, and the same in words."""
+    if options.name in SOAKS:
+        return _soak(options)
+    torch.set_num_threads(options.threads)
+    if options.name in OTHERS:
+        what, measure = OTHERS[options.name]
+        result = measure(options)
+    else:
+        what, prepare = BENCHMARKS[options.name]
+        ours, theirs = prepare(Setting(profile=options.profile, size=options.size))
+        setting = {name: getattr(options, name) for name in ("profile", "size", "rounds", "threads")}
+        result = {**compare(ours, theirs, rounds=options.rounds), **setting}
+    return result, f"{what}: {result['ours']:.3f} s against {result['theirs']:.3f} s, ratio {result['ratio']:.3f}"
+
+
+def _soak(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    load = Load(requests=options.requests, rate=options.rate)
+    result = soak(options.name, load, database_url=options.database_url)
+    words = (
+        f"{SOAKS[options.name][0]}: half within {result['p50_ms']} ms, 99 % within {result['p99_ms']} ms, all "
+        f"within {result['max_ms']} ms; {result['lost']} of {result['requests']} lost"
+    )
+    return result, words
 
 
 def train_step(setting: Setting) -> tuple[Work, Work]:
@@ -128,7 +124,8 @@ def semi_supervised_step(setting: Setting) -> tuple[Work, Work]:
 
 
 def branches(setting: Setting) -> tuple[Work, Work]:
-    """Inference with both IoU branches, against inference that leaves them out; the masks stay in their boxes.
+    """Inference with both IoU branches, against inference that leaves them out; both are made quick, as predictions and
+    the look at the pool have them, and the masks stay in their boxes.
 
     A score threshold of 0 lets an untrained network, too, fill its 100 detections, for which the branches work.
     """
@@ -138,13 +135,21 @@ def branches(setting: Setting) -> tuple[Work, Work]:
     for name in ("box_iou_branch", "mask_iou_branch"):
         setattr(without.roi_heads, name, _Nothing())
     images, _ = _batch(setting.size, 1)
-    return partial(_look, network, images), partial(_look, without, images)
+    return partial(_look, for_inference(network), images), partial(_look, for_inference(without), images)
 
 
 BENCHMARKS: dict[str, tuple[str, Callable[[Setting], tuple[Work, Work]]]] = {
     "train-step": ("training step, ours against torchvision's", train_step),
     "ssl-step": ("eight training steps, one with a pseudo-labelled image, against eight without", semi_supervised_step),
     "branches": ("inference with both IoU branches against without", branches),
+}
+
+# Those that take more than two pieces of work in turn; each gets all options.
+OTHERS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+    "predict": ("/predict with 100 detections against torchvision's network alone", predict),
+    "predict-few": ("/predict with 5 detections, or at 512 px, against torchvision's network alone", predict_few),
+    "polygons": ("masks to polygons against cv2.findContours and approxPolyDP", polygons),
+    "start": ("start of the web process until /health answers, against one that loads torch first", start),
 }
 
 
@@ -227,12 +232,6 @@ def _step(network: nn.Module, images: list[Tensor], targets: list[dict[str, Any]
 def _look(network: nn.Module, images: list[Tensor]) -> None:
     with torch.inference_mode():
         network(images)
-
-
-def _cpu_seconds(work: Work) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
 
 
 if __name__ == "__main__":

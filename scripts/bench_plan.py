@@ -3,8 +3,8 @@
     python -m scripts.bench_plan [--sizes 1000,10000,100000] [--strategies tsp,core_set] [--out docs/bench] [--json]
 
 A pool is a synthetic scores file, as the worker writes it; it is read and chosen from as in a live project. Each line
-of the answer has CPU seconds and the largest memory of the process (`empty` is a process that has only started); `growth`
-is the exponent of the seconds between two sizes: 1 is linear.
+of the answer has CPU seconds and the largest memory of the process (`empty` is a process that has only started);
+`growth` is the exponent of the seconds between two sizes: 1 is linear.
 """
 
 import argparse

@@ -21,11 +21,11 @@ from sqlalchemy import func, select
 
 from ml_backend.db import Database, EventRow
 from ml_backend.inbox import ProjectName
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
 from model.dataset import read_coco
 from scripts.backend_processes import BackendProcesses
-from scripts.chaos_report import load_average, machine
 from scripts.label_studio_server import HOST, LabelStudioServer, free_port
 from scripts.make_phantoms import make_phantoms
 from scripts.oracle import Oracle
@@ -85,16 +85,13 @@ def soak(name: str, load: Load, *, database_url: str = "", server: LabelStudioSe
     """Run one; `ours` is the 99th percentile, `theirs` how long Label Studio waits, in seconds. `server`: a Label
     Studio that runs; without one, a new one is started, which takes a minute more."""
     _, work = SOAKS[name]
-    before = load_average()
     with _training(database_url, server) as training:
         measured = work(load, training)
     return {
-        "name": name,
         **measured,
         "requests": load.requests,
         "rate": load.rate,
         "database": "postgresql" if database_url else "sqlite",
-        "machine": machine() | {"load_average_before": before},
     }
 
 

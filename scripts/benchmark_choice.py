@@ -11,10 +11,10 @@ import torch
 from model.comparison import compare
 from model.config import PseudoLabelConfig
 from model.dataset import load_image
+from model.empty_images import EmptyImagePolicy
 from model.network import MaskRCNNWithScores
 from model.pseudo_labels import class_thresholds, image_with_trusted, with_score_threshold
 from model.strategies import Observation, Strategy, look
-from model.tsp import EmptyImagePolicy
 from model.types import Detections, FloatArray, LabeledImage
 from scripts.benchmark_lines import Experiment
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from model.config import PseudoLabelConfig, TrainingConfig
+from model.empty_images import EmptyImagePolicy
 from model.strategies import STRATEGIES, Strategy
-from model.tsp import EmptyImagePolicy
 
 FULL = "full"  # not a strategy: everything is annotated at once, the line that the others are measured against
 

@@ -292,7 +292,7 @@ class _Faults:
             Fault(kind="status", status=500): 4,
             Fault(kind="status", status=503): 3,
             Fault(kind="status", status=429): 4,
-            Fault(kind="status", status=401): 0.4,  # fails a cycle: nobody knows that it will pass
+            Fault(kind="status", status=401): 0.4,  # waited for, as a token that is taken is
             Fault(kind="status_after", status=502): 3,
             Fault(kind="slow", seconds=self._rng.uniform(0.3, 3)): 4,
             Fault(kind="cut"): 4,

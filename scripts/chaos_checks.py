@@ -24,7 +24,6 @@ from model.registry import Registry
 from scripts.chaos_ledger import Kept, Ledger, content_of
 
 Violations = list[str]
-EXCUSED = ("refused the token",)  # what makes a cycle fail and is what an injected answer asks for
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def read_snapshot(folder: Path) -> Snapshot:
 
 
 def check_cycles(cycles: list[CycleRow], workflows: Mapping[str, str], batch_size: int) -> Violations:
-    """Each cycle once, in a row, for a full batch or on request, and none failed but for an injected reason.
+    """Each cycle once, in a row, for a full batch or on request, and none failed.
 
     `workflows` are the engine's records: the status by workflow id.
     """
@@ -58,9 +57,9 @@ def check_cycles(cycles: list[CycleRow], workflows: Mapping[str, str], batch_siz
     if numbers != list(range(1, len(cycles) + 1)):
         found.append(f"the cycles are numbered {numbers}")
     for cycle in cycles:
-        if cycle.status == "failed" and not any(excuse in cycle.error for excuse in EXCUSED):
+        if cycle.status == "failed":
             found.append(f"cycle {cycle.number} failed: {cycle.error}")
-        elif cycle.status not in ("done", "failed", "refused"):  # refused: by the gate, its version stays inactive
+        elif cycle.status not in ("done", "refused"):  # refused: by the gate, its version stays inactive
             found.append(f"cycle {cycle.number} is {cycle.status} at the end: {cycle.stage}")
         if match := re.match(r"(\d+) newly annotated", cycle.reason):
             if int(match[1]) < batch_size:

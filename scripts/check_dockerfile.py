@@ -1,6 +1,6 @@
 """Carries out the steps of the Dockerfile without a container engine, in a new folder, and starts what came of it.
 
-python -m scripts.check_dockerfile [--target cpu] [--folder FOLDER] [--build-arg NAME=VALUE] [--libraries-from .venv]
+python -m scripts.check_dockerfile [--folder FOLDER] [--build-arg NAME=VALUE] [--libraries-from .venv]
 
 Each stage gets a folder that stands for its root: `/data` of the Dockerfile is `<folder>/<stage>/data`, files are
 copied as .dockerignore allows, and RUN lines run with this machine's shell and Python. Accounts and owners are the
@@ -297,7 +297,7 @@ def _below(root: Path, text: str) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--target", default="cpu", help="stage of the Dockerfile: cpu or cuda")
+    parser.add_argument("--target", default="backend", help="stage of the Dockerfile")
     parser.add_argument(
         "--folder", type=Path, help="a new folder to work in; default: a temporary one, removed afterwards"
     )

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -24,6 +24,7 @@ Kind = Literal[
     "refuse",  # the connection is closed, nothing is passed on
     "lose_answer",  # passed on and carried out, then the connection is closed without an answer
     "cut",  # passed on; the connection is closed in the middle of the answer's body
+    "shorten",  # passed on; the answer ends in the middle of its body and says that this is all of it
     "drop",  # answered with 200 {}, never passed on
     "late",  # answered with 200 {}, passed on `seconds` later, so that others overtake it
     "double",  # passed on twice, answered once
@@ -32,11 +33,12 @@ Kind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A request as it came; `path` with its query."""
+    """A request as it came; `path` with its query, `authorization` as its header says."""
 
     method: str
     path: str
     body: bytes
+    authorization: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class Fault:
     kind: Kind
     status: int = 503
     seconds: float = 0.0
+    retry_after: str = ""  # the header of that name, with a status
 
     @property
     def name(self) -> str:
@@ -94,7 +97,12 @@ class FaultProxy:
             timer.cancel()
 
     def _handle(self, handler: "_Handler") -> None:
-        call = Call(method=handler.command, path=handler.path, body=handler.body())
+        call = Call(
+            method=handler.command,
+            path=handler.path,
+            body=handler.body(),
+            authorization=handler.headers.get("Authorization", ""),
+        )
         self._look(call)
         with self._lock:  # `choose` may draw from one random generator
             fault = self._choose(call)
@@ -109,10 +117,10 @@ class FaultProxy:
         headers = handler.headers
         match fault.kind:
             case "status":
-                handler.give(*_refusal(fault.status))
+                handler.give(*_refusal(fault))
             case "status_after":
                 self._ask(call, headers)
-                handler.give(*_refusal(fault.status))
+                handler.give(*_refusal(fault))
             case "slow":
                 time.sleep(fault.seconds)
                 handler.give(*self._ask(call, headers))
@@ -123,6 +131,9 @@ class FaultProxy:
                 handler.hang_up()
             case "cut":
                 handler.give(*self._ask(call, headers), cut=True)
+            case "shorten":
+                status, names, body = self._ask(call, headers)
+                handler.give(status, names, body[: len(body) // 2])
             case "drop":
                 handler.give(*_THANKS)
             case "late":
@@ -155,8 +166,9 @@ _JSON = [("Content-Type", "application/json")]
 _THANKS: _Answer = (200, _JSON, b"{}")
 
 
-def _refusal(status: int) -> _Answer:
-    return status, _JSON, b'{"detail": "injected"}'
+def _refusal(fault: Fault) -> _Answer:
+    headers = [*_JSON, ("Retry-After", fault.retry_after)] if fault.retry_after else _JSON
+    return fault.status, headers, b'{"detail": "injected"}'
 
 
 class _Server(ThreadingHTTPServer):
@@ -168,6 +180,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes, and the second would wait for the first
 
     def handle_call(self) -> None:
         raise NotImplementedError

@@ -22,22 +22,20 @@ from typing import Any
 
 import requests
 import schemathesis
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis.core.result import Ok
 
-from ml_backend.db import utc_now
 from ml_backend.errors import ImageError, LabelConfigError
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_format import choose_annotation, image_uri, instances_from_annotation, regions_from_instances
-from model.network import build_model
-from model.registry import ModelCard, Registry
+from model.registry import Registry
 from scripts import fuzz_strategies as made
 from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import free_port
+from scripts.tiny_version import tiny_version
 
 PASSWORD = ("studio", "fuzzed")
 SECONDS = 10.0  # after which an answer counts as never given
@@ -68,7 +66,9 @@ class Findings:
 def web_process(folder: Path) -> Iterator[BackendProcesses]:
     """A guarded web process with a tiny active version in one of the projects, while Label Studio is away."""
     project, _, created = made.PROJECT_UIDS[0].partition(".")
-    _add_version(Registry(folder / "models" / "versions"), f"{project}-{created}")
+    registry, key = Registry(folder / "models" / "versions"), f"{project}-{created}"
+    registry.add(key, *tiny_version("tsp-1-00000000", made.KNOWN_LABELS))
+    registry.activate(key, "tsp-1-00000000")
     environment = {
         "LABEL_STUDIO_URL": "http://127.0.0.1:1",
         "LABEL_STUDIO_API_KEY": "0" * 40,
@@ -85,30 +85,6 @@ def web_process(folder: Path) -> Iterator[BackendProcesses]:
         yield backend
     finally:
         backend.stop()
-
-
-def _add_version(registry: Registry, key: str) -> None:
-    torch.manual_seed(0)
-    network = build_model(
-        "efficientnet_lite0_fpn",
-        len(made.KNOWN_LABELS) + 1,
-        weights="none",
-        min_size=64,
-        max_size=96,
-        fpn_channels=16,
-        box_head_width=32,
-        mask_head_widths=(16,),
-        proposals_inference=20,
-        detections_per_image=5,
-    )
-    card = ModelCard(
-        version="tsp-1-00000000",
-        network=network.config.to_json(),
-        class_names=made.KNOWN_LABELS,
-        created_at=utc_now(),
-    )
-    registry.add(key, card, network)
-    registry.activate(key, card.version)
 
 
 def fuzz(backend: BackendProcesses, folder: Path, *, count: int, seed: int) -> Findings:

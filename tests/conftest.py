@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import POLYGON_CONFIG, prepared_server
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,35 @@ class Postgres:
     port: int
     folder: Path  # where its socket is
     superuser: str
-    numbers: Iterator[int]
+    options: dict[str, Any] = field(default_factory=dict)  # under which account its programs run
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        programs = postgres_programs()
+        assert programs is not None
+        command: list[str | Path] = [
+            programs / "postgres",
+            "-D",
+            self.folder / "data",
+            "-h",
+            HOST,
+            "-p",
+            str(self.port),
+        ]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "-k", self.folder, "-c", "fsync=off"], stdout=log, stderr=subprocess.STDOUT, **self.options
+            )
+        _wait_until_it_answers(self, self.process, self.folder / "log")
+
+    def stop(self) -> None:
+        """The quick way in order: whoever is connected is cut off."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(timeout=_START_SECONDS)
+        self.process = None
 
     def url(self, database: str) -> str:
         """The address as people write it into DATABASE_URL."""
@@ -64,8 +92,7 @@ def running_postgres(
         pytest.skip("no PostgreSQL server is installed (apt install postgresql)")
     folder = Path(tempfile.mkdtemp(prefix="postgres"))
     options = _unprivileged(folder)
-    port = free_port()
-    data = folder / "data"
+    server = Postgres(free_port(), folder, superuser, options)
     try:
         subprocess.run(
             [
@@ -76,23 +103,16 @@ def running_postgres(
                 "--auth-local=trust",
                 f"--auth-host={'scram-sha-256' if asks_for_passwords else 'trust'}",
                 "--no-sync",
-                data,
+                folder / "data",
             ],
             check=True,
             capture_output=True,
             **options,
         )
-        command = [programs / "postgres", "-D", data, "-h", HOST, "-p", str(port), "-k", folder, "-c", "fsync=off"]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
-        try:
-            server = Postgres(port, folder, superuser, count(1))
-            _wait_until_it_answers(server, process, folder / "log")
-            yield server
-        finally:
-            process.send_signal(signal.SIGINT)  # the quick way to stop in order
-            process.wait(timeout=_START_SECONDS)
+        server.start()
+        yield server
     finally:
+        server.stop()
         shutil.rmtree(folder)
 
 

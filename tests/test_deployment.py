@@ -186,7 +186,7 @@ def test_the_gpu_file_changes_the_worker_only() -> None:
     with_gpu = load_compose(REQUIRED, "docker-compose.yml", "docker-compose.cuda.yml")["services"]
     assert {name for name, service in with_gpu.items() if service != SERVICES[name]} == {"worker"}
     worker = with_gpu["worker"]
-    assert worker["build"]["target"] == "cuda"
+    assert worker["build"] == SERVICES["worker"]["build"] | {"args": {"TORCH_INDEX": ""}}
     assert worker["deploy"]["resources"]["limits"] == SERVICES["worker"]["deploy"]["resources"]["limits"]
     assert worker["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
 
@@ -270,16 +270,20 @@ def test_the_versions_are_those_of_make_install() -> None:
     assert set(re.findall(r"label-studio-ml==[\d.]+", (ROOT / "Dockerfile").read_text())) == {ours}
 
 
-def test_the_targets_cpu_and_cuda_differ_in_where_torch_comes_from_only() -> None:
-    def steps(target: str) -> list[tuple[str, str]]:
-        found = [(i.keyword, i.value.replace("_CUDA_", "_CPU_")) for i in STAGES[target].instructions]
-        return [step for step in found if not step[1].startswith("TORCH_CPU_INDEX")]
+def test_torch_is_for_the_cpu_unless_another_index_is_named() -> None:
+    arguments = [i.value for i in STAGES["backend"].instructions if i.keyword == "ARG"]
+    assert "TORCH_INDEX=https://download.pytorch.org/whl/cpu" in arguments
+    installed = next(i.value for i in STAGES["backend"].instructions if i.keyword == "RUN")
+    for index, options in (("", ""), ("https://wheels", "--index-url https://wheels")):
+        shown = subprocess.check_output(
+            ["/bin/sh", "-c", f"pip() {{ echo $*; }}; {installed}"],
+            env={"TORCH_INDEX": index, "TORCH": "torch"},
+            text=True,
+        )
+        assert shown.split() == ["install", *options.split(), "torch"]
 
-    assert STAGES["cpu"].base == STAGES["cuda"].base == "service"
-    assert steps("cpu") == steps("cuda")
 
-
-@pytest.mark.parametrize("target", ["cpu", "cuda", "label-studio"])
+@pytest.mark.parametrize("target", ["backend", "label-studio"])
 def test_images_run_without_rights_in_processes_that_hear_signals(target: str) -> None:
     assert final(STAGES, target, "USER") == "10001:10001"
     assert final(STAGES, target, "ENTRYPOINT") is None
@@ -311,4 +315,4 @@ def test_the_steps_of_the_dockerfile_make_an_installation_that_runs_without_the_
         [*command, "--folder", str(tmp_path / "images")], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "The target cpu works" in done.stdout
+    assert "The target backend works" in done.stdout

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.dataset import image_tensor, input_hw
+from model.empty_images import EmptyImagePolicy, empty_image_score
 from model.network import MaskRCNNWithScores
 from model.predict import detections_of
-from model.tsp import EmptyImagePolicy, empty_image_score
 from model.types import Detections, FloatArray, IntArray
 
 # What the network says of each detection; the rest of its output is about the whole image.

@@ -63,7 +63,8 @@ def _nearest(features: FloatArray, centres: FloatArray) -> FloatArray:
     for piece in _pieces(features):
         shifted = piece - middle
         squares.append(np.square(shifted).sum(axis=1) + (lengths - 2 * shifted @ centres.T).min(axis=1))
-    return np.sqrt(np.maximum(np.concatenate(squares), 0))
+    distances: FloatArray = np.sqrt(np.maximum(np.concatenate(squares), 0))
+    return distances
 
 
 def _pieces(features: FloatArray) -> Iterator[FloatArray]:

@@ -14,7 +14,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from ml_backend import ls_format
 from ml_backend.label_config import parse_label_config
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
+from ml_backend.ls_types import Project
 from model.geometry import rle_to_mask
 from model.types import Detections
 from scripts.backend_processes import BackendProcesses
@@ -380,5 +381,7 @@ def test_the_dashboard_tells_that_the_worker_is_missing(page: Page) -> None:
 
 def _show(page: Page, projects: list[dict[str, Any]], worker: dict[str, Any] | None = None) -> None:
     """Without the page's refresh: there is no server to ask again."""
-    content = DASHBOARD.render(worker=worker or {"problem": ""}, refused={"problem": ""}, projects=projects)
+    content = DASHBOARD.render(
+        worker=worker or {"problem": ""}, events={"problem": ""}, refused={"problem": ""}, projects=projects
+    )
     page.set_content(content.replace('http-equiv="refresh"', ""))

@@ -22,7 +22,8 @@ import httpx
 import psycopg
 import pytest
 
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.webhook_secret import HEADER
 from model.dataset import LabeledSet, read_coco
 from scripts.check_dockerfile import environment_of, final, read_dockerfile

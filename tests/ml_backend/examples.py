@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,22 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import torch
 import uvicorn
 from fastapi import FastAPI
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import CycleRow, utc_now
+from ml_backend.db import CycleRow
 from ml_backend.inbox import ProjectName, remember_project
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.pool import is_validation
 from ml_backend.service import Service
 from ml_backend.settings import Settings
-from model.network import build_model
-from model.registry import ModelCard
-from model.strategies import STRATEGIES
 from scripts.label_studio_server import HOST, free_port
 from scripts.make_phantoms import phantom
+from scripts.tiny_version import tiny_version
 from tests.label_studio import png_bytes
 
 NOWHERE = "http://127.0.0.1:1"  # nothing listens there
@@ -61,28 +61,7 @@ def add_version(
     strategy: str = "tsp",
 ) -> None:
     """Put a tiny network that nobody has trained into the registry."""
-    torch.manual_seed(0)
-    network = build_model(
-        "efficientnet_lite0_fpn",
-        len(class_names) + 1,
-        weights="none",
-        min_size=64,
-        max_size=96,
-        fpn_channels=16,
-        box_head_width=32,
-        mask_head_widths=(16,),
-        proposals_inference=20,
-        detections_per_image=5,
-        **STRATEGIES[strategy].network_options,
-    )
-    card = ModelCard(
-        version=version,
-        network=network.config.to_json(),
-        class_names=tuple(class_names),
-        created_at=utc_now(),
-        strategy=strategy,
-    )
-    service.registry.add(key, card, network)
+    service.registry.add(key, *tiny_version(version, class_names, strategy=strategy))
 
 
 def data_uri(png: bytes) -> str:
@@ -143,6 +122,22 @@ def begin_cycle(service: Service, key: str, number: int = 1) -> CycleLog:
 def cycle_row(service: Service, key: str, number: int = 1) -> CycleRow:
     with service.database.session() as session:
         return session.get_one(CycleRow, (key, number))
+
+
+@contextmanager
+def locked(*paths: Path) -> Iterator[None]:
+    """Another process keeps these SQLite files from being written."""
+    code = (
+        "import sqlite3, sys\n"
+        "held = [sqlite3.connect(path, timeout=60, isolation_level=None) for path in sys.argv[1:]]\n"
+        "for connection in held: connection.execute('BEGIN IMMEDIATE')\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        yield  # the end of the block closes its input, so it ends
 
 
 @contextmanager

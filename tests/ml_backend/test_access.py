@@ -15,7 +15,8 @@ from fastapi.testclient import TestClient
 from ml_backend import inbox
 from ml_backend.app import create_app
 from ml_backend.errors import SettingsError
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.settings import Settings

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from ml_backend import inbox, ls_client
+from ml_backend import inbox, ls_http
 from ml_backend.app import create_app
 from ml_backend.db import CycleRow, ProjectRow
 from ml_backend.errors import LabelStudioError
 from ml_backend.inbox import START_TRAINING, ProjectName
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.service import Service
 from model.evaluate import Evaluation
 from model.geometry import is_simple_polygon
@@ -173,7 +174,7 @@ def test_predict_answers_for_the_other_tasks_when_an_image_cannot_be_had(
 def test_predict_says_when_label_studio_is_away(
     tmp_path: Path, lonely_service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ls_client, "_PAUSES_SECONDS", (0.01,))
+    monkeypatch.setattr(ls_http, "_PAUSES_SECONDS", (0.01,))
     add_version(lonely_service, KEY)
     lonely_service.registry.activate(KEY, VERSION)
     with application(tmp_path) as web:

@@ -10,7 +10,8 @@ import pytest
 from ml_backend.batch import choose_batch
 from ml_backend.cycle import evaluate_version, snapshot, train_version
 from ml_backend.cycle_log import CycleLog
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.order import order_of
 from ml_backend.pool import feature_of, packed, read_scores, score_pool
 from ml_backend.predictor import Predictor

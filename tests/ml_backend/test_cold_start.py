@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ml_backend.cold_start import first_batch, prepare_first_batch, spread_batch
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
+from ml_backend.cold_start import prepare_first_batch, spread_batch
+from ml_backend.first_batch import first_batch
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
 from ml_backend.ls_format import Json
+from ml_backend.ls_types import Project
 from ml_backend.overview import overview
 from ml_backend.pool import packed, score_pool
 from ml_backend.predictor import UNTRAINED, Predictor

@@ -16,7 +16,8 @@ from ml_backend.cycle import evaluate_version, snapshot, train_version
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import UsedTaskRow
 from ml_backend.errors import LabelConfigError
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.service import Service
 from model.calibration import reliability, true_ious
 from model.comparison import compare
@@ -518,28 +519,6 @@ def test_by_precision_the_validation_images_say_how_far_a_version_is_trusted(
         recipe = json.loads((careful.cycle_folder(key, 2) / "recipe.json").read_text())
         assert recipe["pseudo_labels"]["score_threshold"] == expected.score_threshold
         assert cycle_row(careful, key, 2).facts["pseudo_instances"] == 1
-
-
-def test_images_that_leave_the_cache_in_the_middle_of_a_cycle_are_missed_but_do_not_end_it(
-    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
-) -> None:
-    annotate(client, project, [*phantom_images(3), *phantom_images(2, validation=True)])
-    version = snapshot(service, key, 1, log)
-    frozen = {
-        name: read_coco(service.cycle_folder(key, 1) / f"{name}.json", Path("/")).images
-        for name in ("training", "validation")
-    }
-    frozen["training"][0].path.unlink()
-    train_version(service, key, 1, log)
-    frozen["validation"][0].path.unlink()
-    evaluate_version(service, key, 1, version, log)
-    facts = cycle_row(service, key).facts
-    assert (facts["vanished_training"], facts["vanished_validation"]) == (1, 1)
-    assert service.registry.versions(key) == [version]
-    for image in frozen["training"][1:]:
-        image.path.unlink()
-    with pytest.raises(TSPError, match="none of the 3 training images of the snapshot is in the cache any more"):
-        train_version(service, key, 1, log)
 
 
 def test_settings_that_change_in_the_middle_of_a_cycle_count_from_the_next_one(

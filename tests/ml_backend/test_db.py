@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import CycleRow, Database, ProjectRow
-from tests.ml_backend.examples import KEY
+from tests.ml_backend.examples import KEY, locked
 
 PROJECT = {"key": KEY, "label_studio_id": 7}
 
@@ -106,6 +106,25 @@ def test_writers_wait_for_each_other(database: Database) -> None:
     with database.session() as session:
         cycles = session.scalars(select(CycleRow).order_by(CycleRow.number)).all()
     assert [cycle.facts for cycle in cycles] == [{str(done): number for done in range(10)} for number in range(8)]
+
+
+def test_a_lock_of_another_process_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite3"
+    database = Database(f"sqlite:///{path}")
+    assert database.lock_problem() == ""
+    with locked(path):
+        assert f"Another program keeps {path} from being written (database is locked)" in database.lock_problem()
+    assert database.lock_problem() == ""
+    database.close()
+
+
+def test_the_address_may_say_how_long_a_writer_waits(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite3"
+    for query, milliseconds in (("", 30_000), ("?timeout=0.25", 250)):
+        database = Database(f"sqlite:///{path}{query}")
+        with database.engine.connect() as connection:
+            assert connection.scalar(text("PRAGMA busy_timeout")) == milliseconds
+        database.close()
 
 
 def test_a_file_that_is_no_database_is_named_in_the_error(tmp_path: Path) -> None:

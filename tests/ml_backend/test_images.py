@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ml_backend import images, ls_client
+from ml_backend import images, ls_http
 from ml_backend.errors import ImageError, ImageUnavailableError, LabelStudioAuthError, LabelStudioUnavailableError
 from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageLimits, ImageStore
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from model.dataset import load_image
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import png_bytes, raw_api
@@ -191,7 +192,7 @@ def test_a_refused_token_is_no_fault_of_the_image(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ls_client, "_PAUSES_SECONDS", (0.01,))
+    monkeypatch.setattr(ls_http, "_PAUSES_SECONDS", (0.01,))
 
 
 @pytest.mark.usefixtures("impatient")

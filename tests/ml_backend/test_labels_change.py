@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from ml_backend.activation import activate_version
 from ml_backend.cycle import snapshot
 from ml_backend.cycle_log import ActivationLog
 from ml_backend.db import ActivationRow
 from ml_backend.errors import LabelConfigError
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.overview import overview
 from ml_backend.publish import publish
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
-from ml_backend.versions import activate_version
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, raw_api
 from tests.ml_backend.examples import (

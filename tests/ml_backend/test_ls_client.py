@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from ml_backend import ls_client
+from ml_backend import ls_client, ls_http, ls_tokens
 from ml_backend.errors import LabelStudioAuthError, LabelStudioError, LabelStudioUnavailableError
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, WEBHOOK_ACTIONS, LabelStudioClient, Project, counted_annotations
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, WEBHOOK_ACTIONS, LabelStudioClient, counted_annotations
+from ml_backend.ls_types import Project
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import (
     PASSWORD,
@@ -102,7 +103,7 @@ def hangs_up(handler: BaseHTTPRequestHandler) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ls_client, "_PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(ls_http, "_PAUSES_SECONDS", (0.01, 0.01))
 
 
 def jwt(**payload: Any) -> str:
@@ -180,7 +181,7 @@ def test_an_access_token_that_label_studio_no_longer_takes_is_renewed(
         client.whoami()
         # Label Studio's own access tokens live five minutes: too long to wait, so this one is spoilt instead.
         credentials = client._http._credentials
-        assert isinstance(credentials, ls_client._PersonalAccessToken)
+        assert isinstance(credentials, ls_tokens.PersonalAccessToken)
         credentials._access += "x"
         assert client.whoami() == "pat@example.com"
 
@@ -224,6 +225,50 @@ def test_reading_is_repeated_until_label_studio_is_back(fault: Answer) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("wish", "pause"),
+    [
+        pytest.param("0.03", "0.01", id="not in whole seconds"),
+        pytest.param("0", "0.01", id="not at all"),
+        pytest.param("1", "0.05", id="for a while"),
+        pytest.param("9" * 500, "0.05", id="for ever"),
+        pytest.param("soon", "0.01", id="in words"),
+    ],
+)
+def test_label_studio_is_left_alone_as_long_as_it_asks_and_is_bearable(
+    wish: str, pause: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ls_http, "_LONGEST_PAUSE_SECONDS", 0.05)
+    caplog.set_level(logging.INFO)
+    with scripted({WHOAMI: [says(429, retry_after=wish), says(200, {"email": "a@b.c"})]}) as (client, _):
+        assert client.whoami() == "a@b.c"
+    assert f"status 429, trying again in {pause} s" in caplog.text
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    "half",
+    [
+        pytest.param(says(200, b'{"email": "a@', content_type="application/json"), id="in its JSON"),
+        pytest.param(says(200, b"not packed", content_encoding="gzip"), id="in what was packed"),
+        pytest.param(says(503, b'{"detail": "mainten', content_type="application/json"), id="in what is wrong"),
+    ],
+)
+def test_an_answer_that_ends_in_the_middle_is_asked_for_again(half: Answer) -> None:
+    with scripted({WHOAMI: [half, half, says(200, {"email": "a@b.c"})]}) as (client, log):
+        assert client.whoami() == "a@b.c"
+    assert len(log) == 3
+    with scripted({WHOAMI: [half]}) as (client, _), pytest.raises(LabelStudioUnavailableError):
+        client.whoami()
+
+
+def test_tasks_that_are_counted_but_not_listed_are_asked_for_later() -> None:
+    answers = {"/api/tasks/": [says(200, {"tasks": [], "total": 1})]}
+    with scripted(answers) as (client, _), pytest.raises(LabelStudioUnavailableError, match="counts 1 tasks and lists"):
+        client.annotated_task_ids(1)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_reading_gives_up_after_a_few_tries() -> None:
     with (
         scripted({WHOAMI: [says(503, {"detail": "maintenance"})]}) as (client, log),
@@ -260,7 +305,9 @@ def test_a_server_that_is_not_there_is_unavailable() -> None:
             says(302, location="https://x/y?s=1"), "redirect to https://x/y: set LABEL_STUDIO_URL", id="moved"
         ),
         pytest.param(says(403, {"detail": "no permission"}), "403: .*no permission", id="forbidden"),
-        pytest.param(says(200, b"{", content_type="application/json"), "expected JSON", id="broken JSON"),
+        pytest.param(
+            says(200, b"{", content_type="application/json"), "1 bytes that are no whole JSON", id="half a JSON"
+        ),
     ],
 )
 def test_a_strange_answer_says_what_came(answer: Answer, explanation: str) -> None:

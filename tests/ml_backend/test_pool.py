@@ -11,7 +11,8 @@ import pytest
 
 from ml_backend.errors import LabelConfigError
 from ml_backend.label_config import parse_label_config
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.pool import append_line, detections_for_people, go_on_with, is_validation, read_scores, score_pool
 from ml_backend.pseudo_labels import seen_image
 from ml_backend.service import Service

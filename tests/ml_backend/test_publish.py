@@ -9,12 +9,13 @@ import pytest
 
 from ml_backend.app import create_app
 from ml_backend.cycle_log import CycleLog
-from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient, Project
+from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.pool import read_scores, score_pool
 from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
-from model.tsp import EmptyImagePolicy
+from model.empty_images import EmptyImagePolicy
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, prediction, raw_api
 from tests.ml_backend.examples import (

@@ -13,7 +13,8 @@ from ml_backend.cycle_log import CycleLog
 from ml_backend.db import CycleRow, ProjectRow, UsedTaskRow, unfinished_work
 from ml_backend.errors import LabelStudioError
 from ml_backend.inbox import START_TRAINING
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.reconcile import _plan_cycle, reconcile
 from ml_backend.service import Service
 from scripts.label_studio_server import LabelStudioServer

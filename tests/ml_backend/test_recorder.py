@@ -5,11 +5,14 @@ from collections import Counter
 
 import pytest
 from sqlalchemy import event, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from ml_backend.db import Database, EventRow, ProjectRow
 from ml_backend.inbox import ProjectName, unhandled
 from ml_backend.recorder import EventRecorder
+from model.errors import TSPError
+from tests.ml_backend.examples import locked, settings
+from tests.postgres import running_postgres
 
 FIRST, SECOND = ProjectName("1-10", 1), ProjectName("2-20", 2)
 
@@ -93,3 +96,91 @@ def test_somebody_who_hangs_up_disturbs_nobody(database, recorder):
 
     asyncio.run(one_hangs_up())
     assert len(unhandled(database, "1-10")) == 21
+
+
+def test_what_comes_while_another_program_holds_the_lock_is_kept_when_it_lets_go(tmp_path):
+    path = tmp_path / "state.sqlite3"
+    database = Database(f"sqlite:///{path}?timeout=0.1")  # seconds
+    recorder = EventRecorder(database)
+
+    async def come_meanwhile() -> None:
+        with locked(path):
+            waiting = [asyncio.ensure_future(recorder.record((FIRST, SECOND)[n % 2], f"ACTION_{n}")) for n in range(20)]
+            while not recorder.problem:
+                await asyncio.sleep(0.05)
+            assert "the database does not take them: database is locked" in recorder.problem
+            await asyncio.sleep(1.5)  # longer than a pause and a try
+            assert not any(answer.done() for answer in waiting)
+            assert unhandled(database, "1-10") == unhandled(database, "2-20") == []
+        await asyncio.gather(*waiting)
+
+    asyncio.run(come_meanwhile())
+    assert recorder.problem == ""
+    stored = [action for key in ("1-10", "2-20") for _, action in unhandled(database, key)]
+    assert sorted(stored) == sorted(f"ACTION_{n}" for n in range(20))
+    recorder.close()
+    database.close()
+
+
+def test_whoever_waits_for_a_locked_database_gets_an_answer_when_the_process_ends(tmp_path):
+    path = tmp_path / "state.sqlite3"
+    database = Database(f"sqlite:///{path}?timeout=0.1")
+    recorder = EventRecorder(database)
+
+    async def end() -> None:
+        waiting = asyncio.ensure_future(recorder.record(FIRST, "A"))
+        while not recorder.problem:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(recorder.close)
+        with pytest.raises(OperationalError, match="database is locked"):
+            await waiting
+
+    with locked(path):
+        asyncio.run(end())
+    database.close()
+
+
+def test_there_is_an_end_to_how_many_may_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr("ml_backend.recorder._MOST_WAITING", 5)
+    path = tmp_path / "state.sqlite3"
+    database = Database(f"sqlite:///{path}?timeout=0.1")
+    recorder = EventRecorder(database)
+
+    async def too_many() -> None:
+        first = asyncio.ensure_future(recorder.record(FIRST, "A"))
+        while not recorder.problem:
+            await asyncio.sleep(0.05)
+        waiting = [asyncio.ensure_future(recorder.record(FIRST, "A")) for _ in range(5)]
+        await asyncio.sleep(0)
+        with pytest.raises(TSPError, match="5 events wait for the database already"):
+            await recorder.record(FIRST, "A")
+        await asyncio.to_thread(lock.__exit__, None, None, None)
+        await asyncio.gather(first, *waiting)
+
+    lock = locked(path)
+    lock.__enter__()
+    asyncio.run(too_many())
+    assert len(unhandled(database, "1-10")) == 6
+    recorder.close()
+    database.close()
+
+
+def test_what_comes_while_postgresql_is_restarted_is_kept_afterwards(tmp_path):
+    with running_postgres() as server:
+        database = Database(settings(tmp_path, DATABASE_URL=server.new_database()).database)
+        recorder = EventRecorder(database)
+
+        async def come_meanwhile() -> None:
+            await recorder.record(FIRST, "BEFORE")
+            await asyncio.to_thread(server.stop)
+            waiting = [asyncio.ensure_future(recorder.record(FIRST, f"ACTION_{n}")) for n in range(5)]
+            while not recorder.problem:
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(server.start)
+            await asyncio.gather(*waiting)
+
+        asyncio.run(come_meanwhile())
+        assert recorder.problem == ""
+        assert [action for _, action in unhandled(database, "1-10")] == ["BEFORE", *(f"ACTION_{n}" for n in range(5))]
+        recorder.close()
+        database.close()

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from ml_backend.errors import SettingsError
+from ml_backend.network_options import network_options
 from ml_backend.settings import Settings
 from model.config import NetworkConfig, PseudoLabelConfig, TrainingConfig
+from model.empty_images import EmptyImagePolicy
 from model.strategies import STRATEGIES
-from model.tsp import EmptyImagePolicy
 from scripts.settings_table import README, settings_table, table_in, with_table
 
 SECRET = "s3cret-enough"
@@ -273,7 +274,7 @@ def test_the_databases_follow_from_the_address(
 def test_every_strategy_can_be_chosen_and_gets_the_network_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, strategy in STRATEGIES.items():
         settings = read(monkeypatch, {"TSP_STRATEGY": name})
-        network = NetworkConfig.for_profile(settings.profile, 2, **settings.network_options())
+        network = NetworkConfig.for_profile(settings.profile, 2, **network_options(settings))
         assert network.dropout == strategy.network_options.get("dropout", 0.0)
         assert network.learning_loss is (name == "learning_loss")
         assert name in str(Settings.model_fields["strategy"].description)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ml_backend.inbox import ProjectName, known_project, remember_project
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.overview import overview
 from ml_backend.pool import score_pool
 from ml_backend.predictor import Predictor

@@ -7,6 +7,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select
 
 from ml_backend.actions import form_token
+from ml_backend.activation import end_refused_cycle
 from ml_backend.app import create_app
 from ml_backend.cycle_log import ActivationLog, CycleLog
 from ml_backend.db import ActivationRow, CycleRow, EventRow, ForgottenRow, ProjectRow, UsedTaskRow
@@ -14,7 +15,7 @@ from ml_backend.forget import forget, forgotten_projects, remove_forgotten_data
 from ml_backend.inbox import ProjectName, record, remember_project
 from ml_backend.overview import overview
 from ml_backend.service import Service
-from ml_backend.versions import end_refused_cycle, main, request_activation
+from ml_backend.versions import main, request_activation
 from model.errors import TSPError
 from tests.label_studio import POLYGON_CONFIG
 from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, add_version

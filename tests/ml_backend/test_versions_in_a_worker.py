@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from ml_backend.actions import form_token
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, raw_api

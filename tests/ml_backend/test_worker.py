@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,16 +14,39 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ml_backend.app import create_app
-from ml_backend.ls_client import LabelStudioClient, Project
+from ml_backend.inbox import ProjectName
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
+from ml_backend.worker import free_frames
+from model.errors import DiskFullError
 from model.files import read_tensors
+from model.registry import Registry
 from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import HOST, LabelStudioServer, free_port
+from scripts.tiny_version import tiny_version
 from tests.label_studio import POLYGON_CONFIG, polygon_result
-from tests.ml_backend.examples import KEY, NOWHERE, UID, grey_images, import_images, phantom_images
+from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, grey_images, import_images, phantom_images
 from tests.postgres import Postgres
 
 SECONDS = 120.0
+
+
+def environment(folder: Path, **others: str) -> dict[str, str]:
+    """Variables of both processes: quick to train with, and Label Studio is away."""
+    return {
+        "MODEL_DIR": str(folder / "models"),
+        "LABEL_STUDIO_URL": NOWHERE,
+        "LABEL_STUDIO_API_KEY": "0" * 40,
+        "PORT": str(free_port()),
+        "TSP_WEIGHTS": "none",
+        "TSP_IMAGE_SIZE": "64",
+        "TSP_DETECTIONS": "10",
+        "TSP_RECONCILE_SECONDS": "1",
+        "TSP_THREADS": "1",
+        "TSP_NICENESS": "0",
+        **others,
+    }
 
 
 class Running:
@@ -30,20 +54,15 @@ class Running:
 
     def __init__(self, folder: Path, **others: str) -> None:
         self.log = folder / "worker.log"
-        self.environment = {
-            "MODEL_DIR": str(folder / "models"),
-            "LABEL_STUDIO_URL": NOWHERE,
-            "LABEL_STUDIO_API_KEY": "0" * 40,
-            "PORT": str(free_port()),
-            "TSP_WEIGHTS": "none",
-            "TSP_IMAGE_SIZE": "64",
-            "TSP_DETECTIONS": "10",
-            "TSP_RECONCILE_SECONDS": "1",
-            "TSP_THREADS": "1",
-            "TSP_NICENESS": "0",
-            **others,
-        }
+        self.environment = environment(folder, **others)
         self.worker = BackendProcesses(settings=self.environment, log_dir=folder)
+
+    def restart(self, **others: str) -> None:
+        """The worker is killed, and another one started with these settings changed."""
+        self.worker.kill("worker")
+        self.environment |= others
+        self.worker = BackendProcesses(settings=self.environment, log_dir=self.log.parent)
+        self.worker.start_one("worker")
 
     def __enter__(self) -> Self:
         self.worker.start_one("worker")
@@ -139,6 +158,30 @@ def test_a_label_studio_that_never_answers_does_not_keep_the_worker_from_giving_
     assert worker["problem"] == ""
 
 
+def test_an_error_that_is_kept_does_not_keep_what_its_functions_held() -> None:
+    class Network:
+        pass
+
+    held: list[weakref.ref[Network]] = []
+
+    def write(network: Network) -> None:
+        held.append(weakref.ref(network))
+        raise OSError("no space")
+
+    def train() -> None:
+        network = Network()
+        try:
+            write(network)
+        except OSError as error:
+            raise DiskFullError("no space") from error
+
+    with pytest.raises(DiskFullError) as kept:
+        train()
+    assert held[0]() is not None
+    free_frames(kept.value)
+    assert held[0]() is None
+
+
 @pytest.mark.label_studio
 def test_a_worker_that_is_killed_in_the_middle_of_training_finishes_the_same_cycle_once(
     label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path
@@ -217,6 +260,37 @@ def test_a_spread_first_batch_leads_to_a_version_whose_batch_a_strategy_chose(
         served += [annotate_next(client, project) for _ in range(3)]
         assert set(served[3:]) == batch
         assert set(served) <= set(tasks)
+
+
+@pytest.mark.label_studio
+def test_a_loss_that_is_not_finite_fails_the_cycle_with_its_reason_and_the_old_model_stays(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path
+) -> None:
+    tasks = import_images(client, project, phantom_images(4))
+    for task in tasks[:2]:
+        client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
+    name = ProjectName.from_uid(project.uid)
+    assert name is not None
+    registry = Registry(tmp_path / "models" / "versions")
+    registry.add(name.key, *tiny_version(VERSION, ("cell", "lesion")))
+    registry.activate(name.key, VERSION)
+    with Running(
+        tmp_path,
+        LABEL_STUDIO_URL=label_studio.url,
+        LABEL_STUDIO_API_KEY=label_studio.token,
+        TSP_BATCH_SIZE="2",
+        TSP_LEARNING_RATE="1e30",
+        TSP_VALIDATION_FRACTION="0",
+    ) as running:
+        running.connect(project.uid)
+        (cycle,) = running.wait(lambda project: project["cycles"] and project["cycles"][0]["finished_at"])["cycles"]
+        assert cycle["status"] == "failed"
+        assert "Lower the learning rate" in cycle["error"]
+        assert "Press Start Training in Label Studio to try again" in cycle["error"]
+        wait(lambda: client.model_versions(project.id) == {VERSION: 2}, running.status)  # it goes on serving
+        status = running.wait(lambda _: client.project(project.id).model_version == VERSION)
+        assert status["active_version"] == VERSION
+        assert [kept["version"] for kept in status["versions"]] == [VERSION]
 
 
 def annotate_next(client: LabelStudioClient, project: Project) -> int:

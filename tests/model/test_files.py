@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from model.errors import DiskFullError
 from model.files import read_tensors, write_bytes, write_json, write_tensors
+from tests.small_disk import small_disk
 
 
 def entries(folder):
@@ -127,3 +129,23 @@ def test_a_damaged_tensor_file_is_refused_by_name(damage, tmp_path):
 def test_writing_into_a_folder_that_is_not_there_fails(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_bytes(tmp_path / "nowhere" / "file", b"x")
+
+
+def test_on_a_full_disk_the_error_says_what_to_do_and_the_old_file_stays(tmp_path):
+    with small_disk(tmp_path / "disk", megabytes=2) as disk:
+        path = disk.folder / "file"
+        write_bytes(path, b"old")
+        with disk.full(but=500_000), pytest.raises(DiskFullError) as failed:
+            write_bytes(path, bytes(1_500_000))
+        assert path.read_bytes() == b"old"
+        assert entries(disk.folder) == ["file"]
+        assert f"no space for {path} (1.5 MB): 0.5 MB are free on the disk of {disk.folder}. Remove" in str(
+            failed.value
+        )
+        write_bytes(path, bytes(1_500_000))
+        assert path.stat().st_size == 1_500_000
+
+
+def test_an_error_that_is_not_about_space_stays_what_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_bytes(tmp_path / "nowhere" / "file", b"")

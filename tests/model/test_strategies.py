@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from model import tsp
+from model.config import STRATEGY_NAMES
+from model.empty_images import EmptyImagePolicy
 from model.loss_prediction import LossPredictor, ranking_loss
 from model.losses import total_loss
 from model.predict import detect
 from model.strategies import STRATEGIES, Observation, Sight, look
 from model.strategies.core_set import k_centre_greedy
-from model.tsp import EmptyImagePolicy
 from tests.model.examples import ellipse, image, rectangle, target, tiny_network
 
 OBJECTS = ((1, rectangle(8, 8, 30, 28)), (2, ellipse(24, 32, 60, 60)))
@@ -463,3 +464,7 @@ def test_images_without_detections_stand_where_the_policy_says(name, policy, exp
 def test_the_names_are_the_keys():
     assert all(name == strategy.name for name, strategy in STRATEGIES.items())
     assert len(STRATEGIES) == 11
+
+
+def test_every_strategy_is_named_where_no_network_is_needed():
+    assert tuple(STRATEGIES) == STRATEGY_NAMES

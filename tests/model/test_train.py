@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +96,18 @@ def test_training_that_is_interrupted_again_and_again_ends_with_the_same_bits(im
     network = tiny_network(seed=1)
     train(network, images, CONFIG, checkpoint=tmp_path / "c")
     assert_same_bits(network.state_dict(), uninterrupted)
+
+
+def test_a_resumed_training_keeps_no_hold_on_the_checkpoint_that_it_has_replaced(images, tmp_path):
+    """Its space on the disk would stay taken."""
+    with pytest.raises(InterruptionError):
+        train(tiny_network(), images, CONFIG, checkpoint=tmp_path / "c", on_step=interrupt_after(3))
+    mapped = []
+    train(
+        tiny_network(), images, CONFIG, checkpoint=tmp_path / "c",
+        on_step=lambda _: mapped.extend(re.findall(f".*{tmp_path}.*", Path("/proc/self/maps").read_text())),
+    )  # fmt: skip
+    assert mapped == []
 
 
 def test_adamw_resumes_with_the_same_bits(images, tmp_path):

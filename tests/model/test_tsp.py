@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.empty_images import EmptyImagePolicy
 from model.errors import EmptyImageError, InvalidInputError
-from model.tsp import EmptyImagePolicy, image_score, instance_scores, pool_scores
+from model.tsp import image_score, instance_scores, pool_scores
 
 UNIT = st.floats(0, 1, width=64)
 KINDS = [

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
 
-from scripts import bench, bench_web
+from scripts import bench, bench_start, bench_web
 from scripts.label_studio_server import free_port
 from scripts.make_phantoms import CLASS_NAMES
 from tests.model.examples import rectangle, target, tiny_network
@@ -24,7 +25,7 @@ def test_the_last_line_is_what_was_measured(name, monkeypatch, capsys):
     measured = json.loads(line)
     setting = {"name": name, "profile": PROFILE, "size": 64, "rounds": 1, "threads": 1}
     assert {key: measured[key] for key in setting} == setting
-    assert set(measured) == {*setting, "ours", "theirs", "ratio"}
+    assert set(measured) == {*setting, "ours", "theirs", "ratio", "machine"}
     assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"])
     assert words.startswith(bench.BENCHMARKS[name][0])
     monkeypatch.setattr(sys, "argv", ["bench", name, *arguments, "--json"])
@@ -47,6 +48,29 @@ def test_torchvisions_network_trains_on_the_same_batch():
     losses = theirs([torch.rand(3, 64, 64)], [target((1, rectangle(10, 12, 40, 44)))])
     assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
     assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def run(monkeypatch, capsys, *arguments: str) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--json"])
+    bench.main()
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_result_is_kept_with_the_machine_that_it_is_of(monkeypatch, capsys, tmp_path):
+    arguments = ("branches", "--profile", PROFILE, "--size", "64", "--rounds", "1", "--out", str(tmp_path / "new"))
+    measured = run(monkeypatch, capsys, *arguments)
+    assert json.loads((tmp_path / "new" / "branches.json").read_text()) == measured
+    assert measured["machine"]["cpus"] >= 1
+    assert len(measured["machine"]["load_average_before"]) == 3
+
+
+def test_the_web_process_is_started_and_asked(monkeypatch, capsys):
+    monkeypatch.setattr(bench_start, "_THEIRS", ("-c", f"import numpy; {bench_start._MAIN}"))  # torch takes long
+    measured = run(monkeypatch, capsys, "start", "--profile", PROFILE, "--rounds", "1")
+    assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"], abs=0.01)
+    assert measured["slowest"] >= measured["ours"]
+    assert all(memory > 10 for memory in measured["memory_mb"])
+    assert all(measured[name] > 0 for name in ("first_setup", "first_webhook", "first_predict", "second_predict"))
 
 
 @pytest.mark.label_studio

@@ -125,7 +125,6 @@ def test_an_image_that_is_there_twice(tmp_path):
         ([cycle(1, reason="asked for, with 3 newly annotated images")], 0),
         ([cycle(1, reason="just so")], 1),
         ([cycle(1, status="failed", error="disk full")], 1),
-        ([cycle(1, status="failed", error="Label Studio refused the token, which")], 0),
         ([cycle(1, status="refused")], 0),
         ([cycle(1, status="running", stage="training")], 1),
     ],

@@ -57,6 +57,7 @@ def ask(proxy: FaultProxy) -> httpx.Response:
         (Fault(kind="slow", seconds=0.2), 1, 201),
         (Fault(kind="drop"), 0, 200),
         (Fault(kind="double"), 2, 201),
+        (Fault(kind="shorten"), 1, 201),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -75,6 +76,20 @@ def test_broken_connections(target, kind, arrivals):
         with pytest.raises(httpx.RemoteProtocolError):
             ask(proxy)
         assert len(target.arrived) == arrivals
+
+
+def test_an_answer_that_is_shortened_does_not_say_so(target):
+    with FaultProxy(target.url, lambda call: Fault(kind="shorten")) as proxy:
+        answer = ask(proxy)
+    assert (answer.content, answer.headers["Content-Length"]) == (b"x" * 50, "50")
+
+
+def test_a_refusal_can_say_when_to_come_again_and_to_whom():
+    def choose(call: Call) -> Fault | None:
+        return Fault(kind="status", status=429, retry_after="7") if call.authorization == "Token t" else None
+
+    with FaultProxy("http://127.0.0.1:9", choose) as proxy:
+        assert ask(proxy).headers["Retry-After"] == "7"
 
 
 def test_a_late_request_is_overtaken(target):

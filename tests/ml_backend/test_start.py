@@ -1,0 +1,101 @@
+"""What the web process loads when it starts, and what only later; in a process of its own, since ours has it all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ml_backend.service import Service
+from tests.label_studio import POLYGON_CONFIG
+from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, add_version, data_uri, grey_images
+
+HEAVY = ("torch", "torchvision", "timm", "scipy", "pandas", "label_studio_ml", "label_studio_sdk", "dbos")
+
+# Reads [path, body] lines, prints [status, answer, heavy modules that are loaded] for each.
+ASKED = f"""
+import json, sys
+from fastapi.testclient import TestClient
+from ml_backend.app import create_app
+
+loads = []
+with TestClient(create_app(after_first_load=lambda: loads.append(1))) as web:
+    for path, body in json.load(sys.stdin):
+        answer = web.post(path, json=body) if body else web.get(path)
+        heavy = [name for name in {HEAVY!r} if name in sys.modules]
+        print(json.dumps([answer.status_code, answer.json() if path != "/ui" else {{}}, heavy, len(loads)]))
+"""
+
+
+def ask(folder: Path, *requests: tuple[str, dict[str, Any] | None]) -> list[Any]:
+    """[status, answer, heavy modules, how often weights were loaded first] after each request, of a new process."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "MODEL_DIR": str(folder / "models"),
+        "LABEL_STUDIO_URL": NOWHERE,
+        "LABEL_STUDIO_API_KEY": "0" * 40,
+        "TSP_STRATEGY": "mc_dropout",
+        "TSP_DEVICE": "cpu",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", ASKED],
+        input=json.dumps(requests),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+WEBHOOK = {
+    "action": "ANNOTATION_CREATED",
+    "project": {"id": 7, "created_at": "2023-11-14T22:13:20.654321Z"},
+}
+PREDICT = {
+    "tasks": [{"id": 1, "data": {"image": data_uri(grey_images(1)[0])}}],
+    "project": UID,
+    "label_config": POLYGON_CONFIG,
+}
+
+
+def test_nothing_heavy_is_loaded_before_there_is_a_version(tmp_path: Path) -> None:
+    answers = ask(
+        tmp_path,
+        ("/health", None),
+        ("/setup", {"project": UID, "schema": POLYGON_CONFIG}),
+        ("/webhook", WEBHOOK),
+        ("/predict", PREDICT),
+        ("/ui", None),
+        ("/status", None),
+    )
+    assert [(status, heavy, loads) for status, _, heavy, loads in answers] == [(200, [], 0)] * 6
+    assert [project["key"] for project in answers[-1][1]["projects"]] == [KEY]
+
+
+def test_weights_are_loaded_once_when_a_version_is_asked(tmp_path: Path, lonely_service: Service) -> None:
+    add_version(lonely_service, KEY)
+    lonely_service.registry.activate(KEY, VERSION)
+    answers = ask(
+        tmp_path,
+        ("/setup", {"project": UID, "schema": POLYGON_CONFIG}),
+        ("/ui", None),
+        ("/predict", PREDICT),
+        ("/predict", PREDICT),
+    )
+    assert [status for status, *_ in answers] == [200] * 4
+    assert answers[0][1] == {"model_version": VERSION}
+    assert [("torch" in heavy, loads) for _, _, heavy, loads in answers] == [(False, 0)] * 2 + [(True, 1)] * 2
+    assert answers[3][1] == answers[2][1]
+    assert answers[2][1]["results"][0]["model_version"] == VERSION
+
+
+@pytest.mark.parametrize("module", ["ml_backend.app", "ml_backend.versions", "ml_backend.health"])
+def test_commands_that_run_no_network_import_none(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
