@@ -153,16 +153,30 @@ def fitting_anchors(images: Sequence[LabeledImage], config: NetworkConfig) -> tu
 class TrainingSteps(Dataset[Batch]):
     """Item i is the whole batch of training step i: pure in (images, configs, i), so that runs can resume.
 
-    From step `teacher_from` on, a teacher makes the pseudo labels, and images without any may be drawn too.
+    From step `teacher_from` on, a teacher makes the pseudo labels, and images without any may be drawn too. With
+    `share`, (k, n), only each n-th image of a batch from the k-th on, for one of n processes that train together; their
+    targets say by which `seed` anchors and RoIs are sampled.
     """
 
-    def __init__(self, images: Sequence[LabeledImage], *, network: NetworkConfig, training: TrainingConfig) -> None:
+    def __init__(
+        self,
+        images: Sequence[LabeledImage],
+        *,
+        network: NetworkConfig,
+        training: TrainingConfig,
+        share: tuple[int, int] | None = None,
+    ) -> None:
         self.annotated = [image for image in images if not image.pseudo]
         self.pseudo = [used_fields(image, training) for image in images if image.pseudo]
         self.labeled_pseudo = [image for image in self.pseudo if len(image.labels)]  # D_semi
         if not self.annotated:
             raise DatasetError("training needs at least one annotated image, got none")
-        self.network, self.training = network, training
+        if share and min(training.batch_size, len(self.annotated)) < share[1]:
+            raise InvalidInputError(
+                f"batch_size: each of {share[1]} processes needs an annotated image in every step, got batch_size "
+                f"{training.batch_size} and {len(self.annotated)} annotated images"
+            )
+        self.network, self.training, self.share = network, training, share
         self.steps_per_epoch = -(-len(self.annotated) // training.batch_size)
         steps = len(self)
         self.teacher_from = math.ceil(training.ema_burn_in * steps) if training.ema_decay else steps
@@ -179,8 +193,17 @@ class TrainingSteps(Dataset[Batch]):
         if pseudo and not waits:
             chosen += self._chosen(pseudo, turn, self.training.pseudo_batch_size, stream=1)
         flips = np.random.default_rng((self.training.seed, 2, step)).random(len(chosen)) < self.training.horizontal_flip
-        samples = [training_sample(image, self.network, flip=bool(f)) for image, f in zip(chosen, flips, strict=True)]
-        return [image for image, _ in samples], [target for _, target in samples]
+        first, stride = self.share or (0, 1)
+        images, targets = [], []
+        for i in range(first, len(chosen), stride):
+            image, target = training_sample(chosen[i], self.network, flip=bool(flips[i]))
+            images.append(image)
+            targets.append({**target, "seed": self._seed(step, i)} if self.share else target)
+        return images, targets
+
+    def _seed(self, step: int, position: int) -> int:
+        """Of one image in one step, whoever takes it."""
+        return int(np.random.default_rng((self.training.seed, 4, step, position)).integers(2**63))
 
     def _chosen(self, images: list[LabeledImage], step: int, count: int, *, stream: int) -> list[LabeledImage]:
         """The step's images: epochs of ceil(n / count) steps, each epoch a new order; the last batch wraps around."""

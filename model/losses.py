@@ -15,6 +15,16 @@ from torchvision.ops import box_iou
 
 SEMI = "semi_"  # prefix of the losses that come from pseudo-labelled images
 _IOU_LOSSES = ("loss_box_iou", "loss_mask_iou")
+_MASK_RCNN = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+# All losses there may be; "loss_ranking" is that of `model.loss_prediction`.
+NAMES = (*_MASK_RCNN, *_IOU_LOSSES, "loss_ranking", *(SEMI + name for name in _MASK_RCNN))
+
+
+class Mean(NamedTuple):
+    """A loss that is the mean over `count` sampled anchors, RoIs or, for masks and IoUs, positive RoIs."""
+
+    value: Tensor
+    count: int
 
 
 def total_loss(losses: Mapping[str, Tensor], *, beta: float, iou_weight: float) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -26,6 +27,7 @@ from model.backbones import Backbone, normalisation
 from model.config import NetworkConfig
 from model.errors import InvalidInputError
 from model.loss_prediction import LossPredictor, ranking_loss
+from model.losses import Mean
 from model.pretrained import load_pretrained
 from model.pseudo_weights import pseudo_weights
 
@@ -51,7 +53,8 @@ class MaskRCNNWithScores(nn.Module):
 
     Targets: `boxes` (N, 4) xyxy pixels, `labels` (N,) int64 from 1, `masks` (N, H, W) uint8, and optionally
     `pseudo` (bool): the image was labelled by the model, so that eq. 4 applies to it, with `weights` (N, 3) and
-    `ignored` (K, 4) if these are there (`model.pseudo_weights`).
+    `ignored` (K, 4) if these are there (`model.pseudo_weights`); and `seed` (int): which anchors and RoIs of the image
+    are sampled depends on it alone, otherwise on torch's generator and on the images before it. All have one or none.
 
     Training returns the losses of eq. 1 by name, those of eq. 4 with the prefix "semi_". Evaluation returns for each
     image `boxes` (N, 4), `labels` (N,), `scores` (N,) = c, `box_scores` (N,) = b, `mask_scores` (N,) = m, and
@@ -74,9 +77,9 @@ class MaskRCNNWithScores(nn.Module):
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """The losses when training, the detections when evaluating; see the class."""
-        _check_images(images)
         if self.training:
-            return self._losses(images, _checked_targets(images, targets, self.config.num_classes))
+            return {name: loss.value for name, loss in self.losses(images, targets).items()}
+        _check_images(images)
         original_hw = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(list(images))
         stages = self.backbone.body(batch.tensors)
@@ -115,7 +118,12 @@ class MaskRCNNWithScores(nn.Module):
                 if name.startswith(prefix):
                     parameter.requires_grad_(False)
 
-    def _losses(self, images: Sequence[Tensor], targets: list[Target]) -> dict[str, Tensor]:
+    def losses(self, images: Sequence[Tensor], targets: Sequence[Target] | None) -> dict[str, Mean]:
+        """The losses of training by name, each with what it is the mean over: parts of a batch can be put together."""
+        _check_images(images)
+        return self._losses(images, _checked_targets(images, targets, self.config.num_classes))
+
+    def _losses(self, images: Sequence[Tensor], targets: list[Target]) -> dict[str, Mean]:
         """One pass through the body for all images; then the annotated and the pseudo-labelled ones part ways."""
         batch, targets = self.transform(list(images), targets)
         for image, hw, target in zip(images, batch.image_sizes, targets, strict=True):
@@ -124,15 +132,17 @@ class MaskRCNNWithScores(nn.Module):
         features = self.backbone(batch.tensors)
         pseudo = [i for i, target in enumerate(targets) if target.get("pseudo", False)]
         annotated = [i for i in range(len(targets)) if i not in pseudo]
-        result: dict[str, Tensor] = {}
+        result: dict[str, Mean] = {}
         if annotated and self.loss_predictor is None:
             result = self._group_losses(batch, features, targets, annotated, pseudo=False)
         elif annotated and self.loss_predictor is not None:
             each = [self._group_losses(batch, features, targets, [i], pseudo=False) for i in annotated]
-            result = {name: torch.stack([image[name] for image in each]).mean() for name in each[0]}
+            result = {
+                name: Mean(torch.stack([image[name].value for image in each]).mean(), len(each)) for name in each[0]
+            }
             predicted = self.loss_predictor({level: feature[annotated] for level, feature in features.items()})
-            true = torch.stack([torch.stack(list(image.values())).sum() for image in each])
-            result["loss_ranking"] = ranking_loss(predicted, true)
+            true = torch.stack([torch.stack([loss.value for loss in image.values()]).sum() for image in each])
+            result["loss_ranking"] = Mean(ranking_loss(predicted, true), len(each))
         if pseudo:
             semi = self._group_losses(batch, features, targets, pseudo, pseudo=True)
             result.update({losses.SEMI + name: loss for name, loss in semi.items()})
@@ -146,11 +156,13 @@ class MaskRCNNWithScores(nn.Module):
         chosen: list[int],
         *,
         pseudo: bool,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Mean]:
         """The losses of some images of the batch, normalised among themselves."""
         part = ImageList(batch.tensors[chosen], [batch.image_sizes[i] for i in chosen])
         part_features = OrderedDict((level, feature[chosen]) for level, feature in features.items())
         part_targets = [targets[i] for i in chosen]
+        for sampler in (self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler):
+            sampler.seeds = [target["seed"] for target in part_targets] if "seed" in part_targets[0] else None
         proposals, rpn = self.rpn(part, part_features, part_targets, pseudo=pseudo)
         heads = self.roi_heads.losses(part_features, proposals, part.image_sizes, part_targets, pseudo=pseudo)
         return {**rpn, **heads}
@@ -173,6 +185,23 @@ class IoUBranch(nn.Sequential):
         )
 
 
+class _Sampler(BalancedPositiveNegativeSampler):
+    """torchvision's choice of anchors or RoIs; an image with a seed is sampled by that alone."""
+
+    seeds: Sequence[int] | None = None  # of the images of the next calls
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        if self.seeds is None:
+            return super().__call__(matched_idxs)
+        positive, negative = [], []
+        for seed, labels in zip(self.seeds, matched_idxs, strict=True):
+            torch.manual_seed(seed)
+            chosen = super().__call__([labels])
+            positive.extend(chosen[0])
+            negative.extend(chosen[1])
+        return positive, negative
+
+
 class _Dropout(nn.Dropout):
     """While it has a `generator` it drops also in evaluation, and draws from that one."""
 
@@ -188,6 +217,10 @@ class _Dropout(nn.Dropout):
 class _ScoringRPN(RegionProposalNetwork):
     """torchvision's region proposal network with the losses of eq. 1 and 4."""
 
+    def __init__(self, *parts: Any, **settings: Any) -> None:
+        super().__init__(*parts, **settings)
+        self.fg_bg_sampler = _Sampler(settings["batch_size_per_image"], settings["positive_fraction"])
+
     def forward(
         self,
         images: ImageList,
@@ -195,7 +228,7 @@ class _ScoringRPN(RegionProposalNetwork):
         targets: list[Target] | None = None,
         *,
         pseudo: bool = False,
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+    ) -> tuple[list[Tensor], dict[str, Mean]]:
         objectness_by_level, deltas_by_level = self.head(list(features.values()))
         anchors = self.anchor_generator(images, list(features.values()))
         anchors_by_level = [level[0].numel() for level in objectness_by_level]
@@ -207,7 +240,7 @@ class _ScoringRPN(RegionProposalNetwork):
         labels, matched_boxes = self.assign_targets_to_anchors(anchors, targets)
         positive, negative = self.fg_bg_sampler(labels)
         sampled = torch.cat([torch.nonzero(torch.cat(chosen)).squeeze(1) for chosen in (positive, negative)])
-        return proposals, losses.rpn_losses(
+        result = losses.rpn_losses(
             objectness.flatten(),
             deltas,
             labels=torch.cat(labels),
@@ -215,6 +248,7 @@ class _ScoringRPN(RegionProposalNetwork):
             sampled=sampled,
             weights=self._weights(anchors, labels, targets, sampled) if pseudo else None,
         )
+        return proposals, {name: Mean(loss, len(sampled)) for name, loss in result.items()}
 
     def _weights(self, anchors: list[Tensor], labels: list[Tensor], targets: list[Target], sampled: Tensor) -> Tensor:
         """What the sampled anchors, indices (n,) into those of all images, count in eq. 4, (n, 3)."""
@@ -241,6 +275,7 @@ class _ScoringRoIHeads(RoIHeads):
         **heads: Any,
     ):
         super().__init__(**heads)
+        self.fg_bg_sampler = _Sampler(heads["batch_size_per_image"], heads["positive_fraction"])
         self.box_iou_branch = box_iou_branch
         self.mask_iou_branch = mask_iou_branch
         self.mask_threshold = mask_threshold
@@ -254,7 +289,7 @@ class _ScoringRoIHeads(RoIHeads):
         targets: list[Target],
         *,
         pseudo: bool,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Mean]:
         proposals, matched, labels, delta_targets = self.select_training_samples(proposals, targets)
         box_features = self.box_roi_pool(features, proposals, image_sizes)
         class_logits, deltas = self._box_outputs(box_features)
@@ -262,13 +297,14 @@ class _ScoringRoIHeads(RoIHeads):
         weights = None
         if pseudo:
             weights = torch.cat([pseudo_weights(*roi) for roi in zip(proposals, positive, targets, strict=True)])
-        result = losses.box_head_losses(
+        box = losses.box_head_losses(
             class_logits,
             deltas,
             labels=torch.cat(labels),
             delta_targets=torch.cat(delta_targets),
             weights=weights,
         )
+        result = {name: Mean(loss, len(class_logits)) for name, loss in box.items()}
         boxes = [box[keep] for box, keep in zip(proposals, positive, strict=True)]
         matched = [index[keep] for index, keep in zip(matched, positive, strict=True)]
         classes = torch.cat(labels)[torch.cat(positive)]
@@ -276,17 +312,19 @@ class _ScoringRoIHeads(RoIHeads):
         mask_features = self.mask_roi_pool(features, boxes, image_sizes)
         mask_logits = self._mask_logits(mask_features, classes)
         coverage = losses.mask_coverage([t["masks"] for t in targets], matched, boxes, mask_logits.shape[-1])
-        result["loss_mask"] = losses.mask_loss(
+        mask = losses.mask_loss(
             mask_logits, coverage, weights=None if weights is None else weights[torch.cat(positive)]
         )
+        result["loss_mask"] = Mean(mask, len(classes))
         if pseudo:
             return result
 
         box_targets, mask_targets = self._iou_targets(
             deltas[torch.cat(positive)], mask_logits, coverage, boxes, classes, matched, targets, image_sizes
         )
-        result["loss_box_iou"] = losses.iou_loss(self.box_iou_branch(box_features[torch.cat(positive)]), box_targets)
-        result["loss_mask_iou"] = losses.iou_loss(self.mask_iou_branch(mask_features), mask_targets)
+        box_ious = self.box_iou_branch(box_features[torch.cat(positive)])
+        result["loss_box_iou"] = Mean(losses.iou_loss(box_ious, box_targets), len(classes))
+        result["loss_mask_iou"] = Mean(losses.iou_loss(self.mask_iou_branch(mask_features), mask_targets), len(classes))
         return result
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from model.augment import strong_view
 from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import Batch, TrainingSteps
+from model.distributed import Ranks
 from model.errors import CheckpointError, InvalidInputError, NonFiniteLossError, TooLargeError
 from model.files import read_tensors, write_tensors
-from model.losses import SEMI, total_loss
+from model.losses import NAMES, SEMI, total_loss
 from model.memory import is_out_of_memory
 from model.network import MaskRCNNWithScores
 from model.teacher import Teacher
@@ -48,6 +49,7 @@ def train(
     class_thresholds: FloatArray | None = None,
     checkpoint: Path | None = None,
     device: str = "cpu",
+    ranks: Ranks | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Progress | None:
     """Train `network` in place on annotated and pseudo-labelled images (eq. 5); returns the last step's progress.
@@ -57,11 +59,14 @@ def train(
     With `ema_decay`, a teacher labels each step's unlabelled images anew after the burn-in, by `pseudo` and
     `class_thresholds` (`model.pseudo_labels`), and its weights are what is left in `network`. These images may come
     without labels (N = 0, pseudo).
+    With `ranks`, all processes call this with the same arguments and share the images of each step; the first one keeps
+    the checkpoint, which all of them must be able to read.
     A step whose batch does not fit into memory is done again in smaller pieces, and so are all steps after it: an
     approximation, see `_gradients`.
     Raises NonFiniteLossError, TooLargeError, CheckpointError (the file is another run's or damaged), DatasetError.
     """
-    steps = TrainingSteps(images, network=network.config, training=config)
+    share = (ranks.rank, ranks.size) if ranks else None
+    steps = TrainingSteps(images, network=network.config, training=config, share=share)
     network.to(device).train()
     parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     optimizer = _optimizer([p for _, p in parameters], config)
@@ -70,6 +75,8 @@ def train(
         raise InvalidInputError("ema_decay: a teacher needs to know what it may trust, pass `pseudo` to train()")
     run = _fingerprint(network, images, config, (pseudo, class_thresholds) if teacher else (None, None))
     first = _resume(checkpoint, run, network, optimizer, teacher) if checkpoint else 0
+    if ranks:
+        ranks.start_alike(network)
 
     progress, at_once = None, None
     batches = DataLoader(
@@ -83,9 +90,12 @@ def train(
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, len(steps))
-        progress, at_once = _gradients_in_memory(
-            network, (batch_images, batch_targets), config, step, len(steps), at_once
-        )
+        if ranks:
+            progress = _shared_gradients(network, (batch_images, batch_targets), config, step, len(steps), ranks)
+        else:
+            progress, at_once = _gradients_in_memory(
+                network, (batch_images, batch_targets), config, step, len(steps), at_once
+            )
         if config.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.gradient_clip)
         optimizer.step()
@@ -93,7 +103,7 @@ def train(
             teacher.follow(step + 1)
         if (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == len(steps):
             _check_weights(network, step + 1)
-            if checkpoint:
+            if checkpoint and (ranks is None or ranks.rank == 0):
                 _save(checkpoint, run, step + 1, network, optimizer, teacher)
         if on_step:
             on_step(progress)
@@ -148,13 +158,32 @@ def _gradients(
         total += loss.item()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.item()
-        if not math.isfinite(total):
-            raise NonFiniteLossError(
-                f"step {step + 1} of {steps}: the loss is {total} ({sums}). "
-                "Lower the learning rate or set gradient_clip; the last checkpoint is as it was."
-            )
+        _check_loss(total, sums, step, steps)
         torch.autograd.backward(loss)
     return Progress(step=step + 1, steps=steps, loss=total, losses=sums)
+
+
+def _shared_gradients(
+    network: MaskRCNNWithScores, batch: Batch, config: TrainingConfig, step: int, steps: int, ranks: Ranks
+) -> Progress:
+    """`_gradients` of what all processes have of this step: each ends with the same gradients, and the whole losses."""
+    network.zero_grad(set_to_none=True)
+    weights = {"beta": beta(config, step, steps), "iou_weight": config.iou_loss_weight}
+    torch.manual_seed(config.seed * 1_000_003 + step)
+    parts, whole = ranks.together(network.losses(*batch), NAMES)
+    total = total_loss({name: torch.tensor(value) for name, value in whole.items()}, **weights).item()
+    _check_loss(total, whole, step, steps)  # the same in all processes: none waits for one that has given up
+    torch.autograd.backward(total_loss(parts, **weights))
+    ranks.add_gradients(p for p in network.parameters() if p.requires_grad)
+    return Progress(step=step + 1, steps=steps, loss=total, losses=whole)
+
+
+def _check_loss(total: float, losses: Mapping[str, float], step: int, steps: int) -> None:
+    if not math.isfinite(total):
+        raise NonFiniteLossError(
+            f"step {step + 1} of {steps}: the loss is {total} ({losses}). "
+            "Lower the learning rate or set gradient_clip; the last checkpoint is as it was."
+        )
 
 
 def _pieces(batch: Batch, at_once: int | None) -> Iterator[tuple[list[Tensor], list[Any], tuple[float, float] | None]]:
@@ -234,8 +263,10 @@ def _relabeled(
     unlabelled = [i for i, target in enumerate(targets) if target["pseudo"]]
     labels = teacher.targets([images[i] for i in unlabelled], config, pseudo, class_thresholds=class_thresholds)
     for i, target in zip(unlabelled, labels, strict=True):
-        images[i] = strong_view(images[i], np.random.default_rng((config.seed, 3, step, i)))
-        targets[i] = target
+        seed = {name: value for name, value in targets[i].items() if name == "seed"}
+        # With a seed, which the position would not do for: it depends on how the batch is shared.
+        images[i] = strong_view(images[i], np.random.default_rng((config.seed, 3, step, seed.get("seed", i))))
+        targets[i] = {**target, **seed}
     return _on((images, targets), str(images[0].device))
 
 

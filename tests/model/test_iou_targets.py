@@ -242,7 +242,7 @@ def branch_losses(network, label):
     """The losses of both branches on one image whose RoIs are ROI and, appended in training, the true box."""
     features = network.backbone(image()[None])
     result = network.roi_heads.losses(features, [torch.tensor([ROI])], [HW], [target((label, TRUTH))], pseudo=False)
-    return result["loss_box_iou"].item(), result["loss_mask_iou"].item()
+    return result["loss_box_iou"].value.item(), result["loss_mask_iou"].value.item()
 
 
 def loss_of_half(*targets):
@@ -289,6 +289,6 @@ def test_targets_are_not_differentiated():
     network = network_that_says()
     features = network.backbone(image()[None])
     result = network.roi_heads.losses(features, [torch.tensor([ROI])], [HW], [target((1, TRUTH))], pseudo=False)
-    (result["loss_box_iou"] + result["loss_mask_iou"]).backward()
+    (result["loss_box_iou"].value + result["loss_mask_iou"].value).backward()
     assert network.roi_heads.box_predictor.bbox_pred.bias.grad is None
     assert network.roi_heads.mask_predictor.mask_fcn_logits.bias.grad is None

@@ -207,7 +207,7 @@ def test_which_rois_of_a_pseudo_labelled_image_count_follows_from_their_overlap_
     result = network.roi_heads.losses(
         features, [torch.cat([on_object, on_nothing])], [HW], [target(OBJECTS[0], pseudo=True)], pseudo=True
     )
-    sum(result.values()).backward()
+    sum(loss.value for loss in result.values()).backward()
     # all six RoIs fit into the sample and keep their order; the labelled box itself is appended
     rows = (seen["classes"][0].grad != 0).any(dim=1)
     assert rows.tolist() == [True, True, False, False, False, True]

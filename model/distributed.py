@@ -1,0 +1,81 @@
+"""One training by several processes, on one machine or many: each takes its share of every step's images.
+
+Started by torchrun, which sets RANK, WORLD_SIZE and where the processes meet. A step comes out as if one process had
+done it (`model.train`), but for rounding, for images of different sizes, which are padded to the largest of a share, and
+for batch norms that are not frozen, which see their own share.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from model.errors import InvalidInputError
+from model.losses import Mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process, `rank` of 0 to `size` - 1, among those that train together."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def join(cls, *, device: str = "cpu") -> Self:
+        """Meet the others: by gloo on the CPU, by NCCL on GPUs. Raises InvalidInputError outside of torchrun."""
+        if not torch.distributed.is_torchelastic_launched():
+            raise InvalidInputError(
+                "expected to be started by torchrun, such as `torchrun --nproc-per-node 2 script.py`: RANK and "
+                "WORLD_SIZE are not set"
+            )
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size())
+
+    @staticmethod
+    def local_device(device: str) -> str:
+        """Of "cuda", the GPU that is this process's own; any other device as it is."""
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+
+    def leave(self) -> None:
+        """Part from the others; no process trains with them any more."""
+        torch.distributed.destroy_process_group()
+
+    def start_alike(self, network: nn.Module) -> None:
+        """Give every process the weights of the first one."""
+        for tensor in network.state_dict().values():
+            torch.distributed.broadcast(tensor, src=0)
+
+    def together(self, losses: Mapping[str, Mean], names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """This process's part of each loss, and the whole losses; `names` are all that there may be.
+
+        A loss is a mean over what was sampled, whose number differs from process to process: each part counts by its
+        share of that, so that the sum of the parts is the mean over everything.
+        """
+        device = next(iter(losses.values())).value.device
+        table = torch.zeros((len(names), 3), dtype=torch.float64, device=device)  # is there, count, sum
+        for row, name in zip(table, names, strict=True):
+            if name in losses:
+                value, count = losses[name]
+                row[:] = torch.stack([row.new_ones(()), row.new_tensor(count), count * value.detach()])
+        torch.distributed.all_reduce(table)
+        whole = {
+            name: sum_ / max(count, 1) for name, (there, count, sum_) in zip(names, table.tolist(), strict=True) if there
+        }
+        counts = dict(zip(names, table[:, 1].tolist(), strict=True))
+        parts = {name: loss.value * (loss.count / max(counts[name], 1)) for name, loss in losses.items()}
+        return parts, whole
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace the gradient of each parameter by the sum over all processes; all have the same afterwards."""
+        known = list(parameters)
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in known])
+        torch.distributed.all_reduce(flat)
+        for parameter, gradient in zip(known, flat.split([p.numel() for p in known]), strict=True):
+            parameter.grad = gradient.view_as(parameter)

@@ -1,0 +1,115 @@
+"""Training by several processes: real ones, started by torchrun, that meet by gloo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import NetworkConfig, TrainingConfig
+from model.dataset import LabeledSet, TrainingSteps, write_coco
+from model.distributed import Ranks
+from model.errors import InvalidInputError
+from model.files import read_tensors
+from tests.model.examples import ellipse, labeled_image, rectangle
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = {"epochs": 3, "batch_size": 4, "learning_rate": 0.005, "beta": 0.5, "checkpoint_every_steps": 2}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Seven annotated images with one to three instances or none, and three that the model has labelled."""
+    folder = tmp_path_factory.mktemp("images")
+    shapes = [(1, rectangle(8, 8, 30, 28)), (2, ellipse(24, 32, 60, 60)), (1, rectangle(40, 2, 62, 20))]
+    annotated = [labeled_image(folder, "a" * (n + 1), *shapes[: n % 4]) for n in range(7)]
+    pseudo = [labeled_image(folder, "p" * (n + 1), shapes[n], pseudo=True) for n in range(3)]
+    return [*annotated, *pseudo]
+
+
+@pytest.fixture(scope="module")
+def place(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainings")
+    write_coco(folder / "coco.json", LabeledSet(images=tuple(images), class_names=("one", "two")))
+    (folder / "training.json").write_text(json.dumps(TRAINING))
+    return folder
+
+
+def run(folder, processes, *, dies="nobody"):
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "tests.model.one_of_several", str(folder), dies]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def trained(folder, processes):
+    """The losses by step of a training by so many processes, and the weights each of them ends with."""
+    done = run(folder, processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    return lines, [read_tensors(folder / f"weights-{rank}.safetensors")[0] for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def by_two(place):
+    return trained(place / "two", 2)
+
+
+def test_two_processes_have_the_loss_curve_of_one_with_the_same_images(place, by_two):
+    by_one, _ = trained(place / "one", 1)
+    lines, _ = by_two
+    assert [step for step, *_ in lines] == list(range(1, STEPS + 1))
+    for (_, loss, losses), (_, expected, all_expected) in zip(lines, by_one, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+        assert losses == pytest.approx(all_expected, rel=1e-3, abs=1e-5)
+    assert any(name.startswith("semi_") for name in lines[0][2])
+    assert lines[-1][1] < lines[0][1]
+
+
+def test_all_processes_end_with_the_same_weights(by_two):
+    first, second = by_two[1]
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+
+
+def test_a_training_of_which_one_process_was_killed_ends_with_the_same_weights(place, by_two):
+    """Checkpoints are at 2, 4 and 6: after the death in step 3, step 3 is done again."""
+    folder = place / "killed"
+    assert run(folder, 2, dies="0:3").returncode != 0  # the others do not wait for it
+    lines, weights = trained(folder, 2)
+    assert [step for step, *_ in lines][-4:] == [3, 4, 5, 6]
+    assert [step for step, *_ in lines].count(1) == 1
+    for name, tensor in by_two[1][0].items():
+        assert torch.equal(weights[0][name], tensor), name
+
+
+def test_every_image_of_a_step_is_taken_by_one_process(images):
+    network, training = NetworkConfig.for_profile("efficientnet_lite0_fpn", 3, min_size=64), TrainingConfig(**TRAINING)
+    whole = TrainingSteps(images, network=network, training=training, share=(0, 1))
+    for step in range(len(whole)):
+        shares = [
+            TrainingSteps(images, network=network, training=training, share=(rank, 3))[step] for rank in range(3)
+        ]
+        tensors, targets = whole[step]
+        seeds = [[target["seed"] for target in share[1]] for share in shares]
+        assert sorted(sum(seeds, [])) == sorted(target["seed"] for target in targets)
+        assert len({*sum(seeds, [])}) == len(targets) == 5
+        by_seed = {target["seed"]: image for target, image in zip(targets, tensors, strict=True)}
+        for share, share_seeds in zip(shares, seeds, strict=True):
+            assert all(torch.equal(image, by_seed[seed]) for image, seed in zip(share[0], share_seeds, strict=True))
+            assert any(not target["pseudo"] for target in share[1])
+
+
+def test_more_processes_than_images_in_a_step_are_refused(images):
+    network, training = NetworkConfig.for_profile("efficientnet_lite0_fpn", 3), TrainingConfig(batch_size=2)
+    with pytest.raises(InvalidInputError, match="each of 3 processes needs an annotated image in every step"):
+        TrainingSteps(images, network=network, training=training, share=(0, 3))
+
+
+def test_a_process_outside_of_torchrun_is_told_how_to_start(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(InvalidInputError, match="torchrun --nproc-per-node 2"):
+        Ranks.join()
