@@ -1,8 +1,8 @@
 """One training by several processes, on one machine or many: each takes its share of every step's images.
 
 Started by torchrun, which sets RANK, WORLD_SIZE and where the processes meet. A step comes out as if one process had
-done it (`model.train`), but for rounding, for images of different sizes, which are padded to the largest of a share, and
-for batch norms that are not frozen, which see their own share.
+done it (`model.train`), but for rounding, for images of different sizes, which are padded to the largest of their
+share, and for batch norms that are not frozen, which see their own share.
 """
 
 import os
@@ -65,11 +65,9 @@ class Ranks:
                 value, count = losses[name]
                 row[:] = torch.stack([row.new_ones(()), row.new_tensor(count), count * value.detach()])
         torch.distributed.all_reduce(table)
-        whole = {
-            name: sum_ / max(count, 1) for name, (there, count, sum_) in zip(names, table.tolist(), strict=True) if there
-        }
-        counts = dict(zip(names, table[:, 1].tolist(), strict=True))
-        parts = {name: loss.value * (loss.count / max(counts[name], 1)) for name, loss in losses.items()}
+        rows = dict(zip(names, table.tolist(), strict=True))
+        whole = {name: summed / max(count, 1) for name, (is_there, count, summed) in rows.items() if is_there}
+        parts = {name: loss.value * (loss.count / max(rows[name][1], 1)) for name, loss in losses.items()}
         return parts, whole
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:

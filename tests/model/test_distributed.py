@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -90,13 +91,11 @@ def test_every_image_of_a_step_is_taken_by_one_process(images):
     network, training = NetworkConfig.for_profile("efficientnet_lite0_fpn", 3, min_size=64), TrainingConfig(**TRAINING)
     whole = TrainingSteps(images, network=network, training=training, share=(0, 1))
     for step in range(len(whole)):
-        shares = [
-            TrainingSteps(images, network=network, training=training, share=(rank, 3))[step] for rank in range(3)
-        ]
+        shares = [TrainingSteps(images, network=network, training=training, share=(rank, 3))[step] for rank in range(3)]
         tensors, targets = whole[step]
         seeds = [[target["seed"] for target in share[1]] for share in shares]
-        assert sorted(sum(seeds, [])) == sorted(target["seed"] for target in targets)
-        assert len({*sum(seeds, [])}) == len(targets) == 5
+        assert sorted(chain(*seeds)) == sorted(target["seed"] for target in targets)
+        assert len(set(chain(*seeds))) == len(targets) == 5
         by_seed = {target["seed"]: image for target, image in zip(targets, tensors, strict=True)}
         for share, share_seeds in zip(shares, seeds, strict=True):
             assert all(torch.equal(image, by_seed[seed]) for image, seed in zip(share[0], share_seeds, strict=True))
