@@ -59,15 +59,15 @@ class Ranks:
         share of that, so that the sum of the parts is the mean over everything.
         """
         device = next(iter(losses.values())).value.device
-        table = torch.zeros((len(names), 3), dtype=torch.float64, device=device)  # is there, count, sum
+        table = torch.zeros((len(names), 3), dtype=torch.float64, device=device)  # is there, samples, sum
         for row, name in zip(table, names, strict=True):
             if name in losses:
-                value, count = losses[name]
-                row[:] = torch.stack([row.new_ones(()), row.new_tensor(count), count * value.detach()])
+                value, samples = losses[name]
+                row[:] = torch.stack([row.new_ones(()), row.new_tensor(samples), samples * value.detach()])
         torch.distributed.all_reduce(table)
         rows = dict(zip(names, table.tolist(), strict=True))
-        whole = {name: summed / max(count, 1) for name, (is_there, count, summed) in rows.items() if is_there}
-        parts = {name: loss.value * (loss.count / max(rows[name][1], 1)) for name, loss in losses.items()}
+        whole = {name: summed / max(samples, 1) for name, (is_there, samples, summed) in rows.items() if is_there}
+        parts = {name: loss.value * (loss.samples / max(rows[name][1], 1)) for name, loss in losses.items()}
         return parts, whole
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -75,5 +75,5 @@ class Ranks:
         known = list(parameters)
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in known])
         torch.distributed.all_reduce(flat)
-        for parameter, gradient in zip(known, flat.split([p.numel() for p in known]), strict=True):
+        for parameter, gradient in zip(known, torch.split(flat, [p.numel() for p in known]), strict=True):
             parameter.grad = gradient.view_as(parameter)

@@ -21,10 +21,10 @@ NAMES = (*_MASK_RCNN, *_IOU_LOSSES, "loss_ranking", *(SEMI + name for name in _M
 
 
 class Mean(NamedTuple):
-    """A loss that is the mean over `count` sampled anchors, RoIs or, for masks and IoUs, positive RoIs."""
+    """A loss that is the mean over so many `samples`: anchors, RoIs or, for masks and IoUs, positive RoIs."""
 
     value: Tensor
-    count: int
+    samples: int
 
 
 def total_loss(losses: Mapping[str, Tensor], *, beta: float, iou_weight: float) -> Tensor:

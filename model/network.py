@@ -191,11 +191,11 @@ class _Sampler(BalancedPositiveNegativeSampler):
     seeds: Sequence[int] | None = None  # of the images of the next calls
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        if self.seeds is None:
-            return super().__call__(matched_idxs)
-        positive, negative = [], []
-        for seed, labels in zip(self.seeds, matched_idxs, strict=True):
-            torch.manual_seed(seed)
+        positive: list[Tensor] = []
+        negative: list[Tensor] = []
+        for seed, labels in zip(self.seeds or [None] * len(matched_idxs), matched_idxs, strict=True):
+            if seed is not None:
+                torch.manual_seed(seed)
             chosen = super().__call__([labels])
             positive.extend(chosen[0])
             negative.extend(chosen[1])
