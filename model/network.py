@@ -193,7 +193,8 @@ class _Sampler(BalancedPositiveNegativeSampler):
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         positive: list[Tensor] = []
         negative: list[Tensor] = []
-        for seed, labels in zip(self.seeds or [None] * len(matched_idxs), matched_idxs, strict=True):
+        seeds: Sequence[int | None] = self.seeds or [None] * len(matched_idxs)
+        for seed, labels in zip(seeds, matched_idxs, strict=True):
             if seed is not None:
                 torch.manual_seed(seed)
             chosen = super().__call__([labels])
