@@ -521,7 +521,7 @@ def test_with_learning_loss_the_losses_are_means_over_the_images_and_a_ranking_l
     assert set(result) == LOSSES | {"loss_ranking"}
     assert len(each) == 2
     for name in LOSSES:
-        torch.testing.assert_close(result[name], (each[0][name] + each[1][name]) / 2)
+        torch.testing.assert_close(result[name], (each[0][name].value + each[1][name].value) / 2)
     gradients = [p.grad for n, p in network.named_parameters() if n.startswith("loss_predictor.")]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
