@@ -53,6 +53,7 @@ from model.network import MaskRCNNWithScores, build_model
 from model.predict import detect
 from model.pseudo_labels import with_score_threshold
 from model.registry import ModelCard
+from model.together import train_in_processes
 from model.train import Progress, load_trained, train
 from model.types import Detections, FloatArray, LabeledImage
 
@@ -141,8 +142,9 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
         log.progress(progress.step, progress.steps)
 
     checkpoint = folder / "checkpoint.safetensors"
+    processes = service.settings.processes
     run = partial(
-        train,
+        train if processes == 1 else partial(train_in_processes, processes=processes),
         network,
         [*training.images, *pseudo],
         config,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_validator
+from pydantic import Field, PositiveInt, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
 
@@ -201,6 +201,12 @@ class Settings(BaseSettings):
     threads: int = _env(
         "TSP_THREADS", 0, "CPU threads of the network; 0: all cores but one in the worker, one in the web process", ge=0
     )
+    processes: int = _env(
+        "TSP_PROCESSES",
+        1,
+        "processes that train together, each on its share of TSP_IMAGES_PER_STEP; with TSP_DEVICE=cuda each on a GPU",
+        ge=1,
+    )
     niceness: int = _env(
         "TSP_NICENESS", 10, "how far the worker stands back behind other processes, 0 to 19", ge=0, le=19
     )
@@ -252,6 +258,14 @@ class Settings(BaseSettings):
         if strategy not in STRATEGY_NAMES:
             raise ValueError(f"expected one of {', '.join(STRATEGY_NAMES)}")
         return strategy
+
+    @field_validator("processes")
+    @classmethod
+    def _an_image_for_each(cls, processes: int, info: ValidationInfo) -> int:
+        images = info.data.get("images_per_step", processes)
+        if processes > images:
+            raise ValueError(f"expected at most TSP_IMAGES_PER_STEP ({images}): each needs an image in every step")
+        return processes
 
     @field_validator("device")
     @classmethod

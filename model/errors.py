@@ -37,6 +37,10 @@ class TooLargeError(TSPError):
     """Not even one image at a time fits into memory."""
 
 
+class TrainingProcessError(TSPError):
+    """One of several processes that train together has died again and again."""
+
+
 class NonFiniteLossError(TSPError):
     """The training loss or the weights became NaN or infinite; the weights of that step were not kept."""
 

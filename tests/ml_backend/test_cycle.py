@@ -241,6 +241,20 @@ def test_training_and_evaluation_make_a_version_and_repeating_them_changes_nothi
     assert cycle_row(service, key).facts == facts
 
 
+def test_two_processes_train_a_version_together(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, tmp_path: Path
+) -> None:
+    annotate(client, project, [*grey_images(3), *grey_images(1, validation=True)])
+    with another_service(service, tmp_path, TSP_PROCESSES=2, TSP_IMAGES_PER_STEP=2) as together:
+        version = snapshot(together, key, 1, log)
+        train_version(together, key, 1, log)
+        steps = cycle_row(together, key).total
+        assert read_tensors(together.cycle_folder(key, 1) / "checkpoint.safetensors")[1]["step"] == str(steps)
+        assert cycle_row(together, key).facts["loss"].keys() >= {"loss_mask", "loss_mask_iou"}
+        assert evaluate_version(together, key, 1, version, log)
+        assert together.registry.load(key, version)[1].version == version
+
+
 def test_images_that_nobody_labelled_teach_by_what_the_active_version_trusted(
     service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
 ) -> None:

@@ -1,8 +1,12 @@
 """Training by several processes: real ones, started by torchrun, that meet by gloo."""
 
+import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -12,9 +16,10 @@ import torch
 from model.config import NetworkConfig, TrainingConfig
 from model.dataset import LabeledSet, TrainingSteps, write_coco
 from model.distributed import Ranks
-from model.errors import InvalidInputError
+from model.errors import ImageFileError, InvalidInputError
 from model.files import read_tensors
-from tests.model.examples import ellipse, labeled_image, rectangle
+from model.together import train_in_processes
+from tests.model.examples import ellipse, labeled_image, rectangle, tiny_network
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {"epochs": 3, "batch_size": 4, "learning_rate": 0.005, "beta": 0.5, "checkpoint_every_steps": 2}
@@ -112,3 +117,67 @@ def test_a_process_outside_of_torchrun_is_told_how_to_start(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with pytest.raises(InvalidInputError, match="torchrun --nproc-per-node 2"):
         Ranks.join()
+
+
+# --- started by `train_in_processes`
+
+
+def test_processes_that_we_start_train_as_those_of_torchrun_do(images, by_two, tmp_path):
+    network, steps = tiny_network(frozen_batch_norm=True), []
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    options = {"processes": 2, "checkpoint": checkpoint, "on_step": steps.append}
+    progress = train_in_processes(network, images, TrainingConfig(**TRAINING, milestones=(2, 4)), **options)
+    assert [step.step for step in steps] == list(range(1, STEPS + 1))
+    assert progress == steps[-1]
+    for name, tensor in by_two[1][0].items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_after_the_death_of_a_process_all_are_started_again(images, by_two, tmp_path):
+    network, steps = tiny_network(frozen_batch_norm=True), []
+
+    def on_step(progress):
+        steps.append(progress.step)
+        if steps == [1, 2, 3]:
+            os.kill(processes_of("model.together")[-1], signal.SIGKILL)
+
+    config = TrainingConfig(**TRAINING, milestones=(2, 4))
+    train_in_processes(network, images, config, processes=2, checkpoint=tmp_path / "c.safetensors", on_step=on_step)
+    assert steps[:3] == [1, 2, 3]
+    assert steps[-1] == STEPS
+    for name, tensor in by_two[1][0].items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+
+
+def test_what_a_process_reports_is_raised_here(images, tmp_path):
+    broken = dataclasses.replace(images[0], path=tmp_path / "missing.png")
+    options = {"processes": 2, "checkpoint": tmp_path / "c.safetensors"}
+    with pytest.raises(ImageFileError, match=r"missing\.png: expected an image"):
+        train_in_processes(tiny_network(), [broken, *images[1:]], TrainingConfig(**TRAINING), **options)
+    assert processes_of("model.together") == []
+
+
+def test_the_processes_end_with_the_one_that_started_them_however_that_ends(place, tmp_path):
+    command = [sys.executable, "-m", "tests.model.starts_others", str(place / "coco.json"), str(tmp_path / "c")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout.readline() == "step 1\n"
+        assert len(processes_of("model.together")) == 2
+        started.kill()
+    until = time.monotonic() + 60
+    while processes_of("model.together"):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def processes_of(module):
+    """Ids of our descendants that run a module, but not of torchrun itself."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        if module.encode() in command and b"torch.distributed.run" not in command:
+            found.append(int(process.name))
+    return sorted(found)
