@@ -21,7 +21,7 @@ from ml_backend.pseudo_labels import kept_detections, trust_by
 from ml_backend.service import Service
 from model.dataset import load_image
 from model.duplicates import distinct
-from model.errors import DatasetError
+from model.errors import DatasetError, TooLargeError
 from model.files import naming_full_disk
 from model.inference import for_inference
 from model.network import MaskRCNNWithScores
@@ -67,7 +67,7 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
                 unavailable += 1
                 problems.append(str(error))
                 continue
-            except (ImageError, DatasetError) as error:
+            except (ImageError, DatasetError, TooLargeError) as error:
                 problems.append(str(error))
                 line = {"task": task.id, "problem": str(error)}
             empty += line.get("instances") == 0

@@ -1,4 +1,4 @@
-"""A network made quick for CPUs, to look at images and not to train: the same sums in another order.
+"""A network made quick for CPUs, to look at images and not to train.
 
 Detections are those of the network as it was, up to the rounding of floats (docs/decisions/071).
 """
@@ -13,6 +13,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from model.errors import InvalidInputError
 from model.network import MaskRCNNWithScores
 from model.winograd import WinogradConv
 
@@ -24,8 +25,10 @@ def for_inference(network: MaskRCNNWithScores) -> MaskRCNNWithScores:
     """Changes the network itself, and returns it in evaluation mode; its weights are no longer those of a version.
 
     Batch norm goes into the convolutions before it. On CPUs, the channels of a pixel lie side by side in memory, which
-    convolutions and the pooling of RoIs like better.
+    convolutions and the pooling of RoIs like better. Raises InvalidInputError for a network that is quick already.
     """
+    if isinstance(network.roi_heads.mask_predictor, _MaskPredictor):
+        raise InvalidInputError("expected a network as it was built or loaded, got one that was made quick before")
     network.eval().requires_grad_(False)
     _fold_batch_norm(network.backbone.body)
     if next(network.parameters()).device.type == "cpu":
@@ -75,6 +78,8 @@ class _RoIPool(MultiScaleRoIAlign):
     and each pixel has its channels side by side."""
 
     def __init__(self, pool: MultiScaleRoIAlign) -> None:
+        if pool.sampling_ratio != _SAMPLES:
+            raise InvalidInputError(f"sampling_ratio: expected {_SAMPLES}, got {pool.sampling_ratio}")
         super().__init__(pool.featmap_names, pool.output_size, pool.sampling_ratio)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:

@@ -31,12 +31,12 @@ def detect(
             _check_pixels(pixels)
         sizes = [(pixels.shape[0], pixels.shape[1]) for pixels in batch]
         inputs = [image_tensor(p, input_hw(hw, network.config)).to(device) for p, hw in zip(batch, sizes, strict=True)]
-        outputs = _outputs(network, inputs)
+        outputs = outputs_in_memory(network, inputs)
         for tensor, output, hw in zip(inputs, outputs, sizes, strict=True):
             yield detections_of(output, input_hw=tensor.shape[-2:], image_hw=hw)
 
 
-def _outputs(network: MaskRCNNWithScores, inputs: list[Tensor]) -> list[dict[str, Tensor]]:
+def outputs_in_memory(network: MaskRCNNWithScores, inputs: list[Tensor]) -> list[dict[str, Tensor]]:
     """The network's output for each image; raises TooLargeError when one alone does not fit into memory."""
     try:
         with torch.inference_mode():
@@ -50,7 +50,7 @@ def _outputs(network: MaskRCNNWithScores, inputs: list[Tensor]) -> list[dict[str
                 f"(min_size, max_size) or proposals_inference. ({str(error).splitlines()[0]})"
             ) from error
     half = len(inputs) // 2
-    return [*_outputs(network, inputs[:half]), *_outputs(network, inputs[half:])]
+    return [*outputs_in_memory(network, inputs[:half]), *outputs_in_memory(network, inputs[half:])]
 
 
 def detections_of(tensors: Mapping[str, Tensor], *, input_hw: tuple[int, ...], image_hw: tuple[int, int]) -> Detections:

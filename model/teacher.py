@@ -15,7 +15,7 @@ from torch import Tensor
 from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import training_target, used_fields
 from model.network import MaskRCNNWithScores
-from model.predict import detections_of
+from model.predict import detections_of, outputs_in_memory
 from model.pseudo_labels import image_with_trusted
 from model.types import FloatArray
 
@@ -51,12 +51,12 @@ class Teacher:
     ) -> list[dict[str, Any]]:
         """The targets, perhaps without instances, that the teacher gives images (3, H, W) of the network's input size.
 
-        Filtered as any pseudo labels (section 3.2), with the weights and ignored boxes that `training` uses.
+        Filtered as any pseudo labels (section 3.2), with the weights and ignored boxes that `training` uses. Images
+        that do not fit into memory together are looked at in smaller groups.
         """
         if not images:
             return []
-        with torch.inference_mode():
-            outputs = self.network(list(images))
+        outputs = outputs_in_memory(self.network, list(images))
         return [
             self._target(output, (image.shape[1], image.shape[2]), training, pseudo, class_thresholds)
             for output, image in zip(outputs, images, strict=True)

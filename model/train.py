@@ -127,8 +127,9 @@ def _gradients_in_memory(
             if not is_out_of_memory(error):
                 raise
             if tried == 1:
+                largest = max((tuple(image.shape[-2:]) for image in batch[0]), key=math.prod)
                 raise TooLargeError(
-                    f"step {step + 1} of {steps}: one image of {tuple(batch[0][0].shape[-2:])} pixels at a time does "
+                    f"step {step + 1} of {steps}: one image of up to {largest} pixels at a time does "
                     "not fit into memory. Lower the image size (min_size, max_size), or proposals_training and "
                     f"rois_per_image; the last checkpoint is as it was. ({str(error).splitlines()[0]})"
                 ) from error

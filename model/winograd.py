@@ -71,7 +71,7 @@ class WinogradConv(nn.Module):
                 part = tiles[:, :, image : image + some_images, row : row + some_rows]
                 here = output[image : image + some_images, row : row + some_rows]
                 here.copy_(self._convolved(part).permute(2, 3, 0, 4, 1, 5))
-        return output.view(count, 4 * rows, 4 * columns, -1)[:, :height, :width].permute(0, 3, 1, 2)
+        return output.view(count, 4 * rows, 4 * columns, self.kernels.shape[2])[:, :height, :width].permute(0, 3, 1, 2)
 
     def _convolved(self, tiles: Tensor) -> Tensor:
         """Tiles (6, 6, b, rows, columns, C) -> (4, 4, b, rows, columns, K)."""

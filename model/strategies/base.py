@@ -14,8 +14,9 @@ from torch import Tensor
 
 from model.dataset import image_tensor, input_hw
 from model.empty_images import EmptyImagePolicy, empty_image_score
+from model.errors import InvalidInputError
 from model.network import MaskRCNNWithScores
-from model.predict import detections_of
+from model.predict import detections_of, outputs_in_memory
 from model.types import Detections, FloatArray, IntArray
 
 # What the network says of each detection; the rest of its output is about the whole image.
@@ -43,12 +44,24 @@ class Observations(Sequence[Observation]):
         self._features: FloatArray = np.empty((0, 0), dtype=np.float16)  # pages that nothing is written to cost nothing
 
     def append(self, score: float | None, feature: FloatArray) -> None:
-        """Add one; the feature (F,) is copied, and as long as those before it."""
+        """Add one; the feature (F,) is copied. InvalidInputError when it is not as long as those before it, or beyond
+        the capacity."""
+        if self._count == self._capacity:
+            raise InvalidInputError(f"expected at most {self._capacity} observations, got one more")
+        if self._count and len(feature) != self._features.shape[1]:
+            raise InvalidInputError(
+                f"expected features of {self._features.shape[1]} numbers as those before, got {len(feature)}"
+            )
         if self._count == 0:
             self._features = np.empty((self._capacity, len(feature)), dtype=np.float16)
         self._scores[self._count] = np.nan if score is None else score
         self._features[self._count] = feature
         self._count += 1
+
+    @property
+    def scores(self) -> FloatArray:
+        """(P,), NaN where there is none; not a copy."""
+        return self._scores[: self._count]
 
     @property
     def features(self) -> FloatArray:
@@ -65,10 +78,8 @@ class Observations(Sequence[Observation]):
     def __getitem__(self, index: int | slice) -> Observation | Sequence[Observation]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        score = float(self._scores[index])
-        return Observation(score=None if math.isnan(score) else score, feature=self._features[index])
+        score, feature = float(self.scores[index]), self.features[index]  # IndexError ends a `for`
+        return Observation(score=None if math.isnan(score) else score, feature=feature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +118,9 @@ class Candidates:
     @cached_property
     def scores(self) -> FloatArray:
         """The scores of the pool (P,), with a place for the images that have none."""
-        known = [observation.score for observation in self.pool if observation.score is not None]
-        when_empty = empty_image_score(known, self.empty_policy)
-        return np.array([when_empty if o.score is None else o.score for o in self.pool], dtype=np.float64)
+        scores = _scores(self.pool)
+        is_known = ~np.isnan(scores)
+        return np.where(is_known, scores, empty_image_score(scores[is_known], self.empty_policy))
 
     def features(self, chosen: Iterable[int]) -> FloatArray:
         """The features of some images of the pool, by their indices, (K, F)."""
@@ -169,12 +180,11 @@ def look(
 ) -> tuple[Sight, Detections]:
     """One image (H, W, 3) uint8 RGB as strategies need it, and all its detections, in pixels of that image.
 
-    The network is in evaluation mode and runs where its weights are.
+    The network is in evaluation mode and runs where its weights are. Raises TooLargeError.
     """
     image_hw = (pixels.shape[0], pixels.shape[1])
     image = image_tensor(pixels, input_hw(image_hw, network.config)).to(next(network.parameters()).device)
-    with torch.inference_mode():
-        output = network([image])[0]
+    (output,) = outputs_in_memory(network, [image])
     sight = Sight(network=network, image=image, output=output, queue_threshold=queue_threshold)
     return sight, detections_of(output, input_hw=image.shape[-2:], image_hw=image_hw)
 
@@ -185,6 +195,13 @@ def confident(output: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
         return output
     keep = output["scores"] >= threshold
     return {name: values[keep] if name in _OF_DETECTIONS else values for name, values in output.items()}
+
+
+def _scores(observations: Sequence[Observation]) -> FloatArray:
+    """(P,), NaN where there is none."""
+    if isinstance(observations, Observations):
+        return observations.scores
+    return np.array([math.nan if o.score is None else o.score for o in observations], dtype=np.float64)
 
 
 def _stacked(observations: Sequence[Observation]) -> FloatArray:

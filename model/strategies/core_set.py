@@ -29,8 +29,8 @@ class CoreSet(Strategy):
 def k_centre_greedy(features: FloatArray, centres: FloatArray | None, count: int) -> IntArray:
     """Indices of `count` points (P, F), each the farthest from the centres (L, F) and from those before it.
 
-    Without centres the first is the point nearest to the mean: the most ordinary image. Time (L + count) * P * F, and
-    next to no memory beside the features.
+    Without centres the first is the point nearest to the mean: the most ordinary image. Time (L + count) * P * F;
+    beside the features, memory for L * F numbers and some thousand distances for each centre.
     """
     if count == 0 or len(features) == 0:
         return np.array([], dtype=np.int64)

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from model.config import PROFILES
+from model.errors import InvalidInputError
 from model.inference import _RoIPool, for_inference
 from model.network import build_model
 from model.winograd import WinogradConv
@@ -58,17 +59,24 @@ def test_the_detections_are_the_same(profile, frozen_batch_norm):
                 assert len(found["boxes"]) == len(before["boxes"]) == 5
                 for name, values in before.items():
                     torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-9)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in quick.backbone.body.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d) for module in quick.backbone.body.modules())
     assert any(isinstance(module, WinogradConv) for module in quick.modules()) is profile.startswith("resnet")
 
 
-def test_an_image_without_detections_is_still_none():
-    quick = for_inference(tiny_network(score_threshold=1.0).eval())
+@pytest.mark.parametrize("profile", PROFILES)
+def test_an_image_without_detections_is_still_none(profile):
+    quick = for_inference(build_model(profile, 3, min_size=64, max_size=64, score_threshold=1.0))
     with torch.inference_mode():
         for _ in range(2):
             (found,) = quick(images((64, 64)))
             assert [len(found[name]) for name in OF_DETECTIONS] == [0] * len(OF_DETECTIONS)
             assert found["roi_masks"].shape[1:] == (28, 28)
+
+
+def test_a_network_that_is_quick_is_not_made_so_again():
+    quick = for_inference(tiny_network())
+    with pytest.raises(InvalidInputError, match="made quick before"):
+        for_inference(quick)
 
 
 def test_dropout_drops_the_same():

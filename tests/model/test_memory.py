@@ -106,7 +106,7 @@ def test_a_run_that_had_to_halve_can_be_gone_on_with_in_more_or_less_memory(imag
 
 def test_one_image_that_does_not_fit_is_an_error_that_says_what_to_lower(images):
     network, _ = small_memory(0)
-    with pytest.raises(TooLargeError, match=r"step 1 of 2: one image of \(64, 64\) pixels .* Lower the image size"):
+    with pytest.raises(TooLargeError, match=r"step 1 of 2: one image of up to \(64, 64\) pixels .* Lower the image size"):
         train(network, images, CONFIG)
 
 
@@ -137,6 +137,19 @@ def test_a_failed_allocation_of_the_cpu_is_known_by_its_words():
         bytearray(1 << 60)
     assert is_out_of_memory(failed.value)
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param("CUDA error: out of memory", id="CUDA"),
+        pytest.param("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", id="cuBLAS"),
+        pytest.param("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", id="cuDNN"),
+        pytest.param("MPS backend out of memory (MPS allocated: 17.85 GB)", id="MPS"),
+    ],
+)
+def test_other_devices_say_it_in_words_of_their_own(words):
+    assert is_out_of_memory(RuntimeError(words))
 
 
 LITTLE_MEMORY = """

@@ -13,10 +13,11 @@ from torch import nn
 from model import tsp
 from model.config import STRATEGY_NAMES
 from model.empty_images import EmptyImagePolicy
+from model.errors import InvalidInputError, TooLargeError
 from model.loss_prediction import LossPredictor, ranking_loss
 from model.losses import total_loss
 from model.predict import detect
-from model.strategies import STRATEGIES, Observation, Sight, look
+from model.strategies import STRATEGIES, Observation, Observations, Sight, look
 from model.strategies.core_set import k_centre_greedy
 from tests.model.examples import ellipse, image, rectangle, target, tiny_network
 
@@ -90,6 +91,59 @@ def test_a_look_sees_what_the_detector_finds_and_says_what_counts():
     assert len(found) == len(sight.output["scores"]) > len(sight.counted["scores"])
     assert sight.image.shape[0] == 3
     assert sight.feature.shape == (320,)
+
+
+def test_a_look_at_an_image_that_does_not_fit_into_memory_says_what_to_lower():
+    network = tiny_network().eval()
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network.register_forward_pre_hook(refuse)
+    with pytest.raises(TooLargeError, match="Lower the image size"):
+        look(network, np.zeros((40, 40, 3), dtype=np.uint8))
+
+
+# --- many observations
+
+
+def columns(rows, capacity=None):
+    observations = Observations(len(rows) if capacity is None else capacity)
+    for row in rows:
+        observations.append(row.score, row.feature)
+    return observations
+
+
+def test_observations_by_columns_are_a_sequence_of_what_was_added():
+    rows = [observed(0.25, 1.0, 2.0), observed(None, 3.0, 4.0), observed(0.75, 5.0, 6.0)]
+    seen = columns(rows, capacity=5)
+    assert len(seen) == len(list(seen)) == 3
+    for index in (0, 1, 2, -1, -3):
+        assert seen[index].score == rows[index].score
+        np.testing.assert_array_equal(seen[index].feature, rows[index].feature)
+    assert [row.score for row in seen[1:]] == [None, 0.75]
+    with pytest.raises(IndexError):
+        seen[3]
+    assert seen.features.shape == (3, 2)
+
+
+def test_observations_that_do_not_fit_are_refused():
+    seen = columns([observed(0.5, 1.0, 2.0)])
+    with pytest.raises(InvalidInputError, match="at most 1 observations"):
+        seen.append(0.5, np.zeros(2))
+    with pytest.raises(InvalidInputError, match="features of 2 numbers as those before, got 3"):
+        columns([observed(0.5, 1.0, 2.0)], capacity=2).append(0.5, np.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["tsp", "random", "core_set", "hybrid"])
+@pytest.mark.parametrize("labelled", [0, 5], ids=["nothing annotated", "five annotated"])
+def test_every_strategy_chooses_from_columns_as_from_rows(name, labelled):
+    rng = np.random.default_rng(0)
+    rows = [observed(None if i % 7 == 0 else rng.random(), *rng.normal(size=8).round(2)) for i in range(60)]
+    pool, annotated = rows[labelled:], rows[:labelled]
+    strategy, options = STRATEGIES[name], {"seed": 3, "empty_policy": EmptyImagePolicy.MEDIAN}
+    expected = strategy.choose(pool, annotated, 12, **options)
+    assert strategy.choose(columns(pool), columns(annotated), 12, **options).tolist() == expected.tolist()
 
 
 # --- random
@@ -211,6 +265,18 @@ def test_k_centre_greedy_takes_the_farthest_point_each_time(count, with_centres)
         features, centres = rng.normal(size=(9, 3)), rng.normal(size=(2, 3)) if with_centres else None
         expected = farthest_first(features.tolist(), centres.tolist() if centres is not None else [], count)
         assert k_centre_greedy(features, centres, count).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16], ids=["float64", "float32", "float16"])
+def test_k_centre_greedy_looks_at_every_piece_of_many_points(dtype):
+    """More points than are looked at at once; the far ones lie in each of the pieces."""
+    rng = np.random.default_rng(1)
+    features, far = rng.normal(size=(3000, 4)).astype(dtype), [5, 1023, 1024, 2999]
+    for place, index in enumerate(far):
+        features[index] = 100 * np.eye(4)[place]
+    for centres in (None, rng.normal(size=(2, 4)).astype(dtype)):
+        chosen = k_centre_greedy(features, centres, 5).tolist()
+        assert set(far) <= set(chosen)
 
 
 def test_k_centre_greedy_is_within_twice_the_smallest_possible_radius():
