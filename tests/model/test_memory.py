@@ -106,7 +106,7 @@ def test_a_run_that_had_to_halve_can_be_gone_on_with_in_more_or_less_memory(imag
 
 def test_one_image_that_does_not_fit_is_an_error_that_says_what_to_lower(images):
     network, _ = small_memory(0)
-    with pytest.raises(TooLargeError, match=r"step 1 of 2: one image of up to \(64, 64\) pixels .* Lower the image size"):
+    with pytest.raises(TooLargeError, match=r"one image of up to \(64, 64\) pixels .* Lower the image size"):
         train(network, images, CONFIG)
 
 
