@@ -1,6 +1,7 @@
 """The web process: answers Label Studio at once and shows people what goes on. It never trains.
 
-`uvicorn --factory ml_backend.app:create_app`, or `python -m ml_backend.app` for the settings' host and port.
+`python -m ml_backend.app` for the settings' host and port, or
+`uvicorn --timeout-graceful-shutdown 10 --factory ml_backend.app:create_app`.
 """
 
 import gc
@@ -10,11 +11,10 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
+from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader
@@ -23,7 +23,12 @@ from pydantic import BaseModel, Field
 from ml_backend import inbox
 from ml_backend.access import HEADERS, Access, refuse_other_sites
 from ml_backend.actions import NO_FRAMES, add_actions, form_token
-from ml_backend.errors import LabelConfigError, LabelStudioAuthError, LabelStudioUnavailableError
+from ml_backend.errors import (
+    DatabaseAwayError,
+    LabelConfigError,
+    LabelStudioAuthError,
+    LabelStudioUnavailableError,
+)
 from ml_backend.forget import forgotten_projects
 from ml_backend.gatekeeper import Gatekeeper
 from ml_backend.inbox import ProjectName
@@ -40,6 +45,7 @@ from model.errors import DiskFullError, InvalidInputError, TSPError
 logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 100_000_000  # Label Studio sends all selected tasks in one request, or 5000 imported ones
+_LAST_ANSWERS_SECONDS = 10  # when the process ends; an event may wait for the database for ever
 _LONGEST_REASON = 400  # characters of an address
 _MOST_PROBLEMS = 10  # of a malformed request that are told
 
@@ -119,17 +125,15 @@ def create_app(settings: Settings | None = None, *, after_first_load: Callable[[
         return {"results": predictor.predict(name.key, request.tasks, request.label_config)}
 
     @app.post("/webhook")
-    async def webhook(request: WebhookRequest) -> Json:
+    async def webhook(request: WebhookRequest, content_length: Annotated[int, Header()]) -> Json:
         """Record and return: Label Studio waits one second and never asks again."""
-        name = ProjectName.from_webhook(request.project)
-        if name is None:
-            name = await run_in_threadpool(inbox.known_project, service.database, request.project)
-        if name is None:
+        project = ProjectName.from_webhook(request.project) or inbox.project_number(request.project)
+        if project is None:
             raise InvalidInputError(
                 "webhook: expected a project with id and created_at as Label Studio sends it, "
                 f"got the keys {sorted(request.project)[:20]}"
             )
-        await recorder.record(name, request.action)
+        await recorder.record(project, request.action, size=content_length)
         return {}
 
     @app.get("/versions")
@@ -172,6 +176,7 @@ _STATUS_OF: dict[type[Exception], int] = {
     InvalidInputError: 422,
     LabelStudioUnavailableError: 503,
     LabelStudioAuthError: 502,
+    DatabaseAwayError: 503,
     DiskFullError: 503,
     TSPError: 500,
 }
@@ -237,7 +242,13 @@ def main() -> None:
         sys.exit(str(error))
     start_logging(settings)
     _keep_out_of_collections()
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level.lower())
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level.lower(),
+        timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+    )
 
 
 if __name__ == "__main__":

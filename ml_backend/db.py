@@ -15,6 +15,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 UNFINISHED = ("planned", "running")  # the statuses of a cycle that is not over
 _PAUSES_SECONDS = (0.1, 0.3, 1.0)
+_SQLITE_LOCKS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+# PostgreSQL: lost connections, rollbacks of rivals, no room or memory, locks, starting or ending
+_PASSING_STATES = ("08", "40", "53", "55", "57")
+_FOR_GOOD = ("password", "does not exist", "pg_hba.conf", "permission denied")
 _PATIENCE_SECONDS = 0.5  # with whoever is writing, before somebody looks at the dashboard
 
 
@@ -186,14 +190,17 @@ class Database:
         address = self.engine.url
         if address.get_backend_name() != "sqlite" or not address.database:
             return ""
-        with closing(sqlite3.connect(address.database, timeout=_PATIENCE_SECONDS, isolation_level=None)) as connection:
-            try:
+        try:
+            connection = sqlite3.connect(address.database, timeout=_PATIENCE_SECONDS, isolation_level=None)
+            with closing(connection):
                 connection.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                return (
-                    f"Another program keeps {address.database} from being written ({error}); "
-                    "`fuser` of that file tells which. Everything goes on when it lets go."
-                )
+        except sqlite3.Error as error:
+            if _sqlite_code(error) not in _SQLITE_LOCKS:
+                return f"{address.database} cannot be written: {error}."
+            return (
+                f"Another program keeps {address.database} from being written ({error}); "
+                "`fuser` of that file tells which. Everything goes on when it lets go."
+            )
         return ""
 
     def close(self) -> None:
@@ -207,6 +214,24 @@ class Database:
             except DBAPIError:
                 time.sleep(pause)
         return Base.metadata.create_all(self.engine)
+
+
+def passes_by_itself(error: DBAPIError) -> bool:
+    """Whether the database will go on without anybody mending its address, its rights or its tables: a lock, a lost or
+    refused connection, a full disk (for which somebody has to make space, but not here)."""
+    if error.connection_invalidated:
+        return True
+    if isinstance(error.orig, sqlite3.Error):
+        return _sqlite_code(error.orig) in {*_SQLITE_LOCKS, sqlite3.SQLITE_FULL}
+    state = getattr(error.orig, "sqlstate", None)
+    if state is None:  # there was no connection; why, only the text says
+        return not any(words in str(error.orig) for words in _FOR_GOOD)
+    return str(state).startswith(_PASSING_STATES)
+
+
+def _sqlite_code(error: sqlite3.Error) -> int:
+    """Without the details that SQLite packs into its higher bits; 0 for errors of Python's own."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _engine(url: str) -> Engine:

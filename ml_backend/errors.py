@@ -27,5 +27,9 @@ class ImageUnavailableError(ImageError):
     """The image's host did not answer, or with 408, 429 or 5xx: worth trying again later."""
 
 
+class DatabaseAwayError(TSPError):
+    """The database takes nothing at the moment, so that an event of Label Studio could not be kept."""
+
+
 class SettingsError(TSPError):
     """A setting is missing or cannot be used."""

@@ -68,10 +68,17 @@ def check_known(database: Database, project_key: str) -> None:
             raise InvalidInputError(f"there is no project {project_key!r}; known are {', '.join(known) or 'none'}")
 
 
+def project_number(project: object) -> int | None:
+    """Label Studio's id in a payload, or given alone; None when it can be none."""
+    number = project.get("id") if isinstance(project, Mapping) else project
+    # True is an int as well; no database has a longer one
+    return number if type(number) is int and number.bit_length() <= 31 else None
+
+
 def known_project(database: Database, project: object) -> ProjectName | None:
     """The project of a payload that lacks the time of creation, if just one known project has its id."""
-    number = project.get("id") if isinstance(project, Mapping) else project
-    if type(number) is not int or number.bit_length() > 31:  # True is an int as well; no database has a longer one
+    number = project_number(project)
+    if number is None:
         return None
     with database.session() as session:
         rows = session.scalars(select(ProjectRow).where(ProjectRow.label_studio_id == number)).all()

@@ -3,6 +3,7 @@
 import base64
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ from tests.ml_backend.examples import (
     data_uri,
     grey_images,
     import_images,
+    locked,
     phantom_images,
     served,
     settings,
@@ -240,6 +242,22 @@ def test_a_webhook_without_a_time_is_for_the_known_project(web: TestClient, lone
     inbox.remember_project(lonely_service.database, ProjectName(KEY, 7))
     assert web.post("/webhook", json=event).status_code == 200
     assert [action for _, action in inbox.unhandled(lonely_service.database, KEY)] == ["TASKS_DELETED"]
+
+
+def test_a_webhook_for_which_there_is_no_room_is_told_to_come_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ml_backend.recorder._MOST_WAITING_BYTES", 0)
+    state = tmp_path / "state.sqlite3"
+    event = {"action": "TASKS_DELETED", "project": PROJECT}
+    with application(tmp_path, DATABASE_URL=f"sqlite:///{state}?timeout=0.1") as web, ThreadPoolExecutor(1) as pool:
+        with locked(state):
+            first = pool.submit(web.post, "/webhook", json=event)
+            while not web.get("/status").json()["events"]["problem"]:
+                time.sleep(0.05)
+            answer = web.post("/webhook", json=event)
+            assert (answer.status_code, "this one is not kept" in answer.json()["detail"]) == (503, True)
+        assert first.result(timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy import create_engine, make_url, select, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import CycleRow, Database, ProjectRow
+from ml_backend.db import CycleRow, Database, ProjectRow, passes_by_itself
+from scripts.label_studio_server import HOST, free_port
 from tests.ml_backend.examples import KEY, locked
+from tests.postgres import Postgres
 
 PROJECT = {"key": KEY, "label_studio_id": 7}
 
@@ -106,6 +109,45 @@ def test_writers_wait_for_each_other(database: Database) -> None:
     with database.session() as session:
         cycles = session.scalars(select(CycleRow).order_by(CycleRow.number)).all()
     assert [cycle.facts for cycle in cycles] == [{str(done): number for done in range(10)} for number in range(8)]
+
+
+def test_what_is_no_lock_is_not_called_one(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite3"
+    database = Database(f"sqlite:///{path}")
+    database.close()
+    path.unlink()
+    path.write_bytes(b"no database" * 500)
+    assert database.lock_problem() == f"{path} cannot be written: file is not a database."
+    path.unlink()
+    path.mkdir()
+    assert database.lock_problem() == f"{path} cannot be written: unable to open database file."
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        pytest.param({"database": "nowhere"}, 'database "nowhere" does not exist', id="its name is wrong"),
+        pytest.param({"username": "nobody"}, "nobody", id="its user is unknown"),
+    ],
+)
+def test_a_database_that_refuses_for_good_does_not_pass_by_itself(
+    postgres: Postgres, spoilt: dict[str, str], said: str
+) -> None:
+    url = make_url(postgres.new_database()).set(drivername="postgresql+psycopg")
+    assert not passes_by_itself(refusal(url.set(**spoilt), said))
+
+
+def test_a_server_that_is_away_passes_by_itself(postgres: Postgres) -> None:
+    url = make_url(postgres.new_database()).set(drivername="postgresql+psycopg")
+    assert passes_by_itself(refusal(url.set(host=HOST, port=free_port()), "refused"))
+
+
+def refusal(url: URL, said: str) -> DBAPIError:
+    engine = create_engine(url)
+    with pytest.raises(DBAPIError, match=said) as error, engine.connect():
+        pass
+    engine.dispose()
+    return error.value
 
 
 def test_a_lock_of_another_process_is_told(tmp_path: Path) -> None:

@@ -2,16 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from ml_backend.service import Service
+from scripts.backend_processes import BackendProcesses
+from scripts.label_studio_server import free_port
 from tests.label_studio import POLYGON_CONFIG
-from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, add_version, data_uri, grey_images
+from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, add_version, data_uri, grey_images, locked
 
 HEAVY = ("torch", "torchvision", "timm", "scipy", "pandas", "label_studio_ml", "label_studio_sdk", "dbos")
 
@@ -99,3 +105,31 @@ def test_weights_are_loaded_once_when_a_version_is_asked(tmp_path: Path, lonely_
 def test_commands_that_run_no_network_import_none(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_it_ends_while_an_event_waits_for_a_locked_database(tmp_path: Path) -> None:
+    state = tmp_path / "state.sqlite3"
+    environment = {
+        "MODEL_DIR": str(tmp_path),
+        "DATABASE_URL": f"sqlite:///{state}?timeout=0.1",
+        "LABEL_STUDIO_URL": NOWHERE,
+        "LABEL_STUDIO_API_KEY": "0" * 40,
+        "PORT": str(free_port()),
+    }
+    web = BackendProcesses(settings=environment, log_dir=tmp_path)
+    try:
+        web.start_one("web")
+        web.wait_until_it_answers()
+        with locked(state), ThreadPoolExecutor(1) as pool:
+            event = pool.submit(httpx.post, f"{web.url}/webhook", json=WEBHOOK, timeout=60)
+            while not httpx.get(f"{web.url}/status").json()["events"]["problem"]:
+                time.sleep(0.05)
+            os.kill(web.pid("web"), signal.SIGTERM)
+            deadline = time.monotonic() + 30
+            while web.ended("web") is None:
+                assert time.monotonic() < deadline, "it does not end"
+                time.sleep(0.1)
+            assert event.exception() or event.result().status_code >= 500
+        assert "1 events are lost" in (tmp_path / "web.log").read_text()
+    finally:
+        web.stop()
