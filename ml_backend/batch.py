@@ -108,7 +108,8 @@ def _annotated(
     service: Service, project_key: str, number: int, version: str, log: CycleLog, read_images: bool
 ) -> Observations:
     """What the version sees in the images it was trained on; kept line by line, so that it can go on in the middle."""
-    images = usable_part(service, project_key, number, "training", log, read=read_images).images
+    told_as = "annotated"  # the training stage has told of its own
+    images = usable_part(service, project_key, number, "training", log, read=read_images, told_as=told_as).images
     path = service.annotated_file(project_key, version)
     seen = go_on_with(path, "image")
     waiting = [image for image in images if image.image_id not in seen]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +10,7 @@ from typing import TypeVar
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError
 from ml_backend.images import is_whole
-from ml_backend.label_config import parse_label_config
+from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import image_uri
 from ml_backend.ls_types import Task
 from ml_backend.pool import read_scores
@@ -39,9 +39,10 @@ def freeze_tasks(folder: Path, tasks: dict[str, int]) -> None:
 
 
 def usable_part(
-    service: Service, project_key: str, number: int, name: str, log: CycleLog, *, read: bool = False
+    service: Service, project_key: str, number: int, name: str, log: CycleLog, *, read: bool = False, told_as: str = ""
 ) -> LabeledSet:
-    """A part of the snapshot with all images that can be had; people are told which ones are missing, and why.
+    """A part of the snapshot with all images that can be had; people are told which ones are missing, and why, in facts
+    that begin with `told_as` or else with the part's name.
 
     The bytes of each file are compared with its name, and with `read` it is decoded as well. Raises TSPError when
     nothing is left of what people annotated, and the client's errors when Label Studio has to be asked and is away.
@@ -50,19 +51,14 @@ def usable_part(
     bad = {image.image_id for image in part.images if not is_whole(image.path) or (read and _problem_with(image))}
     if not bad:
         return part
-    known = _tasks_of(service, project_key, number, bad)
-    mended: dict[str, LabeledImage] = {}
-    problems: list[str] = []
-    for image in (image for image in part.images if image.image_id in bad):
-        try:
-            mended[image.image_id] = _fetched_again(service, project_key, image, known.get(image.image_id))
-        except (ImageError, ImageFileError) as error:
-            problems.append(str(error))
+    damaged = [image for image in part.images if image.image_id in bad]
+    mended, problems = _mended(service, project_key, number, damaged, log)
     for problem in problems:
         logger.warning("project %s, cycle %d goes on without an image: %s", project_key, number, problem)
     logger.warning("project %s: %d damaged %s images are fetched again", project_key, len(mended), name)
+    told = told_as or name
     log.facts(
-        {f"{name}_problems": problems[:_SHOWN], f"{name}_problem_count": len(problems), f"{name}_mended": len(mended)}
+        {f"{told}_problems": problems[:_SHOWN], f"{told}_problem_count": len(problems), f"{told}_mended": len(mended)}
     )
     whole = (mended.get(image.image_id, image) for image in part.images)
     left = tuple(image for image in whole if image.image_id not in bad or image.image_id in mended)
@@ -93,6 +89,25 @@ def _problem_with(image: LabeledImage) -> str:
     return ""
 
 
+def _mended(
+    service: Service, project_key: str, number: int, damaged: Sequence[LabeledImage], log: CycleLog
+) -> tuple[dict[str, LabeledImage], list[str]]:
+    """Those that could be fetched again, by their hash, and why the others could not."""
+    log.stage("fetching damaged images again", total=len(damaged))
+    project = service.project(project_key)
+    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+    tasks = _tasks_of(service, project_key, number, {image.image_id for image in damaged})
+    mended: dict[str, LabeledImage] = {}
+    problems: list[str] = []
+    for done, image in enumerate(damaged, start=1):
+        try:
+            mended[image.image_id] = _fetched_again(service, project_key, image, tasks.get(image.image_id), config)
+        except (ImageError, ImageFileError) as error:
+            problems.append(str(error))
+        log.progress(done, len(damaged))
+    return mended, problems
+
+
 def _tasks_of(service: Service, project_key: str, number: int, image_ids: Iterable[str]) -> dict[str, Task]:
     """The tasks, as they are now, from which images of the snapshot or of the pool came; deleted ones are left out."""
     path = service.cycle_folder(project_key, number) / _TASKS
@@ -101,20 +116,19 @@ def _tasks_of(service: Service, project_key: str, number: int, image_ids: Iterab
     numbers = {line["image"]: line["task"] for line in seen if "image" in line}
     numbers |= json.loads(path.read_text()) if path.exists() else {}  # older releases wrote none
     wanted = {image_id: numbers[image_id] for image_id in image_ids if image_id in numbers}
-    tasks = {
-        task.id: task
-        for task in service.label_studio.tasks(service.project(project_key).id)
-        if task.id in wanted.values()
-    }
+    task_ids = set(wanted.values())
+    found = service.label_studio.tasks(service.project(project_key).id)
+    tasks = {task.id: task for task in found if task.id in task_ids}
     return {image_id: tasks[task] for image_id, task in wanted.items() if task in tasks}
 
 
-def _fetched_again(service: Service, project_key: str, image: LabeledImage, task: Task | None) -> LabeledImage:
+def _fetched_again(
+    service: Service, project_key: str, image: LabeledImage, task: Task | None, config: LabelConfig
+) -> LabeledImage:
     """The image with a file that can be read; ImageError or ImageFileError when there is none."""
     damaged = f"{image.path}: damaged in the cache since the snapshot was taken"
     if task is None:
         raise ImageError(f"{damaged}, and its task is not there any more")
-    config = parse_label_config(service.project(project_key).label_config, from_name=service.settings.from_name)
     uri = image_uri({"id": task.id, "data": task.data}, config)
     try:
         fetched = service.images.fetch(task_id=task.id, uri=uri, project_key=project_key)

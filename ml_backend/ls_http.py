@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from contextlib import AbstractContextManager, suppress
+from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
@@ -73,7 +74,9 @@ class Http(httpx.Client):
                 if pause is None or not (_is_unavailable(response.status_code) and _may_repeat(request)):
                     return response
                 response.close()
-                trouble, pause = f"status {response.status_code}", max(pause, _wished_pause(response))
+                trouble = f"status {response.status_code}"
+                if authorized:  # all threads wait for an exchange: Label Studio is asked again soon
+                    pause = max(pause, _wished_pause(response))
             logger.info("%s: %s, trying again in %s s", _described(request), trouble, pause)
             time.sleep(pause)
 
@@ -184,9 +187,16 @@ def _check_whole(request: httpx.Request, response: httpx.Response) -> None:
 
 
 def _wished_pause(response: httpx.Response) -> float:
-    """How many seconds Label Studio asks to be left alone, as far as that is bearable; 0 when it does not say."""
+    """How many seconds Label Studio asks to be left alone, as far as that is bearable; 0 when it does not say. A date,
+    which proxies may send instead, counts from the answer's own, so that a clock that differs does no harm."""
     wish = response.headers.get("retry-after", "")
-    return min(float(wish), _LONGEST_PAUSE_SECONDS) if wish.isdecimal() else 0.0
+    if wish.isdecimal():
+        return min(float(wish), _LONGEST_PAUSE_SECONDS)
+    try:
+        until, now = (parsedate_to_datetime(date) for date in (wish, response.headers.get("date", "")))
+        return min(max((until - now).total_seconds(), 0.0), _LONGEST_PAUSE_SECONDS)
+    except (ValueError, TypeError):  # words, no date, or one of the two without a zone
+        return 0.0
 
 
 def _is_unavailable(status: int) -> bool:
@@ -199,8 +209,8 @@ def _is_json(response: httpx.Response) -> bool:
 
 def _broken_off(request: httpx.Request, error: httpx.RequestError) -> LabelStudioUnavailableError:
     reason = str(error) or type(error).__name__
-    sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) or request.method in ("GET", "HEAD")
-    doubt = "" if sent else "; Label Studio may have carried it out all the same"
+    changed_nothing = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) or request.method in ("GET", "HEAD")
+    doubt = "" if changed_nothing else "; Label Studio may have carried it out all the same"
     return LabelStudioUnavailableError(
         f"{_described(request)}: no answer from Label Studio ({reason}){doubt}; is it running and is the address right?"
     )

@@ -197,7 +197,7 @@ class Settings(BaseSettings):
     images_per_step: int = _env("TSP_IMAGES_PER_STEP", 2, "annotated images in a training step", ge=1)
     checkpoint_steps: int = _env("TSP_CHECKPOINT_STEPS", 50, "training steps between checkpoints", ge=1)
     seed: int = _env("TSP_SEED", 0, "seed of everything random in training", ge=0)
-    device: str = _env("TSP_DEVICE", "auto", "cpu, cuda, cuda:1 ...; auto: cuda where there is one")
+    device: str = _env("TSP_DEVICE", "auto", "cpu, cuda, cuda:1, mps, xpu; auto: cuda where there is one")
     threads: int = _env(
         "TSP_THREADS", 0, "CPU threads of the network; 0: all cores but one in the worker, one in the web process", ge=0
     )
@@ -271,7 +271,7 @@ class Settings(BaseSettings):
     @classmethod
     def _known_device(cls, device: str) -> str:
         if not _DEVICES.fullmatch(device):
-            raise ValueError("expected auto, cpu, cuda or cuda:<number>")
+            raise ValueError("expected auto, cpu, cuda, mps or xpu, or one of several as in cuda:1")
         return device
 
     @field_validator("anchor_sizes", mode="before")

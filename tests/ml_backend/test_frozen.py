@@ -257,5 +257,6 @@ def test_images_of_the_pool_and_of_the_batch_before_are_fetched_again_when_they_
     assert all("problem" not in line for line in lines.values())
     choose_batch(service, key, 1, VERSION, log)
     facts = cycle_row(service, key).facts
-    assert (facts["training_mended"], facts["training_problem_count"], facts["batch"]) == (2, 0, 4)
+    assert (facts["annotated_mended"], facts["annotated_problem_count"], facts["batch"]) == (2, 0, 4)
+    assert "training_mended" not in facts  # that is what the training stage has found
     assert len(list(read_scores(service.annotated_file(key, VERSION)))) == 2

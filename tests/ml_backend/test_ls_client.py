@@ -233,6 +233,9 @@ def test_reading_is_repeated_until_label_studio_is_back(fault: Answer) -> None:
         pytest.param("1", "0.05", id="for a while"),
         pytest.param("9" * 500, "0.05", id="for ever"),
         pytest.param("soon", "0.01", id="in words"),
+        pytest.param("Fri, 31 Dec 2100 23:59:59 GMT", "0.05", id="until a date"),
+        pytest.param("Fri, 31 Dec 1999 23:59:59 GMT", "0.01", id="until a date that is over"),
+        pytest.param("Fri, 31 Dec 2100 23:59:59", "0.01", id="until a date without a zone"),
     ],
 )
 def test_label_studio_is_left_alone_as_long_as_it_asks_and_is_bearable(
@@ -243,6 +246,19 @@ def test_label_studio_is_left_alone_as_long_as_it_asks_and_is_bearable(
     with scripted({WHOAMI: [says(429, retry_after=wish), says(200, {"email": "a@b.c"})]}) as (client, _):
         assert client.whoami() == "a@b.c"
     assert f"status 429, trying again in {pause} s" in caplog.text
+
+
+@pytest.mark.usefixtures("impatient")
+def test_others_who_need_an_access_token_do_not_wait_as_long_as_label_studio_asks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ls_http, "_LONGEST_PAUSE_SECONDS", 0.05)
+    caplog.set_level(logging.INFO)
+    exchange = [says(429, retry_after="30"), says(200, {"access": jwt(token_type="access", iat=0, exp=300)})]
+    answers = {REFRESH: exchange, WHOAMI: [says(200, {"email": "a@b.c"})]}
+    with scripted(answers, jwt(token_type="refresh")) as (client, _):
+        assert client.whoami() == "a@b.c"
+    assert f"{REFRESH}: status 429, trying again in 0.01 s" in caplog.text
 
 
 @pytest.mark.usefixtures("impatient")

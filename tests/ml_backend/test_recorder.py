@@ -135,7 +135,7 @@ def test_whoever_waits_for_a_locked_database_gets_an_answer_when_the_process_end
         while not recorder.problem:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(recorder.close)
-        with pytest.raises(DatabaseAwayError, match="the event is lost: .* database is locked"):
+        with pytest.raises(DatabaseAwayError, match=r"the event is lost: .* database is locked"):
             await waiting
 
     with locked(path):
@@ -198,7 +198,7 @@ def test_a_project_without_its_time_is_looked_up_when_the_database_is_back(tmp_p
             while not recorder.problem:
                 await asyncio.sleep(0.05)
         await known
-        with pytest.raises(InvalidInputError, match="no created_at, and there is not just one known project .* id 2"):
+        with pytest.raises(InvalidInputError, match=r"no created_at, and there is not just one known project .* id 2"):
             await unknown
 
     asyncio.run(come_meanwhile())
@@ -245,7 +245,7 @@ def test_there_is_an_end_to_how_much_may_wait(tmp_path, monkeypatch):
             await asyncio.sleep(0.05)
         waiting = [asyncio.ensure_future(recorder.record(FIRST, f"B_{n}", size=900_000)) for n in range(3)]
         await asyncio.sleep(0)
-        with pytest.raises(DatabaseAwayError, match="3 MB are the most; this one is not kept.*database is locked"):
+        with pytest.raises(DatabaseAwayError, match=r"3 MB are the most; this one is not kept.*database is locked"):
             await recorder.record(FIRST, "C", size=900_000)
         await asyncio.to_thread(lock.__exit__, None, None, None)
         await asyncio.gather(first, *waiting)

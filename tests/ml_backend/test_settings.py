@@ -198,7 +198,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("TSP_ANCHOR_SIZES", '{"a": 1}', "valid tuple"),
         ("TSP_EPOCHS", "1.5", "valid integer"),
         ("TSP_LEARNING_RATE", "inf", "finite"),
-        ("TSP_DEVICE", "gpu", "expected auto, cpu, cuda or cuda:<number>"),
+        ("TSP_DEVICE", "gpu", "expected auto, cpu, cuda, mps or xpu"),
         ("TSP_PROCESSES", "0", "greater than or equal to 1"),
         ("TSP_PROCESSES", "3", r"expected at most TSP_IMAGES_PER_STEP \(2\)"),
         ("TSP_NICENESS", "-5", "greater than or equal to 0"),
