@@ -101,15 +101,22 @@ def images_of(service: Service, key: str, name: str) -> tuple[LabeledImage, ...]
 
 
 class Steps(CycleLog):
-    """Remembers which training steps were done; something may happen after one of them."""
+    """Remembers the stages and which training steps were done; something may happen after one of them."""
 
     def __init__(self, service: Service, key: str, *, after: int = 0, do: Callable[[], None] = lambda: None) -> None:
         super().__init__(service.database, key, 1)
         self.steps: list[int] = []
+        self.stages: list[tuple[str, int]] = []
         self._after, self._do = after, do
+
+    def stage(self, stage: str, *, done: int = 0, total: int = 0) -> None:
+        super().stage(stage, done=done, total=total)
+        self.stages.append((stage, total))
 
     def progress(self, done: int, total: int) -> None:
         super().progress(done, total)
+        if not self.stages[-1][0].startswith("training"):
+            return
         self.steps.append(done)
         if len(self.steps) == self._after:
             self._do()
@@ -126,6 +133,7 @@ def test_images_that_were_damaged_after_the_snapshot_are_fetched_again(
     steps = Steps(service, key)
     train_version(service, key, 1, steps)
     assert steps.steps == [1, 2, 3, 4]
+    assert steps.stages[0] == ("fetching damaged images again", 4)
     for damage, image in zip(DAMAGES, images_of(service, key, "validation"), strict=True):
         damage(image.path)
     evaluate_version(service, key, 1, version, log)
