@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment
 
+from ml_backend.db import ProjectRow
 from ml_backend.forget import FORGOTTEN, forget
 from ml_backend.inbox import check_known
 from ml_backend.service import Service
@@ -43,6 +44,12 @@ def add_actions(app: FastAPI, service: Service, pages: Environment) -> None:
         page = pages.get_template("message.html").render(title=title, message=message, token=token, action=action)
         return HTMLResponse(page, status_code=status, headers=NO_FRAMES)
 
+    def name_of(project_key: str) -> str:
+        """The title, as the dashboard shows it, and the key."""
+        with service.database.session() as session:
+            row = session.get(ProjectRow, project_key)
+        return f'"{row.title}" ({project_key})' if row and row.title else project_key
+
     def check_token(form: Mapping[str, str]) -> None:
         if not hmac.compare_digest(form.get("token", "").encode(), token.encode()):
             raise InvalidInputError("this form is not from this dashboard: open the dashboard anew and press there")
@@ -64,21 +71,22 @@ def add_actions(app: FastAPI, service: Service, pages: Environment) -> None:
             check_known(service.database, project_key)
         except InvalidInputError as error:
             return answer("This project cannot be forgotten", str(error), status=422)
-        return answer("Forget this project?", _FORGETTING.format(key=project_key), action="forget")
+        return answer("Forget this project?", _FORGETTING.format(name=name_of(project_key)), action="forget")
 
     @app.post("/projects/{project_key}/forget", response_class=HTMLResponse)
     def forget_project(project_key: str, form: Form) -> Response:
         """Forget a project (form fields `token` and, to remove its data too, `delete_data`)."""
+        name = name_of(project_key)
         try:
             check_token(form)
             forget(service, project_key, delete_data="delete_data" in form)
         except InvalidInputError as error:
             return answer("This project cannot be forgotten", str(error), status=422)
-        return answer("Forgotten", FORGOTTEN.format(key=project_key))
+        return answer("Forgotten", FORGOTTEN.format(key=name))
 
 
 _FORGETTING = (
-    "Project {key} disappears from the dashboard, what runs for it ends, and the worker leaves it alone. Its versions "
+    "Project {name} disappears from the dashboard, what runs for it ends, and the worker leaves it alone. Its versions "
     "and its history stay on the disk unless you tick the box: connected again, the project goes on where it was. "
     "What Label Studio holds stays as it is. Remove the connection there, too (project settings > Model)."
 )

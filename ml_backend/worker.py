@@ -31,7 +31,7 @@ from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import ActivationLog, CycleLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
-from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError
+from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError, SettingsError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
 from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool
@@ -387,10 +387,24 @@ def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"
 
 
+def check_device(settings: Settings) -> None:
+    """SettingsError when torch cannot use TSP_DEVICE here: a cycle would find out only after its snapshot."""
+    device = settings.torch_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"settings: TSP_DEVICE: expected a device that torch can use on this machine, got {device!r}: {reason} "
+            "Set it to auto or cpu."
+        ) from error
+
+
 def main() -> None:
     """Run a worker with the settings of the environment."""
     try:
         settings = Settings.from_environment()
+        check_device(settings)
         service = Service.connect(settings)
         claims = open_claims(settings)
     except TSPError as error:

@@ -33,6 +33,8 @@ from model.pseudo_weights import pseudo_weights
 
 Target = dict[str, Any]
 
+_SMALLEST_PX = 1.0  # side of a detection, at the network's input: less is what clipping leaves of a box beyond the edge
+
 
 def build_model(profile: str, num_classes: int, *, weights: str = "none", **options: Any) -> "MaskRCNNWithScores":
     """A network of a profile (`model.config.PROFILES`) for `num_classes` classes, the background included.
@@ -398,7 +400,7 @@ class _ScoringRoIHeads(RoIHeads):
             roi, label = torch.nonzero(probabilities[:, 1:] > self.score_thresh).unbind(1)
             label = label + 1
             box, score = clip_boxes_to_image(boxes[roi, label], hw), probabilities[roi, label]
-            large = remove_small_boxes(box, min_size=1e-2)
+            large = remove_small_boxes(box, min_size=_SMALLEST_PX)
             keep = large[
                 batched_nms(box[large], score[large], label[large], self.nms_thresh)[: self.detections_per_img]
             ]

@@ -201,8 +201,10 @@ def _empty_share(runs: Sequence[Run]) -> float | None:
 
 def _over_random(runs: Sequence[Run], lines: Lines, cycle: int) -> dict[str, float] | None:
     """mAP@0.5 minus that of random at a cycle, paired by seed: mean and half of the 95 % interval."""
+    if len(runs[0]["cycles"]) < 2 or runs[0]["line"] == "random":
+        return None
     differences = _differences(runs, lines.get("random", []), lambda run: run["cycles"][cycle]["map_50"])
-    if len(runs[0]["cycles"]) < 2 or runs[0]["line"] == "random" or not len(differences):
+    if not len(differences):
         return None
     return {
         "difference": float(differences.mean()),

@@ -144,6 +144,12 @@ def test_a_damaged_card_does_not_take_the_dashboard_away(web: TestClient, servic
     assert f"version {VERSION} of {KEY} is damaged" in web.get("/ui").text
 
 
+def test_the_question_whether_to_forget_a_project_calls_it_by_its_title(web: TestClient, service: Service) -> None:
+    with service.database.session() as session:
+        session.get_one(ProjectRow, KEY).title = "Cells <b>"
+    assert f"Project &#34;Cells &lt;b&gt;&#34; ({KEY}) disappears" in web.get(f"/projects/{KEY}/forget").text
+
+
 def test_a_project_is_forgotten_until_it_is_connected_again(web: TestClient, service: Service) -> None:
     assert f"Project {KEY} disappears" in web.get(f"/projects/{KEY}/forget").text
     answer = web.post(f"/projects/{KEY}/forget", data={"token": form_token(service.settings)})

@@ -11,14 +11,16 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from ml_backend.app import create_app
+from ml_backend.errors import SettingsError
 from ml_backend.inbox import ProjectName
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
-from ml_backend.worker import free_frames
+from ml_backend.worker import check_device, free_frames
 from model.errors import DiskFullError
 from model.files import read_tensors
 from model.registry import Registry
@@ -26,7 +28,7 @@ from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import HOST, LabelStudioServer, free_port
 from scripts.tiny_version import tiny_version
 from tests.label_studio import POLYGON_CONFIG, polygon_result
-from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, grey_images, import_images, phantom_images
+from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, grey_images, import_images, phantom_images, settings
 from tests.postgres import Postgres
 
 SECONDS = 120.0
@@ -156,6 +158,13 @@ def test_a_label_studio_that_never_answers_does_not_keep_the_worker_from_giving_
     assert None not in signs  # the first one is there when the worker is ready
     assert len(signs) == 2
     assert worker["problem"] == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test says is missing")
+def test_a_device_that_is_not_there_is_told_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"TSP_DEVICE: expected a device that torch can use .*, got 'cuda'"):
+        check_device(settings(tmp_path, TSP_DEVICE="cuda"))
+    check_device(settings(tmp_path, TSP_DEVICE="auto"))
 
 
 def test_an_error_that_is_kept_does_not_keep_what_its_functions_held() -> None:

@@ -410,6 +410,14 @@ def test_every_table_of_a_single_finished_run_can_be_written():
     assert "Anchor sizes and the number of detections come from the labels of the whole pool" in text
 
 
+def test_runs_of_a_single_cycle_have_a_report(tmp_path):
+    write_runs(tmp_path, *(made_run(line, 0, [0.2], cycles=1) for line in ("random", "tsp", "full")))
+    report = write_report(tmp_path)
+    assert set(report["lines"]) == {"random", "tsp"}
+    assert report["lines"]["tsp"]["second_cycle_over_random"] is None
+    assert "| `tsp` | 1 |" in (tmp_path / "report.md").read_text()
+
+
 def test_runs_of_different_settings_are_not_compared(tmp_path):
     write_runs(tmp_path, made_run("random", 0, [0.1] * 3), made_run("tsp", 0, [0.2] * 3, profile="q"))
     with pytest.raises(ValueError, match="random-seed0 and tsp-seed0 were made with different settings"):
