@@ -6,6 +6,7 @@ start. A DATA folder holds images, or `images/` and a COCO `annotations.json`.
 
 import argparse
 import json
+import os
 import signal
 import sys
 import textwrap
@@ -130,7 +131,9 @@ def _batch_size(wanted: int, cycles: int, images: int) -> int:
 
 
 def _settings(options: argparse.Namespace, folder: Path, server: LabelStudioServer) -> dict[str, str]:
+    """The environment's TSP_*, and what the demo's own options say."""
     return {
+        **{name: value for name, value in os.environ.items() if name.startswith("TSP_")},
         "LABEL_STUDIO_URL": server.url,
         "LABEL_STUDIO_API_KEY": server.token,
         "MODEL_DIR": str(folder / "backend"),
