@@ -107,7 +107,7 @@ def test_rois_on_ignored_boxes_count_by_equation_4_and_the_iou_branches_still_le
         network.backbone(image()[None]), [rois], [HW], [pseudo(ignored=rois[1:2])], pseudo=True
     )
     assert set(result) == {"loss_classifier", "loss_box_reg", "loss_mask"}
-    sum(result.values()).backward()
+    sum(loss.value for loss in result.values()).backward()
     # the boxes of both objects are appended
     assert (seen["classes"][0].grad != 0).any(dim=1).tolist() == [True, False, True, True, True]
 
