@@ -7,7 +7,6 @@ image, predicts no IoU and draws no polygon; it pastes each mask into the image.
 import json
 import math
 import tempfile
-import threading
 import time
 from argparse import Namespace
 from collections import defaultdict
@@ -21,7 +20,6 @@ import cv2
 import httpx
 import numpy as np
 import torch
-import uvicorn
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -47,8 +45,8 @@ from scripts.bench_version import (
     data_uri,
     environment,
 )
-from scripts.label_studio_server import HOST, free_port
 from scripts.make_phantoms import phantom
+from scripts.served_app import served
 
 IMAGE_PX = 1024
 _JSON = {"Content-Type": "application/json"}
@@ -88,7 +86,7 @@ def _measured(case: Case, options: Namespace) -> dict[str, Any]:
         tensor = [torch.from_numpy(pixels).permute(2, 0, 1).float() / 255]
         path = Path(folder) / "image.png"
         cv2.imwrite(str(path), pixels)
-        with _served(Settings.model_validate(settings)) as url:
+        with served(create_app(Settings.model_validate(settings))) as url:
             body = _request(pixels)
 
             def ours() -> list[Any]:
@@ -164,22 +162,6 @@ def _request(pixels: NDArray[np.uint8]) -> bytes:
     """The image lies in the task, so that the first request brings it into the cache."""
     task = {"id": 1, "data": {"image": data_uri(pixels)}}
     return json.dumps({"tasks": [task], "project": UID, "label_config": LABEL_CONFIG}).encode()
-
-
-@contextmanager
-def _served(settings: Settings) -> Iterator[str]:
-    """The web process as a thread of this one, so that its CPU time is this one's."""
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), host=HOST, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.02)
-        yield f"http://{HOST}:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def _stages(settings: Settings, path: Path, rounds: int) -> dict[str, float]:

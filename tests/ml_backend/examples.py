@@ -4,8 +4,6 @@ import base64
 import hashlib
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -13,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import uvicorn
-from fastapi import FastAPI
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import CycleRow
@@ -24,7 +20,6 @@ from ml_backend.ls_types import Project
 from ml_backend.pool import is_validation
 from ml_backend.service import Service
 from ml_backend.settings import Settings
-from scripts.label_studio_server import HOST, free_port
 from scripts.make_phantoms import phantom
 from scripts.tiny_version import tiny_version
 from tests.label_studio import png_bytes
@@ -138,19 +133,3 @@ def locked(*paths: Path) -> Iterator[None]:
         assert process.stdout is not None
         assert process.stdout.readline() == b"\n"
         yield  # the end of the block closes its input, so it ends
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """The application at a real address, for Label Studio to call."""
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.02)
-        yield f"http://{HOST}:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()

@@ -22,8 +22,9 @@ from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.webhook_secret import HEADER, guard_webhooks, webhook_secret
 from scripts.label_studio_server import LabelStudioServer
+from scripts.served_app import served
 from tests.label_studio import polygon_result, raw_api
-from tests.ml_backend.examples import KEY, UID, grey_images, import_images, key_of, served, settings
+from tests.ml_backend.examples import KEY, UID, grey_images, import_images, key_of, settings
 
 USER, PASSWORD = "studio", "pässword:with colon"
 EVENT = {"action": "ANNOTATION_CREATED", "project": {"id": 7, "created_at": "2023-11-14T22:13:20Z"}}

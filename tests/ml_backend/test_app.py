@@ -24,6 +24,7 @@ from ml_backend.service import Service
 from model.evaluate import Evaluation
 from model.geometry import is_simple_polygon
 from scripts.label_studio_server import LabelStudioServer
+from scripts.served_app import served
 from tests.label_studio import POLYGON_CONFIG, polygon_result, raw_api
 from tests.ml_backend.examples import (
     KEY,
@@ -36,7 +37,6 @@ from tests.ml_backend.examples import (
     import_images,
     locked,
     phantom_images,
-    served,
     settings,
 )
 

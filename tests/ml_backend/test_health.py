@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from ml_backend.app import create_app
-from tests.ml_backend.examples import NOWHERE, served, settings
+from scripts.served_app import served
+from tests.ml_backend.examples import NOWHERE, settings
 
 
 def health(*arguments: str) -> tuple[int, str]:

@@ -17,6 +17,7 @@ from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from model.empty_images import EmptyImagePolicy
 from scripts.label_studio_server import LabelStudioServer
+from scripts.served_app import served
 from tests.label_studio import polygon_result, prediction, raw_api
 from tests.ml_backend.examples import (
     UNREADABLE,
@@ -26,7 +27,6 @@ from tests.ml_backend.examples import (
     grey_images,
     import_images,
     key_of,
-    served,
     served_order,
     sha256,
 )
