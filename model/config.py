@@ -121,6 +121,7 @@ class TrainingConfig:
     # Beyond the paper, all off: eq. 4 and 5 are as they stand (docs/decisions/010-semi-supervision.md).
     ramp_up: float = 0.0  # share of the run over which beta rises from almost 0
     soft_weights: bool = False  # pseudo labels count by their c, b and m instead of 1
+    pseudo_outlines: bool = True  # False: pseudo labels teach what is there, not its box and mask
     pseudo_negatives: Literal["none", "outside_ignored"] = "none"  # background that counts in pseudo-labelled images
     ema_decay: float = 0.0  # of a teacher, the moving average of the weights, which remakes the pseudo labels
     ema_burn_in: float = 0.2  # share of the run before the teacher does so
@@ -170,6 +171,7 @@ class PseudoLabelConfig:
     mask_threshold: float = 0.8  # sigma_m
     rule: Literal["and", "or", "precision"] = "and"
     precision: float = 0.9  # of rule "precision": share of right predictions, on images that the model has not learnt
+    precision_iou: float = 0.5  # mask IoU from which a prediction of the correct class is right
     score_threshold: float = 1.0  # sigma_s of rule "precision"; at 1 nothing is trusted
     class_wise_thresholds: bool = False  # beyond the paper: sigma_c by class, `pseudo_labels.class_thresholds`
     class_threshold_floor: float = 0.5  # below which no class's sigma_c falls
@@ -180,6 +182,8 @@ class PseudoLabelConfig:
             raise InvalidInputError(f"rule: expected 'and', 'or' or 'precision', got {self.rule!r}")
         if not 0 < self.precision < 1:
             raise InvalidInputError(f"precision: expected a share between 0 and 1, got {self.precision}")
+        if not 0 < self.precision_iou < 1:
+            raise InvalidInputError(f"precision_iou: expected a mask IoU between 0 and 1, got {self.precision_iou}")
         if self.rule == "precision" and self.class_wise_thresholds:
             raise InvalidInputError("class_wise_thresholds: expected False with rule 'precision', which has no sigma_c")
         if self.class_wise_thresholds and not 0 <= self.class_threshold_floor <= self.class_threshold:

@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 SEMI = "semi_"  # prefix of the losses that come from pseudo-labelled images
 _IOU_LOSSES = ("loss_box_iou", "loss_mask_iou")
 _MASK_RCNN = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+_PSEUDO_OUTLINES = (SEMI + "loss_rpn_box_reg", SEMI + "loss_box_reg", SEMI + "loss_mask")
 # All losses there may be; "loss_ranking" is that of `model.loss_prediction`.
 NAMES = (*_MASK_RCNN, *_IOU_LOSSES, "loss_ranking", *(SEMI + name for name in _MASK_RCNN))
 
@@ -27,10 +28,15 @@ class Mean(NamedTuple):
     samples: int
 
 
-def total_loss(losses: Mapping[str, Tensor], *, beta: float, iou_weight: float) -> Tensor:
-    """Eq. 5, `L = L_sup + beta * L_semi`; inside L_sup the two IoU losses carry lambda (`iou_weight`, eq. 1)."""
+def total_loss(losses: Mapping[str, Tensor], *, beta: float, iou_weight: float, pseudo_outlines: bool = True) -> Tensor:
+    """Eq. 5, `L = L_sup + beta * L_semi`; inside L_sup the two IoU losses carry lambda (`iou_weight`, eq. 1).
+
+    Without `pseudo_outlines`, beyond the paper, L_semi has no box and mask terms.
+    """
     terms = []
     for name, loss in losses.items():
+        if name in _PSEUDO_OUTLINES and not pseudo_outlines:
+            continue
         weight = beta if name.startswith(SEMI) else iou_weight if name in _IOU_LOSSES else 1.0
         terms.append(weight * loss)
     return torch.stack(terms).sum()

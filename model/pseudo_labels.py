@@ -50,12 +50,13 @@ def with_score_threshold(config: PseudoLabelConfig, compared: Sequence[Compared]
     """For rule "precision", the same with the lowest sigma_s above which enough of these predictions are right.
 
     `compared` are a model's detections against ground truth, in images that it has not learnt from: of the correct
-    class, with a mask IoU of at least 0.5. Other rules have no sigma_s: they stay as they are.
+    class, with a mask IoU of at least `config.precision_iou`. Other rules have no sigma_s: they stay as they are.
     """
     if config.rule != "precision":
         return config
     scores = [instance_scores(pair.class_scores, pair.box_scores, pair.mask_scores) for pair in compared]
-    right = [matched(pair.mask_ious, s, np.array([0.5]))[0] for pair, s in zip(compared, scores, strict=True)]
+    iou = np.array([config.precision_iou])
+    right = [matched(pair.mask_ious, s, iou)[0] for pair, s in zip(compared, scores, strict=True)]
     threshold = score_threshold(
         np.concatenate([np.empty(0), *scores]), np.concatenate([np.empty(0, dtype=np.bool_), *right]), config.precision
     )

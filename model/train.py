@@ -155,7 +155,7 @@ def _gradients(
         losses = network(images, targets)
         if shares is not None:
             losses = {name: shares[name.startswith(SEMI)] * loss for name, loss in losses.items()}
-        loss = total_loss(losses, beta=beta(config, step, steps), iou_weight=config.iou_loss_weight)
+        loss = total_loss(losses, **_weights(config, step, steps))
         total += loss.item()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.item()
@@ -169,7 +169,7 @@ def _shared_gradients(
 ) -> Progress:
     """`_gradients` of what all processes have of this step: each ends with the same gradients, and the whole losses."""
     network.zero_grad(set_to_none=True)
-    weights = {"beta": beta(config, step, steps), "iou_weight": config.iou_loss_weight}
+    weights = _weights(config, step, steps)
     torch.manual_seed(config.seed * 1_000_003 + step)
     parts, whole = ranks.together(network.losses(*batch), NAMES)
     total = total_loss({name: torch.tensor(value) for name, value in whole.items()}, **weights).item()
@@ -177,6 +177,15 @@ def _shared_gradients(
     torch.autograd.backward(total_loss(parts, **weights))
     ranks.add_gradients(p for p in network.parameters() if p.requires_grad)
     return Progress(step=step + 1, steps=steps, loss=total, losses=whole)
+
+
+def _weights(config: TrainingConfig, step: int, steps: int) -> dict[str, Any]:
+    """What the losses of one step count in `total_loss`."""
+    return {
+        "beta": beta(config, step, steps),
+        "iou_weight": config.iou_loss_weight,
+        "pseudo_outlines": config.pseudo_outlines,
+    }
 
 
 def _check_loss(total: float, losses: Mapping[str, float], step: int, steps: int) -> None:

@@ -90,28 +90,33 @@ def unpacked(text: str) -> tuple[NDArray[np.int64], BoolArray]:
 
 
 def pseudo_quality(pseudo: Sequence[LabeledImage], truth: Mapping[str, LabeledImage]) -> dict[str, Any]:
-    """Precision and recall of the pseudo labels against the hidden ground truth, at mask IoU 0.5 and equal class.
+    """Precision and recall of the pseudo labels against the hidden ground truth, at mask IoU 0.5 and equal class, and
+    the precision at 0.75.
 
     `truth` are all images that are still unlabelled, by id: also those without pseudo labels count in the recall.
     """
-    hits = made = 0
-    for image in pseudo:
-        true = truth[image.image_id]
-        made += len(image.labels)
-        free = set(range(len(true.labels)))
-        ious = coco_mask.iou([dict(r) for r in image.rles], [dict(r) for r in true.rles], [0] * len(true.rles))
-        for i, label in enumerate(image.labels):
-            fitting = [j for j in free if true.labels[j] == label and ious[i][j] >= 0.5]
-            if fitting:
-                hits += 1
-                free.remove(max(fitting, key=lambda j: ious[i][j]))
+    made = sum(len(image.labels) for image in pseudo)
+    hits, close_hits = (sum(_hits(image, truth[image.image_id], iou) for image in pseudo) for iou in (0.5, 0.75))
     hidden = sum(len(image.labels) for image in truth.values())
     return {
         "instances": made,
         "hidden_instances": hidden,
         "precision": hits / made if made else None,
+        "precision_75": close_hits / made if made else None,
         "recall": hits / hidden if hidden else None,
     }
+
+
+def _hits(pseudo: LabeledImage, true: LabeledImage, iou: float) -> int:
+    """How many pseudo labels have an instance of their own, of their class and with at least this mask IoU."""
+    hits, free = 0, set(range(len(true.labels)))
+    ious = coco_mask.iou([dict(r) for r in pseudo.rles], [dict(r) for r in true.rles], [0] * len(true.rles))
+    for i, label in enumerate(pseudo.labels):
+        fitting = [j for j in free if true.labels[j] == label and ious[i][j] >= iou]
+        if fitting:
+            hits += 1
+            free.remove(max(fitting, key=lambda j: ious[i][j]))
+    return hits
 
 
 def _named(by_class: FloatArray, class_names: Sequence[str]) -> dict[str, float | None]:

@@ -277,6 +277,14 @@ def test_total_loss_weighs_the_terms_as_equations_1_and_5_say():
     assert [tensor.grad.item() for tensor in tensors.values()] == pytest.approx([1.0, 0.5, 0.5, 0.01, 0.01])
 
 
+def test_pseudo_labels_may_teach_what_is_there_without_its_outline():
+    tensors = {name: torch.tensor(1.0) for name in losses.NAMES}
+    whole, without = (
+        losses.total_loss(tensors, beta=0.25, iou_weight=1.0, pseudo_outlines=outlines) for outlines in (True, False)
+    )
+    assert whole - without == pytest.approx(0.25 * 3)  # the boxes of both stages, and the masks
+
+
 def test_iou_loss_is_the_mean_squared_difference():
     # ((0.5 - 0.7)^2 + (0.9 - 0.4)^2) / 2 = (0.04 + 0.25) / 2
     assert losses.iou_loss(torch.tensor([0.5, 0.9]), torch.tensor([0.7, 0.4])).item() == pytest.approx(0.145)

@@ -219,7 +219,20 @@ def test_what_is_right_has_the_class_and_half_of_the_mask(tmp_path):
     assert with_score_threshold(PseudoLabelConfig(), compared) == PseudoLabelConfig()
 
 
-@pytest.mark.parametrize("options", [{"precision": 0.0}, {"precision": 1.0}, {"class_wise_thresholds": True}], ids=str)
+def test_how_much_of_a_mask_makes_it_right_can_be_chosen(tmp_path):
+    truth = labeled_image(tmp_path, "7", (1, rectangle(10, 10, 40, 40)))
+    found = detections([[10, 10, 40, 34]], labels=[1], image_hw=truth.image_hw)  # 0.8 of it
+    compared = compare({"7": found}, [truth], 1, mask_threshold=0.3)
+    for iou, expected in ((0.75, True), (0.85, False)):
+        config = PseudoLabelConfig(rule="precision", precision=0.4, precision_iou=iou)
+        assert trusted(found, with_score_threshold(config, compared)).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": 0.0}, {"precision": 1.0}, {"precision_iou": 1.0}, {"class_wise_thresholds": True}],
+    ids=str,
+)
 def test_rules_that_cannot_be_are_refused(options):
     with pytest.raises(InvalidInputError, match="expected"):
         PseudoLabelConfig(rule="precision", **options)

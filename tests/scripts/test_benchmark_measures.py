@@ -147,9 +147,13 @@ def test_pseudo_labels_are_judged_by_class_and_overlap_against_all_that_is_hidde
         "a": truth("a", (1, (0, 0, 20, 20)), (2, (30, 30, 50, 50))),
         "b": truth("b", (1, (0, 0, 9, 9)), (1, (20, 20, 40, 40))),
     }
-    # A hit, the same again, one of the wrong class.
-    made = truth("a", (1, (0, 0, 20, 18)), (1, (1, 0, 20, 20)), (1, (30, 30, 50, 50)))
-    assert pseudo_quality([made], hidden) == {
-        "instances": 3, "hidden_instances": 4, "precision": pytest.approx(1 / 3), "recall": pytest.approx(1 / 4),
+    # A hit, the same again, one of the wrong class, and one that has half of its object.
+    made = [
+        truth("a", (1, (0, 0, 20, 18)), (1, (1, 0, 20, 20)), (1, (30, 30, 50, 50))),
+        truth("b", (1, (20, 20, 32, 40))),
+    ]
+    assert pseudo_quality(made, hidden) == {
+        "instances": 4, "hidden_instances": 4, "precision": 2 / 4, "precision_75": 1 / 4, "recall": 2 / 4,
     }  # fmt: skip
-    assert pseudo_quality([], hidden)["precision"] is None
+    nothing = pseudo_quality([], hidden)
+    assert (nothing["precision"], nothing["precision_75"], nothing["recall"]) == (None, None, 0)
