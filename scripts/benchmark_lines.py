@@ -3,6 +3,7 @@
 A line is written `strategy[+ssl][@name=value...]`, such as "tsp+ssl@beta=0.05" or "tsp@first=spread@epochs=20".
 """
 
+import re
 import types
 import typing
 from copy import copy
@@ -119,6 +120,11 @@ def supervised_twin(name: RunName) -> RunName:
     about_pseudo = set(_types(PseudoLabelConfig)) | _semi_supervised_only()
     options = tuple((option, value) for option, value in name.options if option not in about_pseudo)
     return replace(name, semi_supervised=False, options=options)
+
+
+def random_alike(line: str) -> str:
+    """The line with the same options whose images are chosen at random."""
+    return "random" + re.sub("^[^+@]*", "", line)
 
 
 def first_cycle_settings(settings: Experiment) -> dict[str, Any]:

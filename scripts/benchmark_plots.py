@@ -111,14 +111,14 @@ def _curves(report: Report, names: Sequence[str]) -> Figure:
 
 
 def _limits(report: Report, names: Sequence[str]) -> tuple[float, float]:
-    """From 0, or from below it, to above every interval: a bar that is cut looks like a narrower one."""
+    """From below every interval to above it: a bar that is cut looks like a narrower one."""
     lines = [report["lines"][name] for name in names]
     pairs = [p for line in lines for p in zip(line["map_50"], line["map_50_half_width_95"], strict=True)]
     full = [report["full_supervision"]["map_50"]] if report["full_supervision"] else []
-    lowest = min(0, *(height - width for height, width in pairs))
+    lowest = min(*(height - width for height, width in pairs), *full)
     highest = max(0.01, *(height + width for height, width in pairs), *full)
-    margin = 0.05 * (highest - lowest)
-    return (lowest - margin if lowest < 0 else 0), highest + margin
+    margin = max(0.05 * (highest - lowest), 0.01)
+    return lowest - margin, highest + margin
 
 
 def _figure_cost(report: Report) -> Figure | None:

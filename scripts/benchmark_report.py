@@ -15,7 +15,7 @@ import numpy as np
 
 from model.comparison import resampled_map_50
 from model.types import FloatArray
-from scripts.benchmark_lines import FULL, RunName, supervised_twin
+from scripts.benchmark_lines import FULL, RunName, random_alike, supervised_twin
 from scripts.benchmark_measures import unpacked
 from scripts.benchmark_plots import plot_all
 from scripts.benchmark_statistics import (
@@ -294,17 +294,21 @@ def _pseudo(cycle: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     qualities = [run["pseudo_quality"] or {} for run in cycle]
     return {
         "images": _mean([run["pseudo_images"] for run in cycle]),
-        **{name: _mean([q.get(name) for q in qualities]) for name in ("instances", "precision", "recall")},
+        **{
+            name: _mean([q.get(name) for q in qualities])
+            for name in ("instances", "precision", "precision_75", "recall")
+        },
     }
 
 
 def _comparisons(lines: Lines) -> list[dict[str, Any]]:
-    """By area under the curve, paired by seed: each line with random, with random+ssl, and with itself without SSL."""
+    """By area under the curve, paired by seed: each line with random, with random+ssl (plain, and with the same
+    options), and with itself without SSL."""
     pairs = dict.fromkeys(
         (line, other)
         for line, runs in lines.items()
         if line != "random"  # which the others are held against, so it is never the one
-        for other in ("random", "random+ssl", _twin(runs[0]))
+        for other in ("random", "random+ssl", random_alike(line), _twin(runs[0]))
         if other in lines and other != line
     )
     resampled = _resampled(lines)

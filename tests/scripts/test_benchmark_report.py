@@ -239,6 +239,19 @@ def test_lines_are_compared_with_random_with_random_ssl_and_with_their_twin_and_
     assert all(c["bootstrap_p_holm"] >= c["bootstrap_p"] for c in found)
 
 
+def test_pseudo_labels_by_another_recipe_are_compared_with_random_images_by_the_same():
+    recipe = "+ssl@beta=0.5@rule=precision"
+    heights = {"random": 0.1, "random" + recipe: 0.2, "tsp" + recipe: 0.5}
+    report = make_report(
+        [made_run(line, seed, [h + seed * h / 50] * 3) for line, h in heights.items() for seed in (0, 1)]
+    )
+    pairs = {(c["one"], c["other"]) for c in report["comparisons"]}
+    assert ("tsp" + recipe, "random" + recipe) in pairs
+    said = claims(report)
+    assert any(claim.startswith(f"**tsp{recipe}**") and f"than random{recipe}" in claim for claim in said)
+    assert any(f"At the second cycle tsp{recipe} is" in claim for claim in said)
+
+
 def test_a_comparison_has_an_interval_over_the_test_images_when_the_matches_are_there():
     runs = [made_run(line, seed, [0.1 + seed / 10] * 3) for line in ("random", "tsp") for seed in (0, 1)]
     for run in runs:  # tsp finds the one instance of each test image, random none
