@@ -3,10 +3,11 @@
     python -m scripts.benchmark run --data <COCO folder> --out <folder> --lines random,tsp+ssl --seeds 0,1,2 --jobs 2
     python -m scripts.benchmark report [--out <folder>] [--json]
 
-A line is a strategy (`model.strategies.STRATEGIES`), with "+ssl" if it also learns from pseudo labels, or "full": all
-images annotated at once; options of its own follow, as in "tsp+ssl@beta=0.05" (`scripts.benchmark_lines`). Runs at the
-same seed start with the same random images. Each run is one folder with one `run.json`; what is finished is not done
-again, and several processes may work on one --out, also under torchrun, each on a GPU of its own.
+A line is a strategy (`model.strategies.STRATEGIES`), with "+ssl" or another recipe if it also learns from pseudo
+labels, or "full": all images annotated at once; options of its own follow, as in "tsp+ssl@beta=0.05"
+(`scripts.benchmark_lines`, where the recipes stand). Runs at the same seed start with the same random images. Each run
+is one folder with one `run.json`; what is finished is not done again, and several processes may work on one --out, also
+under torchrun, each on a GPU of its own.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from model.config import PROFILES, PseudoLabelConfig, TrainingConfig
 from model.errors import TSPError
 from model.strategies import STRATEGIES
 from scripts.active_learning import anchors_for, cycles_done, run
-from scripts.benchmark_lines import FULL, Experiment, RunName, Selection, parse_line
+from scripts.benchmark_lines import FULL, RECIPES, Experiment, RunName, Selection, parse_line
 from scripts.benchmark_report import write_reports
 from scripts.benchmark_sets import Data, read_data
 from scripts.shared_files import locked
@@ -80,7 +81,8 @@ EFFORTS = {
 
 _OUT = Path("docs/benchmark")
 _LINES_HELP = (
-    f"by commas, of {', '.join(STRATEGIES)}, each also with +ssl (learns from pseudo labels), and {FULL} (all images "
+    f"by commas, of {', '.join(STRATEGIES)}, each also with {' or '.join(f'+{name}' for name in RECIPES)} (learns from "
+    f"pseudo labels), and {FULL} (all images "
     "annotated at once); options follow, as in tsp+ssl@beta=0.05; default: %(default)s"
 )
 

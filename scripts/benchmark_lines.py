@@ -1,6 +1,8 @@
 """What a benchmark's runs share, and the lines of its figure: a strategy, perhaps with SSL and options of its own.
 
-A line is written `strategy[+ssl][@name=value...]`, such as "tsp+ssl@beta=0.05" or "tsp@first=spread@epochs=20".
+A line is written `strategy[+recipe][@name=value...]`, such as "tsp+ssl@beta=0.05" or "tsp@first=spread@epochs=20".
+With a recipe it also learns from pseudo labels: `+ssl` by the profile's settings, any other by the options that it
+stands for.
 """
 
 import re
@@ -15,6 +17,18 @@ from model.empty_images import EmptyImagePolicy
 from model.strategies import STRATEGIES, Strategy
 
 FULL = "full"  # not a strategy: everything is annotated at once, the line that the others are measured against
+
+# Ways to learn from pseudo labels, by the options that they stand for.
+RECIPES: dict[str, dict[str, str]] = {
+    "ssl": {},
+    "ssl_by_precision": {
+        "beta": "0.5",
+        "pseudo_every_steps": "2",
+        "pseudo_negatives": "outside_ignored",
+        "rule": "precision",
+        "soft_weights": "true",
+    },
+}
 
 FirstBatch = Literal["random", "spread"]
 
@@ -56,7 +70,7 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class RunName:
-    """One line of the figure at one seed; `options` as they are written, in the order of their names."""
+    """One line of the figure at one seed; `options` as they are written, and those of its recipe, by name."""
 
     strategy: str
     semi_supervised: bool = False
@@ -65,11 +79,14 @@ class RunName:
 
     @property
     def line(self) -> str:
-        return (
-            self.strategy
-            + ("+ssl" if self.semi_supervised else "")
-            + "".join(f"@{name}={value}" for name, value in self.options)
-        )
+        recipe, standing_for = self._recipe() if self.semi_supervised else ("", {})
+        own = (f"@{name}={value}" for name, value in self.options if name not in standing_for)
+        return self.strategy + f"+{recipe}" * bool(recipe) + "".join(own)
+
+    def _recipe(self) -> tuple[str, dict[str, str]]:
+        """The largest recipe whose options are all here."""
+        fitting = [(n, options) for n, options in RECIPES.items() if options.items() <= dict(self.options).items()]
+        return max(fitting, key=lambda item: len(item[1]))
 
     @property
     def folder(self) -> str:
@@ -79,14 +96,14 @@ class RunName:
 def parse_line(line: str, seed: int) -> RunName:
     """The run of a line at a seed. Raises ValueError, which says what there is, for a line that does not exist."""
     head, *written = line.split("@")
-    strategy, plus, ssl = head.partition("+")
-    if strategy not in {*STRATEGIES, FULL} or (plus and (ssl != "ssl" or strategy == FULL)):
-        known = ", ".join(STRATEGIES)
-        raise ValueError(f"--lines: expected {known}, with or without +ssl, or {FULL}, got {line!r}")
+    strategy, plus, recipe = head.partition("+")
+    if strategy not in {*STRATEGIES, FULL} or (plus and (recipe not in RECIPES or strategy == FULL)):
+        known, ways = ", ".join(STRATEGIES), " or ".join(f"+{name}" for name in RECIPES)
+        raise ValueError(f"--lines: expected {known}, with or without {ways}, or {FULL}, got {line!r}")
     pairs = [text.partition("=")[::2] for text in written]
     if len({name for name, _ in pairs}) < len(pairs):
         raise ValueError(f"--lines: {line!r} gives an option twice")
-    options: tuple[tuple[str, str], ...] = tuple(sorted(pairs))
+    options = tuple(sorted((RECIPES.get(recipe, {}) | dict(pairs)).items()))
     name = RunName(strategy=strategy, semi_supervised=bool(plus), options=options, seed=seed)
     try:
         _overrides(name)
@@ -123,7 +140,7 @@ def supervised_twin(name: RunName) -> RunName:
 
 
 def random_alike(line: str) -> str:
-    """The line with the same options whose images are chosen at random."""
+    """The line with the same recipe and options whose images are chosen at random."""
     return "random" + re.sub("^[^+@]*", "", line)
 
 

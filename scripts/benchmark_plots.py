@@ -57,7 +57,7 @@ def _figure_2(report: Report) -> Figure | None:
     chosen = [
         name
         for name, line in report["lines"].items()
-        if not line["options"]
+        if "@" not in name
         and not line["strategy"].startswith("tsp_without")
         and (not line["semi_supervised"] or line["strategy"] == "tsp")
     ]
@@ -70,7 +70,7 @@ def _figure_4(report: Report) -> Figure | None:
     chosen = [
         name
         for name, line in report["lines"].items()
-        if set(line["options"]) <= {"beta"}
+        if _own_options(name) <= {"beta"}
         and (name in whole or line["semi_supervised"] or line["strategy"].startswith("tsp_without"))
     ]
     return _curves(report, chosen) if set(chosen) - set(whole) else None
@@ -78,13 +78,18 @@ def _figure_4(report: Report) -> Figure | None:
 
 def _figure_options(report: Report) -> Figure | None:
     """What goes beyond the paper, beside the lines without options."""
-    special = [name for name, line in report["lines"].items() if set(line["options"]) - {"beta"}]
+    special = [name for name in report["lines"] if _own_options(name) - {"beta"}]
     plain = {name.split("@")[0] for name in special} & set(report["lines"])
     return (
         _curves(report, ["random"] * ("random" in report["lines"]) + sorted(plain - {"random"}) + special)
         if special
         else None
     )
+
+
+def _own_options(line: str) -> set[str]:
+    """Names of the options that are written behind the strategy and its recipe."""
+    return {option.partition("=")[0] for option in line.split("@")[1:]}
 
 
 def _curves(report: Report, names: Sequence[str]) -> Figure:
@@ -122,7 +127,7 @@ def _limits(report: Report, names: Sequence[str]) -> tuple[float, float]:
 
 
 def _figure_cost(report: Report) -> Figure | None:
-    lines = {name: line for name, line in report["lines"].items() if not line["options"]}
+    lines = {name: line for name, line in report["lines"].items() if "@" not in name}
     if not lines:
         return None
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), sharey=True)

@@ -6,10 +6,12 @@ import pytest
 
 from model.config import PseudoLabelConfig, TrainingConfig
 from scripts.benchmark_lines import (
+    RECIPES,
     Experiment,
     Selection,
     first_cycle_settings,
     parse_line,
+    random_alike,
     settings_of,
     strategy_of,
     supervised_twin,
@@ -57,6 +59,21 @@ def test_a_line_has_one_name_however_its_options_are_ordered():
     one, other = parse_line("tsp+ssl@first=spread@beta=0.05", 1), parse_line("tsp+ssl@beta=0.05@first=spread", 1)
     assert one == other
     assert one.folder == "tsp+ssl@beta=0.05@first=spread-seed1"
+
+
+def test_a_recipe_stands_for_its_options_and_can_be_varied():
+    by_name = settings("tsp+ssl_by_precision")
+    spelt_out = "@".join(f"{name}={value}" for name, value in RECIPES["ssl_by_precision"].items())
+    assert by_name == settings(f"tsp+ssl@{spelt_out}")
+    assert parse_line(f"tsp+ssl@{spelt_out}", 1).folder == "tsp+ssl_by_precision-seed1"
+    varied = parse_line("tsp+ssl_by_precision@precision=0.8", 1)
+    assert varied.line == "tsp+ssl_by_precision@precision=0.8"
+    assert settings(varied.line).pseudo == replace(by_name.pseudo, precision=0.8)
+    assert supervised_twin(varied).line == "tsp"
+    assert random_alike(varied.line) == "random+ssl_by_precision@precision=0.8"
+    otherwise = parse_line("tsp+ssl_by_precision@beta=0.1", 1)  # no longer what the recipe says
+    assert otherwise.line.startswith("tsp+ssl@beta=0.1@")
+    assert parse_line(otherwise.line, 1) == otherwise
 
 
 def test_the_seed_of_the_run_is_that_of_its_training():
