@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -125,17 +125,9 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
     network, config, trust = _recipe(service, folder)
     thresholds = _freeze_pseudo_labels(service, project_key, folder, training, config, trust)
     pseudo = usable_part(service, project_key, number, "pseudo", log, read=read_images).images
-    labeled = [image for image in pseudo if len(image.labels)]
-    log.facts(
-        {
-            "pseudo_labeled": len(labeled),
-            "pseudo_instances": sum(len(image.labels) for image in labeled),
-            "pseudo_for_teacher": len(pseudo) - len(labeled),
-        }
-    )
-    if thresholds is not None:
-        log.facts({"class_thresholds": dict(zip(training.class_names, thresholds.tolist(), strict=True))})
-    log.stage(f"training on {len(training.images)} annotated and {len(labeled)} pseudo-labelled images")
+    _tell_of_pseudo_labels(log, pseudo, thresholds, training.class_names)
+    labeled = sum(len(image.labels) > 0 for image in pseudo)
+    log.stage(f"training on {len(training.images)} annotated and {labeled} pseudo-labelled images")
 
     def on_step(progress: Progress) -> None:
         logger.debug("project %s, cycle %d: step %d of %d", project_key, number, progress.step, progress.steps)
@@ -155,15 +147,35 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
         on_step=on_step,
     )
     started = time.monotonic()
-    try:
-        progress = run()
-    except CheckpointError as error:
-        # The snapshot is frozen, so no other run can have written it: an older release did, or the disk has damaged it.
-        logger.warning("project %s: cycle %d trains from the start: %s", project_key, number, error)
-        checkpoint.unlink()
-        progress = run()
+    progress = _from_the_start_if_unusable(run, checkpoint)
     if progress:  # none when the checkpoint was complete already
         log.facts({"training_seconds": round(time.monotonic() - started, 1), "loss": progress.losses})
+
+
+def _tell_of_pseudo_labels(
+    log: CycleLog, pseudo: Sequence[LabeledImage], thresholds: FloatArray | None, class_names: Sequence[str]
+) -> None:
+    labeled = [len(image.labels) for image in pseudo if len(image.labels)]
+    log.facts(
+        {
+            "pseudo_labeled": len(labeled),
+            "pseudo_instances": sum(labeled),
+            "pseudo_for_teacher": len(pseudo) - len(labeled),
+        }
+    )
+    if thresholds is not None:
+        log.facts({"class_thresholds": dict(zip(class_names, thresholds.tolist(), strict=True))})
+
+
+def _from_the_start_if_unusable(run: Callable[[], Progress | None], checkpoint: Path) -> Progress | None:
+    """Train on from a checkpoint, or anew when it is of no use; the last step, None when it was complete already."""
+    try:
+        return run()
+    except CheckpointError as error:
+        # The snapshot is frozen, so no other run can have written it: an older release did, or the disk has damaged it.
+        logger.warning("a training begins from the start: %s", error)
+        checkpoint.unlink()
+        return run()
 
 
 def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> bool:

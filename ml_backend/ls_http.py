@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _PAUSES_SECONDS = (0.5, 1.0, 2.0)
 _LONGEST_PAUSE_SECONDS = 30.0  # Retry-After may ask for more, but people may be waiting
+_PARSED = "parsed"  # where an answer keeps what its JSON says: large ones take seconds to parse
 _REPEATABLE = frozenset({"GET", "HEAD", "PATCH"})  # our PATCHes set values: twice is the same as once
 
 
@@ -41,7 +42,7 @@ class Http(httpx.Client):
     def json(self, method: str, path: str, **options: Any) -> Any:
         """What the JSON answer says, None when it is empty."""
         response = self.request(method, path, **options)
-        return response.json() if response.content else None
+        return response.extensions[_PARSED] if _PARSED in response.extensions else None
 
     def open_file(self, path: str) -> AbstractContextManager[httpx.Response]:
         """An answer that need not be JSON, to be read bit by bit; a redirect is handed back."""
@@ -176,12 +177,12 @@ def _may_repeat_after(request: httpx.Request, error: httpx.RequestError) -> bool
 
 
 def _check_whole(request: httpx.Request, response: httpx.Response) -> None:
-    """httpx.ReadError when a JSON answer ends in the middle, as those of a gateway do that has lost its own connection:
-    it says that this is all of it."""
+    """Parse a JSON answer; httpx.ReadError when it ends in the middle, as those of a gateway do that has lost its own
+    connection: it says that this is all of it."""
     if not (response.is_success and response.is_closed and response.content and _is_json(response)):
         return  # an error, or a file, which is read later
     try:
-        response.json()
+        response.extensions[_PARSED] = response.json()
     except ValueError as error:
         raise httpx.ReadError(f"{len(response.content)} bytes that are no whole JSON", request=request) from error
 

@@ -278,6 +278,16 @@ def test_an_answer_that_ends_in_the_middle_is_asked_for_again(half: Answer) -> N
         client.whoami()
 
 
+def test_an_answer_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports and pages of tasks have tens of megabytes."""
+    parsed: list[httpx.Response] = []
+    parse = httpx.Response.json
+    monkeypatch.setattr(httpx.Response, "json", lambda response: parsed.append(response) or parse(response))
+    with scripted({"/api/projects/1/model-versions/": [says(200, {"v1": 3})]}) as (client, _):
+        assert client.model_versions(1) == {"v1": 3}
+    assert len(parsed) == 1
+
+
 def test_tasks_that_are_counted_but_not_listed_are_asked_for_later() -> None:
     answers = {"/api/tasks/": [says(200, {"tasks": [], "total": 1})]}
     with scripted(answers) as (client, _), pytest.raises(LabelStudioUnavailableError, match="counts 1 tasks and lists"):
