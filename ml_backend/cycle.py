@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
-from ml_backend.errors import ImageError
+from ml_backend.errors import ImageError, ImageUnavailableError
 from ml_backend.frozen import freeze_tasks, frozen_part, repeated_without_damaged, usable_part
 from ml_backend.gate import judge_version
 from ml_backend.label_config import LabelConfig, parse_label_config
@@ -33,6 +33,7 @@ from ml_backend.ls_format import (
 )
 from ml_backend.network_options import network_options
 from ml_backend.pool import is_validation, read_scores
+from ml_backend.postponed import postpone, postponed_tasks, read_patiently
 from ml_backend.pseudo_labels import (
     SeenImage,
     only_masks_are_needed,
@@ -67,49 +68,36 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     # Of a snapshot whose record was lost.
     for stale in ("pseudo.json", "class_thresholds.json", "checkpoint.safetensors"):
         (folder / stale).unlink(missing_ok=True)
-    project = service.project(project_key)
-    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     log.stage("reading annotations")
-    annotated = sorted(service.label_studio.annotated_task_ids(project.id))
-    task_ids: list[int] = []  # those that still are when they are read
-    images: dict[str, LabeledImage] = {}
-    task_of: dict[str, int] = {}
-    problems: list[str] = []
-    for task in service.label_studio.annotated_tasks(project.id, annotated):
-        task_ids.append(task["id"])
-        try:
-            image = _annotated_image(service, project_key, task, config)
-            images[image.image_id] = image  # the same bytes in two tasks are one image
-            task_of[image.image_id] = task["id"]
-        except (ImageError, DatasetError) as error:
-            problems.append(str(error))
-        log.progress(len(task_ids), len(annotated))
+    read = _read_annotations(service, project_key, log)
+    images = {image.image_id: image for image in read.images.values()}  # the same bytes in two tasks are one image
     split = {
         name: LabeledSet(
             images=tuple(
                 i for i in images.values() if is_validation(i.image_id, service.settings.validation_fraction) is wanted
             ),
-            class_names=config.labels,
+            class_names=read.class_names,
         )
         for name, wanted in (("training", False), ("validation", True))
     }
     for name, part in split.items():
         write_coco(folder / f"{name}.json", part)
-    freeze_tasks(folder, task_of)
-    _mark_used(service, project_key, number, task_ids)
+    freeze_tasks(folder, {image.image_id: task for task, image in read.images.items()})
+    _mark_used(service, project_key, number, read)
+    count = len(read.tasks) + len(read.away)
     log.facts(
         {
-            "annotated": len(task_ids),
+            "annotated": count,
             "training": len(split["training"].images),
             "validation": len(split["validation"].images),
-            "problems": problems[:20],
-            "problem_count": len(problems),
+            "problems": read.problems[:20],
+            "problem_count": len(read.problems),
         }
     )
     if not split["training"].images:
         raise TSPError(
-            f"none of the {len(task_ids)} annotated tasks can be trained on ({len(split['validation'].images)} are for "
-            f"validation, {len(problems)} have problems): annotate more images or lower TSP_VALIDATION_FRACTION"
+            f"none of the {count} annotated tasks can be trained on ({len(split['validation'].images)} are for "
+            f"validation, {len(read.problems)} have problems): annotate more images or lower TSP_VALIDATION_FRACTION"
         )
     return _freeze_recipe(service, project_key, number, folder, split["training"])
 
@@ -245,6 +233,47 @@ def _rescored(detections: Detections) -> Detections:
     return replace(detections, class_scores=scores).select(np.argsort(-scores, kind="stable"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Annotations:
+    """What people said about the images at one moment. `images` is by task, in the order of their numbers; `tasks` have
+    been read, with an image or a problem; those that are `away` wait for their images."""
+
+    class_names: tuple[str, ...]
+    images: dict[int, LabeledImage]
+    tasks: list[int]
+    away: list[int]
+    problems: list[str]
+
+
+def _read_annotations(service: Service, project_key: str, log: CycleLog) -> _Annotations:
+    project = service.project(project_key)
+    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+    annotated = sorted(service.label_studio.annotated_task_ids(project.id))
+    tasks: list[int] = []  # those that still are when they are read
+    images: dict[int, LabeledImage] = {}
+    problems: list[str] = []
+
+    def read(task: Json) -> None:
+        try:
+            images[task["id"]] = _annotated_image(service, project_key, task, config)
+        except ImageUnavailableError:
+            raise
+        except (ImageError, DatasetError) as error:
+            problems.append(str(error))
+        tasks.append(task["id"])
+        log.progress(len(tasks), len(annotated))
+
+    exported = service.label_studio.annotated_tasks(project.id, annotated)
+    away = read_patiently(exported, read, config, log, in_vain=postponed_tasks(service.database, project_key))
+    return _Annotations(
+        class_names=config.labels,
+        images=dict(sorted(images.items())),
+        tasks=tasks,
+        away=[one.task["id"] for one in away],
+        problems=problems + [f"{one.reason}; it counts for the next batch once it is there" for one in away],
+    )
+
+
 def _annotated_image(service: Service, project_key: str, task: Mapping[str, Any], config: LabelConfig) -> LabeledImage:
     fetched = service.images.fetch(task_id=task["id"], uri=image_uri(task, config), project_key=project_key)
     annotation = choose_annotation(task) or {}
@@ -272,11 +301,12 @@ _MEND_OUTDATED = (
 _MEND_SHAPES = "Open the task and draw polygons; without any region it would say that nothing is there."
 
 
-def _mark_used(service: Service, project_key: str, number: int, task_ids: list[int]) -> None:
-    known = used_tasks(service.database, project_key)
+def _mark_used(service: Service, project_key: str, number: int, read: _Annotations) -> None:
+    known, now = used_tasks(service.database, project_key), service.database.now()
     with service.database.session() as session:
-        new = [task_id for task_id in task_ids if task_id not in known]
+        new = [task_id for task_id in read.tasks if task_id not in known]
         session.add_all(UsedTaskRow(project_key=project_key, task_id=t, first_cycle=number) for t in new)
+        postpone(session, project_key, read.away, now=now)
         session.get_one(ProjectRow, project_key).new_annotated = 0  # until the next look counts those that came since
 
 

@@ -110,6 +110,17 @@ class UsedTaskRow(Base):
     first_cycle: Mapped[int]
 
 
+class PostponedTaskRow(Base):
+    """An annotated task whose image's host was away when somebody last asked for it; it does not count until it is
+    there."""
+
+    __tablename__ = "postponed_tasks"
+
+    project_key: Mapped[str] = mapped_column(ForeignKey("projects.key"), primary_key=True)
+    task_id: Mapped[int] = mapped_column(primary_key=True)
+    tried_at: Mapped[str]
+
+
 def used_tasks(database: "Database", project_key: str) -> set[int]:
     """The tasks that were in the snapshot of a cycle."""
     with database.session() as session:

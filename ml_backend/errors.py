@@ -27,6 +27,10 @@ class ImageUnavailableError(ImageError):
     """The image's host did not answer, or with 408, 429 or 5xx: worth trying again later."""
 
 
+class ImageHostSilentError(ImageUnavailableError):
+    """The image's host gave no answer at all; it need not be asked for other images in this moment."""
+
+
 class DatabaseAwayError(TSPError):
     """The database takes nothing at the moment, so that an event of Label Studio could not be kept."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Self
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -85,6 +86,15 @@ class JudgingTransport(httpx.HTTPTransport):
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 continue  # such as IPv6 where there is none
         return super().handle_request(_to(permitted[-1], request))
+
+
+def host_of(uri: str) -> str:
+    """The host of a web address, with the port if it names one; "" of any other."""
+    try:
+        parts = urlsplit(uri)
+        return f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}"
+    except ValueError:  # no address at all, which the image store says better
+        return ""
 
 
 def _addresses(url: httpx.URL) -> Iterator[_Address]:

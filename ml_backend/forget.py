@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 from sqlalchemy import delete, select
 
-from ml_backend.db import ActivationRow, CycleRow, EventRow, ForgottenRow, ProjectRow, UsedTaskRow, unfinished_work
+from ml_backend.db import (
+    ActivationRow,
+    CycleRow,
+    EventRow,
+    ForgottenRow,
+    PostponedTaskRow,
+    ProjectRow,
+    UsedTaskRow,
+    unfinished_work,
+)
 from ml_backend.inbox import check_known
 from ml_backend.service import Service
 
@@ -58,7 +67,7 @@ def _remove(service: Service, project_key: str, delete_workflows: Callable[[list
         ]
     delete_workflows(workflows)
     with service.database.session() as session:
-        for rows in (CycleRow, ActivationRow, UsedTaskRow, EventRow):
+        for rows in (CycleRow, ActivationRow, UsedTaskRow, PostponedTaskRow, EventRow):
             session.execute(delete(rows).where(rows.project_key == project_key))
         session.execute(delete(ProjectRow).where(ProjectRow.key == project_key))
         # The row stays, so that a webhook that is left in Label Studio does not bring the project back.

@@ -23,6 +23,7 @@ from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugi
 
 from ml_backend.errors import (
     ImageError,
+    ImageHostSilentError,
     ImageUnavailableError,
     LabelStudioAuthError,
     LabelStudioError,
@@ -125,8 +126,8 @@ class ImageStore:
         is fetched again.
 
         Raises ImageError when this image cannot be had or read (the others may be fine; ImageUnavailableError when it
-        is worth another try), DiskFullError, and the client's errors when
-        Label Studio itself is away or refuses the token.
+        is worth another try, ImageHostSilentError when those of the same host are, too), DiskFullError, and the
+        client's errors when Label Studio itself is away or refuses the token.
         """
         source = _Source(task_id=task_id, uri=uri)
         if not _is_text(uri):
@@ -189,8 +190,8 @@ class ImageStore:
             raise source.error(f"expected an image, got an error: {error}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
-            is_away = isinstance(error, httpx.TransportError)
-            raise source.error(f"expected an image, the download failed: {reason}", is_away=is_away) from error
+            kind = ImageHostSilentError if isinstance(error, httpx.TransportError) else ImageError
+            raise source.error(f"expected an image, the download failed: {reason}", kind) from error
 
     @contextmanager
     def _follow(self, source: "_Source") -> Iterator[httpx.Response]:
@@ -225,8 +226,8 @@ class ImageStore:
         with self._stream(source, address) as response:
             if not (response.is_success or response.has_redirect_location):
                 status = response.status_code
-                is_away = status in (408, 429) or status >= 500
-                raise source.error(f"expected an image, the server answered {status}", is_away=is_away)
+                kind = ImageUnavailableError if status in (408, 429) or status >= 500 else ImageError
+                raise source.error(f"expected an image, the server answered {status}", kind)
             yield response
 
     @contextmanager
@@ -304,12 +305,11 @@ class _Source:
     task_id: int
     uri: str
 
-    def error(self, problem: str, *, is_away: bool = False) -> ImageError:
-        """`is_away`: its host has no answer at the moment."""
+    def error(self, problem: str, kind: type[ImageError] = ImageError) -> ImageError:
+        """An error of this kind that names the image."""
         shown = self.uri
         if "://" in shown:  # signatures are in the query, passwords before the host
             shown = re.sub(r"//[^/]*@", "//", shown.partition("?")[0], count=1)
-        kind = ImageUnavailableError if is_away else ImageError
         return kind(f"image of task {self.task_id} ({shown[:200]}): {problem}")
 
 

@@ -42,7 +42,7 @@ class Http(httpx.Client):
     def json(self, method: str, path: str, **options: Any) -> Any:
         """What the JSON answer says, None when it is empty."""
         response = self.request(method, path, **options)
-        return response.extensions[_PARSED] if _PARSED in response.extensions else None
+        return response.extensions.get(_PARSED)
 
     def open_file(self, path: str) -> AbstractContextManager[httpx.Response]:
         """An answer that need not be JSON, to be read bit by bit; a redirect is handed back."""

@@ -26,6 +26,7 @@ from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_types import Project
 from ml_backend.order import frozen_batch
 from ml_backend.planner import Decision, Situation, plan
+from ml_backend.postponed import still_postponed
 from ml_backend.publication import OUR_NAME, publication_of, settle
 from ml_backend.service import Service
 from ml_backend.versions import request_activation
@@ -39,7 +40,8 @@ def reconcile(service: Service, project_key: str) -> Decision:
     events = inbox.unhandled(service.database, project_key)
     project = service.project(project_key)
     annotated = service.label_studio.annotated_task_ids(project.id)
-    new = len(annotated - used_tasks(service.database, project_key))
+    postponed = still_postponed(service, project_key, project)
+    new = len(annotated - used_tasks(service.database, project_key) - postponed)
     now = service.database.now()
     with service.database.session() as session:
         row = session.get_one(ProjectRow, project_key)

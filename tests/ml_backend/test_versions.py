@@ -10,7 +10,16 @@ from ml_backend.actions import form_token
 from ml_backend.activation import end_refused_cycle
 from ml_backend.app import create_app
 from ml_backend.cycle_log import ActivationLog, CycleLog
-from ml_backend.db import ActivationRow, CycleRow, EventRow, ForgottenRow, ProjectRow, UsedTaskRow
+from ml_backend.db import (
+    ActivationRow,
+    CycleRow,
+    EventRow,
+    ForgottenRow,
+    PostponedTaskRow,
+    ProjectRow,
+    UsedTaskRow,
+    utc_now,
+)
 from ml_backend.forget import forget, forgotten_projects, remove_forgotten_data
 from ml_backend.inbox import ProjectName, record, remember_project
 from ml_backend.overview import overview
@@ -172,7 +181,8 @@ def test_work_for_a_forgotten_project_ends_and_its_data_goes_only_when_asked(ser
     with service.database.session() as session:
         session.add_all([CycleRow(project_key=KEY, number=1, status="running"),
                          ActivationRow(project_key=KEY, number=1, status="done"),
-                         UsedTaskRow(project_key=KEY, task_id=1, first_cycle=1)])  # fmt: skip
+                         UsedTaskRow(project_key=KEY, task_id=1, first_cycle=1),
+                         PostponedTaskRow(project_key=KEY, task_id=2, tried_at=utc_now())])  # fmt: skip
     workflows: list[str] = []
     forget(service, KEY)
     remove_forgotten_data(service, KEY, workflows.extend)
@@ -192,8 +202,8 @@ def test_work_for_a_forgotten_project_ends_and_its_data_goes_only_when_asked(ser
     assert not any(folder.exists() for folder in service.project_folders(KEY))
     with service.database.session() as session:
         left = [session.scalars(select(table)).all() for table in (ProjectRow, CycleRow, ActivationRow, UsedTaskRow,
-                                                                 EventRow)]  # fmt: skip
-        assert left == [[], [], [], [], []]
+                                                                 PostponedTaskRow, EventRow)]  # fmt: skip
+        assert left == [[]] * 6
         assert session.get_one(ForgottenRow, KEY).delete_data is False
     remember_project(service.database, ProjectName(KEY, 7))  # of a webhook that was left
     assert overview(service) == []
