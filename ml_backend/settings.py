@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -413,6 +414,15 @@ _MAY_HOLD_SECRETS = (
     "BASIC_AUTH_PASS",
     "DATABASE_URL",
 )
+
+
+def exit_if_unusable() -> None:
+    """End the process with a message when the settings of the environment cannot be used; for commands that load much
+    before they come to it."""
+    try:
+        Settings.from_environment().require_api_key()
+    except SettingsError as error:
+        sys.exit(str(error))
 
 
 def _described(problem: Mapping[str, Any]) -> str:

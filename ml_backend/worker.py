@@ -19,6 +19,11 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from types import FrameType
 
+if __name__ == "__main__":  # the imports below take seconds; what is wrong with the settings is told before
+    from ml_backend.settings import exit_if_unusable
+
+    exit_if_unusable()
+
 import torch
 from dbos import DBOS, DBOSConfig, DBOSConfiguredInstance, DBOSPortableJSONSerializer, SetWorkflowID
 from sqlalchemy import select

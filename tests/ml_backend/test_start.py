@@ -107,6 +107,28 @@ def test_commands_that_run_no_network_import_none(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"TSP_BATCH_SIZE": "many"}, "TSP_BATCH_SIZE"),
+        ({"TSP_PROFILE": "vgg"}, "TSP_PROFILE"),
+        ({"LABEL_STUDIO_API_KEY": ""}, "LABEL_STUDIO_API_KEY is not set"),
+    ],
+    ids=["a value", "a profile", "no token"],
+)
+def test_a_worker_tells_what_is_wrong_with_its_settings_before_it_loads_anything_heavy(
+    settings: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    environment = {"PATH": os.environ["PATH"], "MODEL_DIR": str(tmp_path), "LABEL_STUDIO_API_KEY": "0" * 40, **settings}
+    command = [sys.executable, "-X", "importtime", "-m", "ml_backend.worker"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert told in ended.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
+    assert "ml_backend.settings" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
 def test_it_ends_while_an_event_waits_for_a_locked_database(tmp_path: Path) -> None:
     state = tmp_path / "state.sqlite3"
     environment = {
