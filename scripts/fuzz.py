@@ -91,7 +91,7 @@ def web_process(folder: Path) -> Iterator[BackendProcesses]:
 def _load_the_version(url: str) -> None:
     """The first prediction takes seconds, or more than a request here may take where others use the cores, too."""
     task = {"id": 1, "data": {"image": made.IMAGES[0]}}
-    body = {"tasks": [task], "project": made.PROJECT_UIDS[0], "label_config": made.CONFIG}
+    body: dict[str, Any] = {"tasks": [task], "project": made.PROJECT_UIDS[0], "label_config": made.CONFIG}
     requests.post(f"{url}/predict", json=body, auth=PASSWORD, timeout=300).raise_for_status()
 
 

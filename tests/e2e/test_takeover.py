@@ -1,4 +1,4 @@
-"""Three workers, two projects, one PostgreSQL: the worker that trains is killed, and PostgreSQL restarted."""
+"""Two web processes, three workers, two projects, one PostgreSQL: the worker that trains is killed, PostgreSQL restarted."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from model.files import read_tensors
 from scripts.backend_processes import BackendProcesses
-from scripts.label_studio_server import LabelStudioServer
+from scripts.label_studio_server import LabelStudioServer, free_port
 from tests.label_studio import POLYGON_CONFIG, polygon_result
 from tests.ml_backend.examples import import_images, phantom_images
 from tests.ml_backend.test_worker import environment, wait
@@ -21,7 +21,7 @@ from tests.postgres import Postgres, running_postgres
 
 pytestmark = pytest.mark.label_studio
 
-WORKERS = 3
+WORKERS, WEB_PROCESSES = 3, 2
 ANNOTATED, POOL = 4, 2
 STEPS, INTERVAL = 48, 4  # of a training, and between checkpoints
 _STEP = re.compile(r"project (\S+), cycle 1: step (\d+) of")
@@ -29,28 +29,35 @@ _READY = re.compile(r"the worker is ready as (\S+);")
 
 
 class Team:
-    """A web process and workers on one database and one folder; they end with the block."""
+    """Web processes and workers on one database and one folder; they end with the block."""
 
     def __init__(self, folder: Path, settings: dict[str, str]) -> None:
         self._folder = folder
         self.settings = settings
-        self.url = f"http://127.0.0.1:{settings['PORT']}"
-        self.web = BackendProcesses(settings=settings, log_dir=folder)
+        ports = [settings["PORT"], *(str(free_port()) for _ in range(WEB_PROCESSES - 1))]
+        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
+        self.webs = [
+            BackendProcesses(settings={**settings, "PORT": port}, log_dir=folder / f"web{number}")
+            for number, port in enumerate(ports)
+        ]
         self.workers = [
             BackendProcesses(settings=settings, log_dir=folder / f"worker{number}") for number in range(WORKERS)
         ]
 
     def __enter__(self) -> Self:
-        self.web.start_one("web")
+        for number, web in enumerate(self.webs):
+            (self._folder / f"web{number}").mkdir()
+            web.start_one("web")
         for number, worker in enumerate(self.workers):
             (self._folder / f"worker{number}").mkdir()
             worker.start_one("worker")
-        self.web.wait_until_it_answers()
+        for web in self.webs:
+            web.wait_until_it_answers()
         wait(lambda: all(map(_READY.search, map(self.log, range(WORKERS)))), lambda: self.log(0))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for processes in (self.web, *self.workers):
+        for processes in (*self.webs, *self.workers):
             processes.stop()
 
     def log(self, number: int) -> str:
@@ -71,13 +78,13 @@ class Team:
         folder = Path(self.settings["MODEL_DIR"]) / "cycles" / key / "1"
         return int(read_tensors(folder / "checkpoint.safetensors")[1]["step"])
 
-    def status(self) -> dict[str, Any]:
-        answer: dict[str, Any] = httpx.get(f"{self.url}/status", timeout=30).json()
+    def status(self, web: int = 0) -> dict[str, Any]:
+        answer: dict[str, Any] = httpx.get(f"{self.urls[web]}/status", timeout=30).json()
         return answer
 
-    def cycles(self) -> dict[str, list[dict[str, Any]]]:
+    def cycles(self, web: int = 0) -> dict[str, list[dict[str, Any]]]:
         """Of each project, by its key."""
-        return {project["key"]: project["cycles"] for project in self.status()["projects"]}
+        return {project["key"]: project["cycles"] for project in self.status(web)["projects"]}
 
     def in_the_middle(self) -> tuple[str, int] | None:
         """A project whose training is past its first checkpoint and far from its end, and which worker trains it."""
@@ -127,9 +134,9 @@ def test_a_cycle_is_gone_on_with_when_its_worker_is_killed_and_when_the_database
 ) -> None:
     projects = [client.create_project(title=f"taken over {n}", label_config=POLYGON_CONFIG) for n in (1, 2)]
     pools = [_annotated(client, project) for project in projects]
-    for project in projects:
+    for project, url in zip(projects, team.urls, strict=True):  # each is connected to another web process
         setup = {"project": project.uid, "schema": POLYGON_CONFIG}
-        httpx.post(f"{team.url}/setup", json=setup, timeout=30).raise_for_status()
+        httpx.post(f"{url}/setup", json=setup, timeout=30).raise_for_status()
 
     key, victim = team.wait_for_the_middle()
     team.workers[victim].kill("worker")
@@ -146,6 +153,7 @@ def test_a_cycle_is_gone_on_with_when_its_worker_is_killed_and_when_the_database
         team.workers[number].start_one("worker")
 
     wait(lambda: all(cycles and cycles[0]["finished_at"] for cycles in team.cycles().values()), team.status)
+    assert team.cycles(web=0) == team.cycles(web=1)
     after = [now[len(then) :] for now, then in zip(team.steps(key), before, strict=True)]
     assert [steps for steps in after if steps] == [list(range(again + 1, STEPS + 1))]
     for project, pool in zip(projects, pools, strict=True):
@@ -173,18 +181,21 @@ def _restart(team: Team, database: Postgres, project: Project, *, dead: int) -> 
         "action": "ANNOTATION_UPDATED",
         "project": {"id": project.id, "created_at": project.created_at.isoformat()},
     }
-    with ThreadPoolExecutor(1) as pool:
-        webhook = pool.submit(httpx.post, f"{team.url}/webhook", json=event, timeout=60)
+    with ThreadPoolExecutor(WEB_PROCESSES) as pool:
+        webhooks = [pool.submit(httpx.post, f"{url}/webhook", json=event, timeout=60) for url in team.urls]
         for number in set(range(WORKERS)) - {dead}:
             worker = team.workers[number]
             wait(lambda worker=worker: worker.ended("worker") is not None, lambda number=number: team.log(number))
             assert worker.ended("worker") == 1
             assert "its connection to the database is lost" in team.log(number)
-        assert not webhook.done()
+        assert not any(webhook.done() for webhook in webhooks)
         database.start()
-        assert webhook.result().status_code == 200
+        assert [webhook.result().status_code for webhook in webhooks] == [200] * WEB_PROCESSES
     wait(
-        lambda: [p["events"]["received"] for p in team.status()["projects"] if p["id"] == project.id] == [events + 1],
+        lambda: (
+            [p["events"]["received"] for p in team.status()["projects"] if p["id"] == project.id]
+            == [events + WEB_PROCESSES]
+        ),
         team.status,
     )
 
