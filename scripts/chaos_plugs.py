@@ -23,7 +23,7 @@ def inject(chaos: Chaos, *, minutes: float) -> None:
     """Everything at once, until enough processes were killed or the time is over."""
     chaos.faults.active = True
     threads = [
-        threading.Thread(target=chaos.guarded, args=(work, *arguments), daemon=True)
+        threading.Thread(target=chaos.guarded, args=(work, chaos, *arguments), daemon=True)
         for work, *arguments in (
             (_annotate,),
             (_kill, "worker", chaos.plan.worker_seconds),

@@ -1,4 +1,4 @@
-"""Two web processes, three workers, two projects, one PostgreSQL: the worker that trains is killed, PostgreSQL restarted."""
+"""Two web processes, three workers, two projects, one PostgreSQL: one that trains is killed, PostgreSQL restarted."""
 
 import re
 from collections.abc import Iterator
