@@ -49,9 +49,8 @@ def tasks(client: LabelStudioClient, project: Project) -> list[int]:
     return import_images(client, project, grey_images(2))
 
 
-@pytest.fixture
-def key(service: Service, project: Project, tasks: list[int]) -> str:
-    """A project whose active version has published a cell and a lesion in each task."""
+def scored(service: Service, project: Project, tasks: list[int]) -> str:
+    """The key of a project in each of whose tasks a version has seen a cell and a lesion."""
     key = key_of(service, project)
     add_version(service, key)
     path = service.scores_file(key, VERSION)
@@ -59,9 +58,20 @@ def key(service: Service, project: Project, tasks: list[int]) -> str:
     found = [polygon_result(region_id=f"r{n}", label=label, score=0.5) for n, label in enumerate(("cell", "lesion"))]
     lines = [{"task": task, "image": NEVER_VALIDATION, "score": 0.5, "result": found} for task in tasks]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return key
+
+
+def published_by_a_cycle(service: Service, key: str) -> None:
     log = begin_cycle(service, key)
     publish(service, key, VERSION, log)
     log.finish("done")
+
+
+@pytest.fixture
+def key(service: Service, project: Project, tasks: list[int]) -> str:
+    """A project whose active version has published a cell and a lesion in each task."""
+    key = scored(service, project, tasks)
+    published_by_a_cycle(service, key)
     return key
 
 
@@ -120,6 +130,40 @@ def test_regions_of_labels_that_are_gone_disappear_and_come_back_with_the_label(
     (told,) = overview(service)
     assert told["labels"] == {"gone": [], "new": ["new"]}
     assert client.model_versions(project.id) == {f"{VERSION}.2": 2}
+
+
+def test_labels_that_change_between_the_scores_and_the_publication_of_a_cycle(
+    service: Service, client: LabelStudioClient, project: Project, tasks: list[int], label_studio: LabelStudioServer
+) -> None:
+    key = scored(service, project, tasks)
+    client.update_project(project.id, label_config=config("nodule", "cell", control="outline"))
+    published_by_a_cycle(service, key)
+    assert published(label_studio, tasks) == [(VERSION, [("outline", "cell")])] * 2
+    assert client.project(project.id).model_version == VERSION
+    (told,) = overview(service)
+    assert told["labels"] == {"gone": ["lesion"], "new": ["nodule"]}
+    assert look(service, key) is None
+
+
+def test_labels_that_change_while_a_publication_is_under_way(
+    service: Service, client: LabelStudioClient, project: Project, tasks: list[int], label_studio: LabelStudioServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Label Studio drops regions of labels that it does not know, with the whole prediction, and says nothing."""
+    key = scored(service, project, tasks)
+    send = LabelStudioClient.import_predictions
+
+    def change_before(ours: LabelStudioClient, *arguments: Any, **options: Any) -> int:
+        monkeypatch.undo()
+        client.update_project(project.id, label_config=config("cell"))
+        return send(ours, *arguments, **options)
+
+    monkeypatch.setattr(LabelStudioClient, "import_predictions", change_before)
+    published_by_a_cycle(service, key)
+    assert published(label_studio, tasks) == [(VERSION, [])] * 2  # each task has its place in the queue
+    assert look(service, key) == "the labelling configuration has changed: the label 'lesion' is gone"
+    assert published(label_studio, tasks) == [(f"{VERSION}.1", [("label", "cell")])] * 2
+    assert client.project(project.id).model_version == f"{VERSION}.1"
 
 
 def test_a_publication_that_failed_is_not_asked_for_again_and_again(
