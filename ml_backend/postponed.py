@@ -22,7 +22,8 @@ from ml_backend.service import Service
 
 _PATIENCE_SECONDS = 600.0  # of a snapshot: people wait for the cycle
 _ASK_AGAIN_SECONDS = 15.0  # in a snapshot that waits
-_LOOK_AGAIN_SECONDS = 60.0  # between cycles: a host that is silent holds every look up
+_LOOK_AGAIN_SECONDS = 60.0  # between cycles
+_LOOK_SECONDS = 20.0  # how long other projects wait meanwhile
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,18 @@ def still_postponed(service: Service, project_key: str, project: Project) -> set
     """The postponed tasks, after asking for their images once more. Those that are in the cache now will be learnt by
     the next cycle; those that turn out to be broken it will name.
 
-    Nobody is asked while a cycle runs, nor within a minute after the last time.
+    Nobody is asked while a cycle runs, nor within a minute after the last time; what takes long is for the next look.
     """
     known = postponed_tasks(service.database, project_key)
     is_busy = unfinished_work(service.database, project_key) is not None
     if not known or is_busy or _was_asked_just_now(service.database, project_key):
         return known
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+    deadline = time.monotonic() + _LOOK_SECONDS
 
     def fetch(task: Json) -> None:
+        if time.monotonic() > deadline:
+            raise ImageUnavailableError(f"image of task {task['id']}: the next look asks for it")
         try:
             service.images.fetch(task_id=task["id"], uri=image_uri(task, config), project_key=project_key)
         except ImageUnavailableError:

@@ -195,6 +195,22 @@ def test_a_silent_host_is_asked_for_one_image_and_a_second_snapshot_does_not_wai
 
 
 @pytest.mark.usefixtures("_impatient")
+def test_a_look_that_takes_long_leaves_the_rest_for_the_next(
+    service: Service, key: str, tasks: list[int], host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.fault = BUSY
+    log = begin_cycle(service, key)
+    snapshot(service, key, 1, log)
+    log.finish("done")
+    host.fault = None
+    monkeypatch.setattr(postponed, "_LOOK_SECONDS", -1.0)
+    assert not reconcile(service, key).start
+    assert postponed_tasks(service.database, key) == set(tasks[1:3])
+    monkeypatch.setattr(postponed, "_LOOK_SECONDS", 20.0)
+    assert reconcile(service, key).start
+
+
+@pytest.mark.usefixtures("_impatient")
 def test_a_project_all_of_whose_images_are_away_trains_by_itself_when_they_are_back(
     service: Service, client: LabelStudioClient, project: Project, key: str, urls: list[str], host: Host
 ) -> None:
