@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ml_backend.annotations import AnnotatedTasks
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
 from ml_backend.errors import ImageError
@@ -70,12 +71,12 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     log.stage("reading annotations")
-    annotated = sorted(service.label_studio.annotated_task_ids(project.id))
+    annotated = AnnotatedTasks(service.label_studio, project.id, service.annotations_file(project_key))
     task_ids: list[int] = []  # those that still are when they are read
     images: dict[str, LabeledImage] = {}
     task_of: dict[str, int] = {}
     problems: list[str] = []
-    for task in service.label_studio.annotated_tasks(project.id, annotated):
+    for task in annotated:
         task_ids.append(task["id"])
         try:
             image = _annotated_image(service, project_key, task, config)

@@ -101,6 +101,19 @@ def read_scores(path: Path) -> Iterator[Json]:
             yield from (json.loads(line) for line in file if line.endswith(b"\n"))
 
 
+def read_heads(path: Path) -> Iterator[Json]:
+    """`read_scores` without what was seen, so of each line only what stands before `result`: many times quicker."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (_head(line) for line in file if line.endswith(b"\n"))
+
+
+def _head(line: bytes) -> Json:
+    head, seen, _ = line.partition(b', "result": ')  # a quotation mark inside of a text would be escaped
+    whole: Json = json.loads(head + b"}" if seen else line)
+    return whole
+
+
 @contextmanager
 def open_lines(path: Path) -> Iterator[IO[str]]:
     """A file of lines, to add some; raises DiskFullError, also at the end, since the last line may be held back."""
