@@ -127,7 +127,7 @@ class _Kept:
             for task in tasks if self._database else ():
                 query = "SELECT updated_at, content, body FROM task WHERE id = ?"
                 row = self._database.execute(query, (task.id,)).fetchone() if self._database else None
-                if row and row[0] == _text(task.updated_at) and row[1] == _digest(row[2]):
+                if row and row[0] == _text(task.updated_at) and row[1] == hashlib.sha256(row[2]).digest():
                     found[task.id] = json.loads(zlib.decompress(row[2]))
         return found
 
@@ -184,7 +184,8 @@ _TABLE = """
 def _row(task: Json) -> tuple[int, str, int, bytes, bytes, bytes]:
     """`content` is the digest of the body, `digest` that of the others."""
     body = zlib.compress(json.dumps(task).encode(), 1)
-    head = task["id"], _text(datetime.fromisoformat(task["updated_at"])), len(counted_annotations(task)), _digest(body)
+    moment, content = _text(datetime.fromisoformat(task["updated_at"])), hashlib.sha256(body).digest()
+    head = task["id"], moment, len(counted_annotations(task)), content
     return (*head, _digest(*head), body)
 
 

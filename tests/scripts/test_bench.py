@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import bench, bench_publish, bench_start, bench_web
+from scripts import bench, bench_ingest, bench_publish, bench_start, bench_web
 from scripts.label_studio_server import free_port
 from scripts.make_phantoms import CLASS_NAMES
 from tests.model.examples import rectangle, target, tiny_network
@@ -89,6 +89,15 @@ def test_publishing_is_measured_next_to_the_import_alone(label_studio):
     assert all(one["theirs"]["requests"] == 1 for one in measured["rounds"])
     assert measured["ratio"] > 0
     assert measured["label_studio_peak_memory_mb"] > 100
+
+
+@pytest.mark.label_studio
+def test_reading_annotations_again_is_measured_next_to_reading_all(label_studio):
+    measured = bench_ingest.ingest(Namespace(tasks=20, regions=1), label_studio)
+    assert (measured["edited"], measured["deleted"]) == (1, 1)
+    assert measured["ratio"] > 0
+    sent = {name: measured[name]["megabytes"] for name in ("first", "unchanged", "changed", "everything")}
+    assert 0 <= sent["unchanged"] < sent["changed"] < sent["everything"] <= sent["first"]
 
 
 @pytest.mark.label_studio
