@@ -11,6 +11,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from pydantic_core import from_json
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError, ImageUnavailableError
@@ -98,7 +99,7 @@ def read_scores(path: Path) -> Iterator[Json]:
     """The whole lines of a scores file; none when there is no file."""
     if path.exists():
         with path.open("rb") as file:
-            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+            yield from (from_json(line) for line in file if line.endswith(b"\n"))  # twice as quick as Python's own
 
 
 def read_heads(path: Path) -> Iterator[Json]:

@@ -248,6 +248,16 @@ def test_a_file_that_is_damaged_costs_time_and_nothing_else(
     assert list(AnnotatedTasks(client, everything.id, path)) == expected
 
 
+def test_a_moment_that_was_damaged_hides_no_change(
+    reader: Reader, client: LabelStudioClient, project: Project, api: httpx.Client
+) -> None:
+    tasks, made = annotated(client, project, 3)
+    reader.read()
+    _sql(f"UPDATE task SET updated_at = '2999-01-01T00:00:00+00:00' WHERE id = {tasks[0]}")(reader.path)
+    CHANGES["edited"](api, project, tasks[1], made[1]).raise_for_status()
+    assert reader.read() == tasks[:2]
+
+
 @pytest.fixture(scope="module")
 def everything(label_studio: LabelStudioServer) -> Project:
     """A project that only gets read."""
