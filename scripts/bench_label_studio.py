@@ -57,6 +57,7 @@ def connected(server: LabelStudioServer | None = None) -> Iterator[Connected]:
                 username="bench@example.com",
                 password="as-quick-as-can",
                 report=lambda _: None,
+                end_with_us=True,
             )
         )
         environment = {
