@@ -140,7 +140,8 @@ def _publish(service: Service, project_id: int, batch: FirstBatch) -> None:
     if not batch.tasks:
         return
     order = QueueOrder(version=batch.version, validation_fraction=0.0, when_empty=0.0, batch=batch.tasks)
-    import_lines(service, project_id, order, lambda: ({"task": task, "result": []} for task in batch.tasks))
+    tasks = frozenset(batch.tasks)
+    import_lines(service, project_id, order, tasks, lambda: ({"task": task, "result": []} for task in batch.tasks))
     client.update_project(project_id, sampling=UNCERTAINTY_SAMPLING, show_collab_predictions=True)
     versions = client.model_versions(project_id)
     if batch.version not in versions:

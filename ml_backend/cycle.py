@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ml_backend.annotations import AnnotatedTasks
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
 from ml_backend.errors import ImageError, ImageUnavailableError
@@ -248,7 +249,7 @@ class _Annotations:
 def _read_annotations(service: Service, project_key: str, log: CycleLog) -> _Annotations:
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
-    annotated = sorted(service.label_studio.annotated_task_ids(project.id))
+    annotated = AnnotatedTasks(service.label_studio, project.id, service.annotations_file(project_key))
     tasks: list[int] = []  # those that still are when they are read
     images: dict[int, LabeledImage] = {}
     problems: list[str] = []
@@ -263,8 +264,7 @@ def _read_annotations(service: Service, project_key: str, log: CycleLog) -> _Ann
         tasks.append(task["id"])
         log.progress(len(tasks), len(annotated))
 
-    exported = service.label_studio.annotated_tasks(project.id, annotated)
-    away = read_patiently(exported, read, config, log, in_vain=postponed_tasks(service.database, project_key))
+    away = read_patiently(annotated, read, config, log, in_vain=postponed_tasks(service.database, project_key))
     return _Annotations(
         class_names=config.labels,
         images=dict(sorted(images.items())),

@@ -25,8 +25,13 @@ class NotFoundError(LabelStudioError):
     """Label Studio answered 404."""
 
 
+class TooLargeRequestError(LabelStudioError):
+    """Something between us and Label Studio takes no request of this size (413)."""
+
+
 class Http(httpx.Client):
-    """Every request to Label Studio passes `send`. Raises what LabelStudioClient says; NotFoundError for 404."""
+    """Every request to Label Studio passes `send`. Raises what LabelStudioClient says; NotFoundError for 404,
+    TooLargeRequestError for 413."""
 
     def __init__(self, *, url: str, credentials: Credentials, timeout_seconds: float) -> None:
         base = base_url(url)
@@ -114,6 +119,11 @@ class Http(httpx.Client):
             raise LabelStudioUnavailableError(f"{what}: {self._excerpt(response)}")
         if status == 404:
             raise NotFoundError(f"{what}: {self._excerpt(response)}")
+        if status == 413:
+            raise TooLargeRequestError(
+                f"{what} to {len(request.content)} bytes: let the proxy before Label Studio take requests of 128 MB "
+                "(nginx: client_max_body_size 128m)"
+            )
         if response.is_redirect:
             target = without_query(response.headers.get("location", ""))
             raise LabelStudioError(f"{what} with a redirect to {target}: set LABEL_STUDIO_URL to the address behind it")

@@ -52,6 +52,16 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnnotatedTask:
+    """A task with `annotations` that are neither skipped nor drafts, at least one; `updated_at` moves with each of
+    them."""
+
+    id: int
+    updated_at: datetime
+    annotations: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLBackend:
     """A connected backend. `state`: "CO" connected, "DI" disconnected, "ER" error, "TR" training, "PR" predicting."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_backend.label_config import LabelConfig
 from ml_backend.ls_format import Json, relabelled
-from ml_backend.pool import is_validation, read_scores
+from ml_backend.pool import is_validation, read_heads
 from ml_backend.publication import POOL, publication_of
 from ml_backend.service import Service
 from model.empty_images import empty_image_score
@@ -66,7 +66,7 @@ def order_of(service: Service, project_key: str, version: str) -> QueueOrder:
     """The order that a version makes of what it has scored, with the batch that was frozen for it, if one was; under
     the name and in the labels of its newest publication."""
     publication = publication_of(service, project_key, version)
-    lines = read_scores(service.scores_file(project_key, version))
+    lines = read_heads(service.scores_file(project_key, version))
     scored = [line["score"] for line in lines if line.get("score") is not None]
     return QueueOrder(
         version=publication.name if publication else version,

@@ -11,6 +11,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from pydantic_core import from_json
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError, ImageUnavailableError
@@ -98,7 +99,20 @@ def read_scores(path: Path) -> Iterator[Json]:
     """The whole lines of a scores file; none when there is no file."""
     if path.exists():
         with path.open("rb") as file:
-            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+            yield from (from_json(line) for line in file if line.endswith(b"\n"))  # twice as quick as Python's own
+
+
+def read_heads(path: Path) -> Iterator[Json]:
+    """`read_scores` without what was seen, so of each line only what stands before `result`: many times quicker."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (_head(line) for line in file if line.endswith(b"\n"))
+
+
+def _head(line: bytes) -> Json:
+    head, seen, _ = line.partition(b', "result": ')  # a quotation mark inside of a text would be escaped
+    whole: Json = json.loads(head + b"}" if seen else line)
+    return whole
 
 
 @contextmanager

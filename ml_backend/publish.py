@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
-from itertools import islice
+from collections.abc import Callable, Iterable, Set
+from functools import partial
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import LabelStudioError, LabelStudioUnavailableError
@@ -11,13 +11,12 @@ from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_format import Json, empty_prediction, for_task
 from ml_backend.order import QueueOrder, frozen_batch, order_of
-from ml_backend.pool import read_scores
+from ml_backend.pool import read_heads, read_scores
 from ml_backend.publication import OUR_NAME, POOL, settle
 from ml_backend.service import Service
 
 logger = logging.getLogger(__name__)
 
-_LINES_AN_IMPORT = 2000
 _SETTLING_SECONDS = 2.0
 
 
@@ -52,48 +51,72 @@ def import_missing(service: Service, project_key: str, version: str, log: CycleL
     """
     path = service.scores_file(project_key, version)
     order = order_of(service, project_key, version)
-    return import_lines(service, service.project(project_key).id, order, lambda: read_scores(path), log)
+    tasks = {line["task"] for line in read_heads(path)}
+    return import_lines(service, service.project(project_key).id, order, tasks, lambda: read_scores(path), log)
 
 
 def import_lines(
     service: Service,
     project_id: int,
     order: QueueOrder,
+    tasks: Set[int],
     lines: Callable[[], Iterable[Json]],
     log: CycleLog | None = None,
 ) -> int:
-    """`import_missing` for these lines (asked for several times, since all of them may not fit into the memory)."""
+    """`import_missing` for these tasks and their lines, which are asked for anew each time: they may not fit into the
+    memory.
+
+    Counts tell whether all went well; the tasks themselves, which Label Studio lists as slowly as it imports, are only
+    looked at when these do not add up.
+    """
     client = service.label_studio
     have = _settled_task_ids(service, project_id, order.versions)
-    there = {task.id for task in client.tasks(project_id)}
-    wanted = {line["task"] for line in lines()} & there
-    missing = wanted - have
+    missing = tasks - have
     if log:
         log.stage("publishing predictions", total=len(missing))
-    done, scores = 0, dict[int, float]()
-    pending = (line for line in lines() if line["task"] in missing)
-    while chunk := list(islice(pending, _LINES_AN_IMPORT)):
-        predictions = [_prediction(order, line) for line in chunk]
-        scores |= {prediction["task"]: prediction["score"] for prediction in predictions}
-        created = _import_existing(service, project_id, predictions)
-        if created != len(predictions):
-            logger.warning("project %s: Label Studio took %d of %d predictions", project_id, created, len(predictions))
-        done += len(chunk)
-        if log:
-            log.progress(done, len(missing))
-    if missing:
-        _replace_refused(service, project_id, order, missing, scores)
-    surplus = _with_surplus(service, project_id, order, wanted)
-    if not surplus:
+    pending = (_prediction(order, line) for line in lines() if line["task"] in missing)
+    tell = partial(log.progress, total=len(missing)) if log else lambda _: None
+    try:
+        created = client.import_predictions(project_id, pending, on_progress=tell)
+    except LabelStudioUnavailableError:
+        raise
+    except LabelStudioError:  # all of a request is refused because a task was deleted since it was scored
+        there = {task.id for task in client.tasks(project_id)}
+        if missing <= there:
+            raise
+        return import_lines(service, project_id, order, tasks & there, lines, log)
+    stored = sum(client.model_versions(project_id).get(version, 0) for version in order.versions)
+    if created == len(missing) and stored == len(have) + len(missing):
         return len(missing)
+    logger.warning("project %s: Label Studio took %d of %d predictions", project_id, created, len(missing))
+    return _mended(service, project_id, order, tasks, lines, missing, log)
+
+
+def _mended(
+    service: Service,
+    project_id: int,
+    order: QueueOrder,
+    tasks: Set[int],
+    lines: Callable[[], Iterable[Json]],
+    imported: Set[int],
+    log: CycleLog | None,
+) -> int:
+    """Give each task exactly one prediction where the import did not; returns how many were imported in the end."""
+    client = service.label_studio
+    if imported:
+        _replace_refused(service, project_id, order, lines, imported)
+    there = {task.id for task in client.tasks(project_id)}
+    surplus = _with_surplus(service, project_id, order, tasks & there)
+    if not surplus:
+        return len(imported & there)
     logger.warning("project %s: tasks have two predictions; %s is imported anew", project_id, " and ".join(surplus))
     shown = client.project(project_id).model_version
     for version in surplus:
         client.delete_model_version(project_id, version)
-    imported = import_lines(service, project_id, order, lines, log)
+    again = import_lines(service, project_id, order, tasks, lines, log)
     if shown in surplus and shown in client.model_versions(project_id):  # Label Studio has forgotten that it showed it
         client.set_model_version(project_id, shown)
-    return imported
+    return again
 
 
 def _with_surplus(service: Service, project_id: int, order: QueueOrder, wanted: Set[int]) -> list[str]:
@@ -122,21 +145,6 @@ def _prediction(order: QueueOrder, line: Json) -> Json:
     return for_task({"model_version": version, "score": score, "result": order.regions_of(line)}, line["task"])
 
 
-def _import_existing(service: Service, project_id: int, predictions: list[Json]) -> int:
-    """Import; if Label Studio refuses all because a task was deleted in this minute, import the others."""
-    client = service.label_studio
-    try:
-        return client.import_predictions(project_id, predictions)
-    except LabelStudioUnavailableError:
-        raise
-    except LabelStudioError:
-        there = {task.id for task in client.tasks(project_id)}
-        left = [prediction for prediction in predictions if prediction["task"] in there]
-        if len(left) == len(predictions):
-            raise
-        return client.import_predictions(project_id, left)
-
-
 def _settled_task_ids(service: Service, project_id: int, versions: Iterable[str]) -> frozenset[int]:
     """The tasks that carry a version, once no import that broke off here is still going on in Label Studio."""
     have = _predicted_task_ids(service, project_id, versions)
@@ -154,7 +162,7 @@ def _predicted_task_ids(service: Service, project_id: int, versions: Iterable[st
 
 
 def _replace_refused(
-    service: Service, project_id: int, order: QueueOrder, imported: set[int], scores: Mapping[int, float]
+    service: Service, project_id: int, order: QueueOrder, lines: Callable[[], Iterable[Json]], imported: Set[int]
 ) -> None:
     """Label Studio drops what it finds invalid without a word; such a task gets a prediction without regions."""
     client = service.label_studio
@@ -165,6 +173,7 @@ def _replace_refused(
     if not refused:
         return
     logger.error("project %s: Label Studio refused the predictions of tasks %s", project_id, _some(refused))
+    scores = {line["task"]: order.score_of(line) for line in lines() if line["task"] in unpredicted}
     empty = [for_task(empty_prediction(order.version_of(task), score=scores[task]), task) for task in refused]
     client.import_predictions(project_id, empty)
     left = set(refused) - _predicted_task_ids(service, project_id, order.versions)

@@ -76,6 +76,10 @@ class Service:
         """Where a cycle keeps its snapshot and its training checkpoint."""
         return self.settings.model_dir / "cycles" / project_key / str(number)
 
+    def annotations_file(self, project_key: str) -> Path:
+        """What was read of the project's annotations."""
+        return self.settings.model_dir / "cycles" / project_key / "annotations.sqlite"
+
     def scores_file(self, project_key: str, version: str) -> Path:
         """What a version saw in each unlabelled image, one JSON line for each task."""
         return self.scores_folder(project_key) / f"{version}.jsonl"

@@ -6,9 +6,9 @@
 The last line is one JSON object with `name`, `ours`, `theirs` (median CPU seconds of one round) and `ratio`, the median
 of ours / theirs round by round: lower is better. Without --json it is preceded by the same in words. `webhook` and
 `health` are answers of the web process while a cycle trains (bench_web.py): `ours` is the 99th percentile, `theirs` the
-time that Label Studio waits. `start` is wall time, `polygons` compares sums over all masks, `predict-few` tells the
-worse of two cases; what they compare stands in their files, bench_<name>.py. --profile and --size are for train-step,
-ssl-step and branches.
+time that Label Studio waits. `start`, `publish` and `ingest` are wall time, `polygons` compares sums over all masks,
+`predict-few` tells the worse of two cases; what they compare stands in their files, bench_<name>.py. --profile and
+--size are for train-step, ssl-step and branches.
 """
 
 import argparse
@@ -30,8 +30,11 @@ from model.inference import for_inference
 from model.losses import total_loss
 from model.network import MaskRCNNWithScores, build_model
 from scripts.bench_compare import Work, compare
+from scripts.bench_evaluate import evaluate
+from scripts.bench_ingest import ingest
 from scripts.bench_polygons import polygons
 from scripts.bench_predict import predict, predict_few
+from scripts.bench_publish import publish
 from scripts.bench_start import start
 from scripts.bench_web import SOAKS, Load, soak
 from scripts.chaos_report import load_average, machine
@@ -60,6 +63,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
     parser.add_argument("--database-url", default="", help="where the backend of webhook and health keeps its state")
     parser.add_argument("--data", nargs="+", default=[], help="COCO folders (annotations.json, images/) of polygons")
+    parser.add_argument("--tasks", type=int, default=10_000, help="of publish and ingest")
+    parser.add_argument("--regions", type=int, default=15, help="polygons of each of these tasks")
+    parser.add_argument("--images", type=int, default=10_000, help="of evaluate")
     parser.add_argument("--out", help="folder in which the result is kept as <name>.json")
     parser.add_argument("--json", action="store_true", help="only the JSON line")
     options = parser.parse_args()
@@ -152,6 +158,9 @@ OTHERS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = 
     "predict-few": ("/predict with 5 detections, or at 512 px, against torchvision's network alone", predict_few),
     "polygons": ("masks to polygons against cv2.findContours and approxPolyDP", polygons),
     "start": ("start of the web process until /health answers, against one that loads torch first", start),
+    "publish": ("publishing predictions against Label Studio's bulk import alone", publish),
+    "ingest": ("reading annotations again when few have changed against reading all", ingest),
+    "evaluate": ("COCO's figures of masks against faster-coco-eval", evaluate),
 }
 
 

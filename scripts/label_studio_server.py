@@ -75,6 +75,13 @@ class LabelStudioServer:
         """The legacy token of the first user."""
         return (self.data_dir / "token").read_text().strip()
 
+    @property
+    def process_id(self) -> int:
+        """Of the server that runs."""
+        if self._process is None:
+            raise LabelStudioServerError("Label Studio does not run: start it first")
+        return self._process.pid
+
     def start(self, *, timeout_seconds: float = 300.0) -> None:
         """Start it and wait until it answers."""
         if not self._executable.exists():

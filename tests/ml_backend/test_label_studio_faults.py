@@ -111,7 +111,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ls_http, "_PAUSES_SECONDS", (0.01, 0.01))
     monkeypatch.setattr(ls_client, "_IDS_AN_EXPORT", 2)
     monkeypatch.setattr(ls_client, "_LONG_SECONDS", 2.0)
-    monkeypatch.setattr(publish_module, "_LINES_AN_IMPORT", 2)
+    monkeypatch.setattr(ls_client, "_BYTES_AN_IMPORT", 900)
     monkeypatch.setattr(publish_module, "_SETTLING_SECONDS", 0.05)
 
 

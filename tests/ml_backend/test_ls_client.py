@@ -17,6 +17,7 @@ from ml_backend import ls_client, ls_http, ls_tokens
 from ml_backend.errors import LabelStudioAuthError, LabelStudioError, LabelStudioUnavailableError
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, WEBHOOK_ACTIONS, LabelStudioClient, counted_annotations
 from ml_backend.ls_types import Project
+from scripts.fault_proxy import Call, Fault, FaultProxy
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import (
     PASSWORD,
@@ -595,17 +596,55 @@ def test_a_large_import_is_split_by_bytes(client: LabelStudioClient, project: Pr
     assert client.predicted_task_ids(project.id, "v1") == set(ids)
 
 
+@pytest.mark.label_studio
+def test_halves_are_sent_where_a_proxy_takes_no_large_request(
+    client: LabelStudioClient, project: Project, label_studio: LabelStudioServer
+) -> None:
+    ids = client.import_tasks(project.id, [{"data": {"image": f"/{number}.png"}} for number in range(7)])
+    sent = [prediction(task, score=0.5) for task in ids]
+    largest = 2 * len(json.dumps(sent[0]))
+    sizes: list[int] = []
+
+    def refuse_large(call: Call) -> Fault | None:
+        sizes.append(len(call.body))
+        return Fault(kind="status", status=413) if len(call.body) > largest else None
+
+    with (
+        FaultProxy(label_studio.url, refuse_large) as proxy,
+        LabelStudioClient(proxy.url, label_studio.token) as behind,
+    ):
+        assert behind.import_predictions(project.id, sent) == 7
+        largest = 10
+        with pytest.raises(LabelStudioError, match=r"413 to \d+ bytes: let the proxy"):
+            behind.import_predictions(project.id, sent[:1])
+    assert max(sizes) > 4 * len(json.dumps(sent[0]))
+    assert client.model_versions(project.id) == {"v1": 7}
+    assert client.predicted_task_ids(project.id, "v1") == set(ids)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_number_that_is_not_finite_is_no_prediction(value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        list(ls_client._json_parts([prediction(7, score=value)], max_bytes=1000))
+
+
+def test_words_that_look_like_numbers_are_sent_as_they_are() -> None:
+    item = {"task": 1, "result": ["NaN", "-Infinity", "ä", 1e-7, 12.125, None, True]}
+    ((part,),) = ls_client._json_parts([item], max_bytes=1000)
+    assert json.loads(part) == item
+
+
 @pytest.mark.parametrize("max_bytes", [20, 21, 22, 50, 1000])
 def test_no_request_is_longer_than_allowed_and_nothing_is_lost(max_bytes: int) -> None:
     items = [{"a": number} for number in range(20)]
-    bodies = list(ls_client._json_arrays(items, max_bytes=max_bytes))
+    bodies = [ls_client._json_array(parts) for parts in ls_client._json_parts(items, max_bytes=max_bytes)]
     assert max(map(len, bodies)) <= max_bytes
     assert [item for body in bodies for item in json.loads(body)] == items
 
 
 def test_a_prediction_that_is_too_long_for_any_request_is_named() -> None:
     with pytest.raises(LabelStudioError, match=r"prediction of task 7 is .* bytes long"):
-        list(ls_client._json_arrays([prediction(7, score=0.5)], max_bytes=100))
+        list(ls_client._json_parts([prediction(7, score=0.5)], max_bytes=100))
 
 
 @pytest.mark.label_studio

@@ -13,7 +13,15 @@ from ml_backend.errors import LabelConfigError
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
-from ml_backend.pool import append_line, detections_for_people, go_on_with, is_validation, read_scores, score_pool
+from ml_backend.pool import (
+    append_line,
+    detections_for_people,
+    go_on_with,
+    is_validation,
+    read_heads,
+    read_scores,
+    score_pool,
+)
 from ml_backend.pseudo_labels import seen_image
 from ml_backend.service import Service
 from model.types import Detections
@@ -237,3 +245,17 @@ def test_an_image_whose_host_is_away_is_scored_when_it_is_back(
     assert set(found) == {*own, *foreign}
     assert [task for task, line in found.items() if "problem" in line] == foreign[2:]  # 404 stays an answer
     service.close()
+
+
+def test_the_heads_of_lines_are_all_that_stands_before_what_was_seen(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    tricky = ', "result": '
+    heads = [{"task": 1, "path": tricky, "score": 0.5}, {"task": 2, "score": None}]
+    whole = {"task": 3, "problem": f"gone{tricky}"}
+    with path.open("w") as lines:
+        for head in heads:
+            append_line(lines, {**head, "result": [{"value": tricky}], "detections": {"result": 1}})
+        append_line(lines, whole)
+        lines.write('{"task": 4, "result": [')
+    assert list(read_heads(path)) == [*heads, whole]
+    assert list(read_heads(tmp_path / "none.jsonl")) == []

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from model.empty_images import EmptyImagePolicy
+from scripts.fault_proxy import Call, FaultProxy
 from scripts.label_studio_server import LabelStudioServer
 from scripts.served_app import served
 from tests.label_studio import polygon_result, prediction, raw_api
@@ -28,6 +30,7 @@ from tests.ml_backend.examples import (
     import_images,
     key_of,
     served_order,
+    settings,
     sha256,
 )
 
@@ -132,6 +135,31 @@ def test_importing_twice_imports_once(
     assert import_missing(service, key, VERSION) == 0
     write_scores(service, key, [scored(task, 0.5) for task in tasks])
     assert import_missing(service, key, VERSION) == 1  # as after an import that broke off
+    assert [len(stored(label_studio, task)) for task in tasks] == [1, 1, 1]
+
+
+@pytest.mark.label_studio
+def test_tasks_are_only_listed_when_the_counts_do_not_add_up(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path
+) -> None:
+    tasks = import_images(client, project, grey_images(3))
+    paths: list[str] = []
+
+    def look(call: Call) -> None:
+        paths.append(call.path.partition("?")[0])
+
+    with FaultProxy(label_studio.url, look) as proxy:
+        environment = {"LABEL_STUDIO_URL": proxy.url, "LABEL_STUDIO_API_KEY": label_studio.token}
+        service = Service.connect(settings(tmp_path, **environment))
+        key = key_of(service, project)
+        add_version(service, key)
+        write_scores(service, key, [scored(task, 0.5) for task in tasks])
+        publish(service, key, VERSION, begin_cycle(service, key))
+        assert "/api/tasks/" not in paths
+        client.import_predictions(project.id, [prediction(tasks[0], score=0.5, version=VERSION)])
+        assert import_missing(service, key, VERSION) == 3
+        assert "/api/tasks/" in paths
+        service.close()
     assert [len(stored(label_studio, task)) for task in tasks] == [1, 1, 1]
 
 

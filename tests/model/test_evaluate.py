@@ -8,9 +8,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from model.errors import InvalidInputError
-from model.evaluate import evaluate
+from model.evaluate import _matches, evaluate, ground_truth, precision, results_of
 from model.geometry import mask_to_rle, rle_area, rle_to_box_xyxy, rle_to_mask, roi_mask_to_rle
 from model.types import LabeledImage
+from scripts.bench_evaluate import CLASSES as BENCH_CLASSES
+from scripts.bench_evaluate import pool
 from tests.model.examples import detections, ellipse, rectangle
 
 CLASSES = ["cell", "dot"]
@@ -165,6 +167,41 @@ def test_numbers_agree_with_those_that_pycocotools_prints():
     ours, theirs = measure(found, images), plain_coco(found, images)
     assert 0.05 < ours.map_50_95 < ours.map_50 < 0.95
     assert (ours.map_50_95, ours.map_50) == pytest.approx((theirs[0], theirs[1]))
+
+
+@pytest.mark.parametrize("max_detections", [1, 3, 1000])
+@pytest.mark.parametrize("seed", range(5))
+def test_each_precision_is_the_very_one_that_pycocotools_computes(seed, max_detections):
+    found, images = pool(60, seed=seed)
+    truth, results = ground_truth(images, BENCH_CLASSES), results_of(found, images, 0.3)
+    scores = [(result["image_id"], result["score"]) for result in results]
+    assert len(set(scores)) < len(scores)  # some are equal
+    ours = precision(truth, results, max_detections)
+    assert 0.2 < ours.mean() < 0.95 if max_detections == 1000 else ours.any()
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        evaluator = COCOeval(coco, coco.loadRes(results), "segm")
+        evaluator.params.maxDets = [max_detections]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    assert np.array_equal(ours, evaluator.eval["precision"][:, :, :, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("ious", "hits"),
+    [
+        pytest.param([[0.9], [0.95]], [[1, 0], [1, 0]], id="who comes first takes it"),
+        pytest.param([[0.6, 0.9], [0.0, 0.8]], [[1, 0], [1, 0]], id="the best one, not what is left for others"),
+        pytest.param([[0.6, 0.8], [0.7, 0.9]], [[1, 1], [1, 0]], id="the second best where the best is taken"),
+        pytest.param([[0.8, 0.8], [0.8, 0.0]], [[1, 1], [1, 1]], id="of equals the last"),
+        pytest.param([[0.5, 0.75]], [[1], [1]], id="a threshold counts as reached"),
+        pytest.param([[0.4, 0.3]], [[0], [0]], id="nothing overlaps enough"),
+    ],
+)
+def test_detections_take_what_they_overlap_most(ious, hits):
+    assert _matches(np.array(ious), np.array([0.5, 0.75])).astype(int).tolist() == hits
 
 
 def plain_coco(found, images):

@@ -3,12 +3,13 @@
 import asyncio
 import json
 import sys
+from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 
-from scripts import bench, bench_start, bench_web
+from scripts import bench, bench_ingest, bench_publish, bench_start, bench_web
 from scripts.label_studio_server import free_port
 from scripts.make_phantoms import CLASS_NAMES
 from tests.model.examples import rectangle, target, tiny_network
@@ -71,6 +72,32 @@ def test_the_web_process_is_started_and_asked(monkeypatch, capsys):
     assert measured["slowest"] >= measured["ours"]
     assert all(memory > 10 for memory in measured["memory_mb"])
     assert all(measured[name] > 0 for name in ("first_setup", "first_webhook", "first_predict", "second_predict"))
+
+
+def test_the_figures_of_faster_coco_eval_are_ours(monkeypatch, capsys):
+    measured = run(monkeypatch, capsys, "evaluate", "--images", "40", "--rounds", "1")
+    assert measured["difference"] < 1e-12
+    assert 0.2 < measured["map_50_95"] < measured["map_50"] < 1
+    assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"], abs=0.05)
+    assert 0 < measured["share"] < 1
+
+
+@pytest.mark.label_studio
+def test_publishing_is_measured_next_to_the_import_alone(label_studio):
+    measured = bench_publish.publish(Namespace(tasks=12, regions=2), label_studio)
+    assert len(measured["rounds"]) == bench_publish.ROUNDS
+    assert all(one["theirs"]["requests"] == 1 for one in measured["rounds"])
+    assert measured["ratio"] > 0
+    assert measured["label_studio_peak_memory_mb"] > 100
+
+
+@pytest.mark.label_studio
+def test_reading_annotations_again_is_measured_next_to_reading_all(label_studio):
+    measured = bench_ingest.ingest(Namespace(tasks=20, regions=1), label_studio)
+    assert (measured["edited"], measured["deleted"]) == (1, 1)
+    assert measured["ratio"] > 0
+    sent = {name: measured[name]["megabytes"] for name in ("first", "unchanged", "changed", "everything")}
+    assert 0 <= sent["unchanged"] < sent["changed"] < sent["everything"] <= sent["first"]
 
 
 @pytest.mark.label_studio

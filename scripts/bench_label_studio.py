@@ -1,0 +1,108 @@
+"""A real Label Studio for the benchmarks, and projects of any size in it."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ml_backend.inbox import ProjectName, remember_project
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.service import Service
+from ml_backend.settings import Settings
+from scripts.label_studio_server import LabelStudioServer
+from scripts.make_phantoms import CLASS_NAMES
+
+LABEL_CONFIG = (
+    '<View><Image name="image" value="$image"/><PolygonLabels name="label" toName="image">'
+    + "".join(f'<Label value="{name}"/>' for name in CLASS_NAMES)
+    + "</PolygonLabels></View>"
+)
+SIZE, VERTICES = 512, 24
+
+
+@dataclass(frozen=True)
+class Connected:
+    """Our service with a Label Studio."""
+
+    service: Service
+    server: LabelStudioServer
+
+    @property
+    def client(self) -> LabelStudioClient:
+        return self.service.label_studio
+
+    def new_project(self, title: str, tasks: list[dict[str, Any]]) -> tuple[int, str, list[int]]:
+        """A project of these tasks that the service knows: its id and key, and the ids of its tasks."""
+        project = self.client.create_project(title=title, label_config=LABEL_CONFIG)
+        name = ProjectName.from_uid(project.uid)
+        if name is None:
+            raise ValueError(f"expected a project's name such as 7.1700000000, got {project.uid!r}")
+        remember_project(self.service.database, name)
+        return project.id, name.key, self.client.import_tasks(project.id, tasks)
+
+
+@contextmanager
+def connected(server: LabelStudioServer | None = None) -> Iterator[Connected]:
+    """Our service with a Label Studio that runs; without one, a new one is started, which takes a minute more."""
+    with ExitStack() as running:
+        folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        server = server or running.enter_context(
+            LabelStudioServer(
+                data_dir=folder / "label-studio",
+                username="bench@example.com",
+                password="as-quick-as-can",
+                report=lambda _: None,
+                end_with_us=True,
+            )
+        )
+        environment = {
+            "LABEL_STUDIO_URL": server.url,
+            "LABEL_STUDIO_API_KEY": server.token,
+            "MODEL_DIR": str(folder / "backend"),
+        }
+        service = Service.connect(Settings.model_validate(environment))
+        running.callback(service.close)
+        yield Connected(service, server)
+
+
+def image_tasks(count: int) -> list[dict[str, Any]]:
+    """Tasks whose images nobody fetches here."""
+    return [{"data": {"image": f"https://images.example/{number:06d}.png"}} for number in range(count)]
+
+
+def polygons(count: int, seed: int, *, origin: str = "prediction") -> list[dict[str, Any]]:
+    """Regions as our predictions have them: `count` polygons of 24 vertices, about 650 bytes each."""
+    rng = np.random.default_rng(seed)
+    angles = np.linspace(0, 2 * np.pi, VERTICES, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    regions = []
+    for number in range(count):
+        points = rng.uniform(20, 80, 2) + circle * rng.uniform(2, 20) * rng.uniform(0.8, 1.0, (VERTICES, 1))
+        regions.append(
+            {
+                "id": f"{seed:08x}{number:08x}", "from_name": "label", "to_name": "image", "type": "polygonlabels",
+                "original_width": SIZE, "original_height": SIZE, "image_rotation": 0, "origin": origin,
+                "score": round(float(rng.uniform()), 4),
+                "meta": {"text": ["class .93 box .88 mask .79, uncertainty .87"]},
+                "value": {"points": points.round(3).tolist(), "closed": True,
+                          "polygonlabels": [CLASS_NAMES[int(rng.integers(len(CLASS_NAMES)))]]},
+            }
+        )  # fmt: skip
+    return regions
+
+
+def cpu_seconds(process: int) -> float:
+    """What a process has used so far, with its threads (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_memory_mb(process: int) -> int:
+    """The largest resident memory of a process so far (Linux)."""
+    peak = next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) // 1024
