@@ -120,7 +120,9 @@ def _check_chunks(team: Team, victim: int) -> None:
 
 
 def _check_scores(team: Team, key: str, version: str, pool: list[int]) -> None:
-    """Byte for byte what one worker alone finds, with whatever size of chunk."""
+    """Byte for byte what one worker alone finds, which knows no chunks."""
+    for worker in team.workers:
+        worker.stop()  # they would miss the file that is made anew here
     torch.set_num_threads(1)  # as the workers
     alone = {name: value for name, value in team.settings.items() if name != "DATABASE_URL"}
     service = Service.connect(Settings(**alone))
