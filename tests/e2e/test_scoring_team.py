@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,20 @@ import psycopg
 import pytest
 import torch
 
+from ml_backend.inbox import ProjectName
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.pool import read_scores, score_pool
 from ml_backend.service import Service
 from ml_backend.settings import Settings
+from model.registry import Registry
+from scripts.fault_proxy import Call, Fault, FaultProxy
 from scripts.label_studio_server import LabelStudioServer
+from scripts.tiny_version import tiny_version
 from tests.e2e.test_takeover import WORKERS, Team, database
 from tests.label_studio import POLYGON_CONFIG, polygon_result
-from tests.ml_backend.examples import import_images, phantom_images
-from tests.ml_backend.test_worker import environment, wait
+from tests.ml_backend.examples import VERSION, import_images, phantom_images
+from tests.ml_backend.test_worker import Running, environment, wait
 from tests.postgres import Postgres
 
 __all__ = ["database"]
@@ -75,6 +80,54 @@ def test_every_image_is_scored_once_when_a_worker_is_killed_in_the_middle_of_a_c
     _check_scores(team, key, cycle["version"], tasks[ANNOTATED:])
 
 
+def test_a_chunk_that_fails_is_told_and_repeated(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, database: Postgres, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(phantom_images(24)):
+        (tmp_path / "images" / f"{number:02}.png").write_bytes(image)
+    tasks = client.import_files(project.id, sorted((tmp_path / "images").iterdir()))
+    name = ProjectName.from_uid(project.uid)
+    assert name is not None
+    registry = Registry(tmp_path / "models" / "versions")
+    registry.add(name.key, *tiny_version(VERSION, ("cell", "lesion")))
+    registry.activate(name.key, VERSION)
+    is_away = threading.Event()
+    asked: set[str] = set()
+
+    def choose(call: Call) -> Fault | None:
+        return Fault(kind="refuse") if is_away.is_set() else None
+
+    def look(call: Call) -> None:
+        if call.path.endswith("-12.png") and call.path not in asked:  # once, in the middle
+            asked.add(call.path)
+            is_away.set()
+
+    with (
+        FaultProxy(label_studio.url, choose, look=look) as proxy,
+        Running(
+            tmp_path,
+            DATABASE_URL=database.new_database(),
+            LABEL_STUDIO_URL=proxy.url,
+            LABEL_STUDIO_API_KEY=label_studio.token,
+            LOG_LEVEL="DEBUG",
+            TSP_SCORING_CHUNK="3",
+        ) as running,
+    ):
+        running.connect(project.uid)
+        running.wait(lambda status: "no answer from Label Studio" in status["problem"])
+        assert " failed here: " in running.log.read_text()
+        assert client.model_versions(project.id) == {}
+        is_away.clear()
+        wait(lambda: client.predicted_task_ids(project.id, VERSION) == set(tasks), running.log.read_text)
+        assert running.wait(lambda status: not status["problem"])
+    assert [
+        line["task"] for line in read_scores(tmp_path / "models" / "scores" / name.key / f"{VERSION}.jsonl")
+    ] == tasks
+    seen = Counter(_SEEN.findall(running.log.read_text()))
+    assert seen == {str(number): 1 for number in range(8)}
+
+
 def _killed(team: Team, *, runs_the_cycle: bool) -> int:
     """A worker that has begun with a chunk, stands still in the middle of it, and is killed there."""
     victims: list[int] = []
@@ -106,7 +159,7 @@ def _unfinished(team: Team, number: int) -> list[str]:
 
 
 def _check_chunks(team: Team, victim: int) -> None:
-    """Each was finished once; only the one of the victim was begun twice. No worker loads the network for each chunk."""
+    """Each was finished once, only the victim's was begun twice, and no worker loads the network for each."""
     logs = [team.log(number) for number in range(WORKERS)]
     (lost,) = _unfinished(team, victim)
     every = {str(number): 1 for number in range(CHUNKS)}
