@@ -93,6 +93,8 @@ class ScoringTeam(DBOSConfiguredInstance):
     @DBOS.workflow()
     def look(self, project_key: str, version: str, name: str, number: int) -> None:
         """Look at a chunk. When it fails, whoever waits for it finds no lines."""
+        if is_forgotten(self._service.database, project_key):
+            return
         try:
             folder = self._service.chunks_folder(project_key, version)
             self._look(open_cut(folder, project_key, version, name), number)
@@ -108,7 +110,6 @@ class ScoringTeam(DBOSConfiguredInstance):
         with self._looking:
             if pool.is_seen(number):
                 return
-            self._check_wanted(pool)
             logger.debug("project %s: looking at chunk %d of %s", pool.project_key, number, pool.version)
             lines = list(self._viewer_of(pool).lines(pool.tasks(number)))
             self._claims.confirm()

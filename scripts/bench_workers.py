@@ -1,8 +1,8 @@
 """How long workers that share a PostgreSQL take to score one pool: one, two and three of them, in turn in one run.
 
 A real Label Studio, a version of an untrained network, images in the cache, one thread for each worker. The time runs
-from the moment when the pool is cut into chunks until all lines are in the scores file: that each worker loads the
-network is a part of it.
+from the moment when the pool is cut into chunks until all lines are in the scores file; each worker loads the network
+within it.
 """
 
 import tempfile
@@ -33,34 +33,36 @@ from scripts.bench_version import LABEL_CONFIG, VERSION, environment
 from scripts.label_studio_server import LabelStudioServer, free_port
 from scripts.make_phantoms import make_phantoms
 
-WORKERS = (1, 2, 3)
+MOST_WORKERS = 3
 IMAGES, CHUNK = 120, 10
 _LONGEST_SECONDS = 600.0
 
 
 def score_workers(
-    options: Namespace, *, server: LabelStudioServer | None = None, images: int = IMAGES
+    options: Namespace, *, server: LabelStudioServer | None = None, images: int = IMAGES, most: int = MOST_WORKERS
 ) -> dict[str, Any]:
     """`ours` is the median of the seconds with two workers, `theirs` with one; `seconds` and `ratios`, to one worker in
     the same round, tell of each number. A first round, which fills the cache and counts for nothing, has all workers.
 
-    `server`: a Label Studio that runs; without one, a new one is started. SettingsError without a PostgreSQL.
+    At `most` so many workers. `server`: a Label Studio that runs; without one, a new one is started. SettingsError
+    without a PostgreSQL.
     """
     if not options.database_url.startswith("postgres"):
         raise SettingsError("--database-url: expected the address of an empty PostgreSQL database, postgresql://...")
     with _pool(options, server, images) as (service, project, settings, folder):
         run = partial(_seconds, service, project, settings, folder, images)
-        run(max(WORKERS), 0)
+        run(most, 0)
+        numbers = range(1, most + 1)
         rounds = []
         for number in range(options.rounds):
-            order = WORKERS if number % 2 else WORKERS[::-1]
-            rounds.append({workers: run(workers, 1 + number * len(WORKERS) + workers) for workers in order})
+            order = numbers if number % 2 else reversed(numbers)
+            rounds.append({workers: run(workers, number * most + workers) for workers in order})
     return {
         "ours": _median([seconds[2] for seconds in rounds]),
         "theirs": _median([seconds[1] for seconds in rounds]),
         "ratio": _median([seconds[2] / seconds[1] for seconds in rounds]),
-        "seconds": {str(workers): [round(seconds[workers], 2) for seconds in rounds] for workers in WORKERS},
-        "ratios": {str(w): _median([seconds[w] / seconds[1] for seconds in rounds]) for w in WORKERS},
+        "seconds": {str(workers): [round(seconds[workers], 2) for seconds in rounds] for workers in numbers},
+        "ratios": {str(w): _median([seconds[w] / seconds[1] for seconds in rounds]) for w in numbers},
         "images": images,
         "chunk": CHUNK,
         "profile": options.profile,
@@ -130,8 +132,12 @@ def _seconds(
         remember_project(service.database, name)
         _wait(lambda: any(chunks.glob("[!.]*")), logs)
         began = time.perf_counter()
-        _wait(lambda: len(list(read_scores(scores))) == images, logs)
-        return time.perf_counter() - began
+        _wait(lambda: not chunks.exists(), logs)
+        seconds = time.perf_counter() - began
+    lines = sum(1 for _ in read_scores(scores))
+    if lines != images:
+        raise RuntimeError(f"{scores}: expected {images} lines, got {lines}")
+    return seconds
 
 
 def _copied(service: Service, version: str) -> tuple[ModelCard, MaskRCNNWithScores]:
