@@ -3,6 +3,7 @@
 from sqlalchemy import func, select
 
 from ml_backend.batch import choose_batch
+from ml_backend.chunks import Team
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, utc_now
 from ml_backend.pool import score_pool
@@ -13,7 +14,9 @@ from model.errors import InvalidInputError
 from model.strategies import STRATEGIES
 
 
-def activate_version(service: Service, project_key: str, number: int, log: CycleLog) -> None:
+def activate_version(
+    service: Service, project_key: str, number: int, log: CycleLog, *, team: Team | None = None
+) -> None:
     """Fulfil a wish: look at the tasks that the version has not seen, choose a batch if its own is used up, publish.
 
     Every part can be repeated and goes on where it was; until the last one, the queue stays as it is.
@@ -25,7 +28,7 @@ def activate_version(service: Service, project_key: str, number: int, log: Cycle
             raise InvalidInputError(f"cycle {running} has begun meanwhile; ask again when it is finished.")
         newest_cycle = session.scalar(select(func.max(CycleRow.number)).where(CycleRow.project_key == project_key)) or 0
     log.begin()
-    score_pool(service, project_key, version, log)
+    score_pool(service, project_key, version, log, team=team)
     choose_batch(service, project_key, newest_cycle, version, log, anew_when_used_up=True)
     publish(service, project_key, version, log)
 

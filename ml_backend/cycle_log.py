@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, Database, ForgottenRow, Work, utc_now
+from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, Database, Work, is_forgotten, utc_now
 from model.errors import TSPError
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,8 @@ class CycleLog:
 
     def check_wanted(self) -> None:
         """TSPError when the project was forgotten."""
-        with self._database.session() as session:
-            if session.get(ForgottenRow, self._identity[0]) is not None:
-                raise TSPError("people have asked to forget this project.")
+        if is_forgotten(self._database, self._identity[0]):
+            raise TSPError("people have asked to forget this project.")
 
     def _update(self, **columns: Any) -> None:
         self._confirm()

@@ -127,6 +127,12 @@ def used_tasks(database: "Database", project_key: str) -> set[int]:
         return set(session.scalars(select(UsedTaskRow.task_id).where(UsedTaskRow.project_key == project_key)))
 
 
+def is_forgotten(database: "Database", project_key: str) -> bool:
+    """Whether people do not want to see the project any more."""
+    with database.session() as session:
+        return session.get(ForgottenRow, project_key) is not None
+
+
 class UnfinishedWork(NamedTuple):
     """A cycle or an activation that is planned or running."""
 

@@ -3,9 +3,11 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -13,6 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic_core import from_json
 
+from ml_backend.chunks import Team, cut, find_cut
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError, ImageUnavailableError
 from ml_backend.images import FetchedImage
@@ -30,61 +33,97 @@ from model.registry import ModelCard
 from model.strategies import STRATEGIES, Observation, look
 from model.types import Detections, FloatArray
 
+logger = logging.getLogger(__name__)
 
-def score_pool(service: Service, project_key: str, version: str, log: CycleLog | None = None) -> int:
+
+def score_pool(
+    service: Service, project_key: str, version: str, log: CycleLog | None = None, *, team: Team | None = None
+) -> int:
     """Look at every task without annotation that this version has not seen; returns how many it has now seen.
 
     An image whose host is away for the moment is left for the next look, with the other images of that host.
 
     What is found goes line by line into the version's scores file: the score of its strategy (S for TSP), the
-    prediction, and what may become pseudo labels of the next cycle.
+    prediction, and what may become pseudo labels of the next cycle. A `team` looks at chunks of TSP_SCORING_CHUNK
+    images; the file is the same.
     """
-    project = service.project(project_key)
-    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+    viewer = Viewer(service, project_key, version)
     path = service.scores_file(project_key, version)
     seen = go_on_with(path, "task")
-    waiting = [t for t in service.label_studio.tasks(project.id) if not t.is_annotated and t.id not in seen]
+    folder = service.chunks_folder(project_key, version)
+    pool = find_cut(folder, project_key, version) if team else None
+    waiting = [] if pool else viewer.waiting(seen)
+    if team and len(waiting) > service.settings.scoring_chunk:
+        pool = cut(folder, project_key, version, waiting, size=service.settings.scoring_chunk)
+    total = pool.total if pool else len(waiting)
     if log:
-        log.stage("scoring the unlabelled images", total=len(waiting))
-    if not waiting:
+        log.stage("scoring the unlabelled images", total=total)
+    if not total:
         return 0
-    network, card = load_to_look(service, project_key, version)
     problems: list[str] = []
     empty = unavailable = 0
-    away: set[str] = set()  # hosts
     with open_lines(path) as lines:
-        for done, task in enumerate(waiting, start=1):
-            host = ""
-            try:
-                uri = image_uri({"id": task.id, "data": task.data}, config)
-                host = _host(uri)
-                if host in away:
-                    raise ImageUnavailableError(f"image of task {task.id}: {host} is away, it is asked again later")
-                fetched = service.images.fetch(task_id=task.id, uri=uri, project_key=project_key)
-                line = _seen(service, network, card, config, task.id, fetched)
-            except ImageUnavailableError as error:
-                if host:
-                    away.add(host)
-                unavailable += 1
-                problems.append(str(error))
-                continue
-            except (ImageError, DatasetError, TooLargeError) as error:
-                problems.append(str(error))
-                line = {"task": task.id, "problem": str(error)}
+        for done, line in enumerate(team.see(pool) if team and pool else viewer.lines(waiting), start=1):
+            if "away" in line or "problem" in line:
+                problems.append(line.get("away") or line["problem"])
+            unavailable += "away" in line
             empty += line.get("instances") == 0
-            append_line(lines, line)
+            if "away" not in line and line["task"] not in seen:
+                append_line(lines, line)
             if log:
-                log.progress(done, len(waiting))
+                log.progress(done, total)
+    if team and pool:
+        team.forget(pool)
     if log:
         log.facts(
             {
-                "pool": len(waiting),
+                "pool": total,
                 "pool_without_detections": empty,  # placed by TSP_EMPTY_POLICY
                 "pool_problems": problems[:20],
                 "pool_problem_count": len(problems),
             }
         )
-    return len(waiting) - unavailable
+    return total - unavailable
+
+
+class Viewer:
+    """A version that looks at the tasks of its project. Its network is loaded once, for the first image; a host that
+    does not answer is asked once."""
+
+    def __init__(self, service: Service, project_key: str, version: str) -> None:
+        self._service, self._project_key, self._version = service, project_key, version
+        project = service.project(project_key)
+        self._project_id = project.id
+        self._config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+        self._away: set[str] = set()  # hosts
+
+    def waiting(self, seen: Set[int]) -> list[Json]:
+        """The tasks {"id", "data"} without annotation, by id, without those that were seen."""
+        tasks = self._service.label_studio.tasks(self._project_id)
+        return [{"id": t.id, "data": t.data} for t in tasks if not t.is_annotated and t.id not in seen]
+
+    def lines(self, tasks: Iterable[Json]) -> Iterator[Json]:
+        """A line of the scores file for each task; {"task", "away": the reason} for one that is to be seen later."""
+        for task in tasks:
+            host = ""
+            try:
+                uri = image_uri(task, self._config)
+                host = _host(uri)
+                if host in self._away:
+                    raise ImageUnavailableError(f"image of task {task['id']}: {host} is away, it is asked again later")
+                fetched = self._service.images.fetch(task_id=task["id"], uri=uri, project_key=self._project_key)
+                yield _seen(self._service, *self._loaded, self._config, task["id"], fetched)
+            except ImageUnavailableError as error:
+                if host:
+                    self._away.add(host)
+                yield {"task": task["id"], "away": str(error)}
+            except (ImageError, DatasetError, TooLargeError) as error:
+                yield {"task": task["id"], "problem": str(error)}
+
+    @cached_property
+    def _loaded(self) -> tuple[MaskRCNNWithScores, ModelCard]:
+        logger.info("project %s: loading version %s to look at the pool", self._project_key, self._version)
+        return load_to_look(self._service, self._project_key, self._version)
 
 
 def _host(uri: str) -> str:

@@ -84,6 +84,10 @@ class Service:
         """What a version saw in each unlabelled image, one JSON line for each task."""
         return self.scores_folder(project_key) / f"{version}.jsonl"
 
+    def chunks_folder(self, project_key: str, version: str) -> Path:
+        """Where the pool lies that several workers are looking at for a version."""
+        return self.scores_folder(project_key) / f"{version}.chunks"
+
     def annotated_file(self, project_key: str, version: str) -> Path:
         """What a version saw in the images it was trained on, for strategies that compare images; one line each."""
         return self.scores_folder(project_key) / f"{version}.annotated.jsonl"

@@ -208,6 +208,12 @@ class Settings(BaseSettings):
         "processes that train together, each on its share of TSP_IMAGES_PER_STEP; with TSP_DEVICE=cuda each on a GPU",
         ge=1,
     )
+    scoring_chunk: int = _env(
+        "TSP_SCORING_CHUNK",
+        100,
+        "images that a worker takes at once from a pool that is being scored; with PostgreSQL, all workers score it",
+        ge=1,
+    )
     niceness: int = _env(
         "TSP_NICENESS", 10, "how far the worker stands back behind other processes, 0 to 19", ge=0, le=19
     )

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from types import FrameType
 
@@ -45,6 +45,7 @@ from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
+from ml_backend.team import STILL_GOING, ScoringTeam
 from model.errors import DiskFullError, TSPError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,6 @@ _QUEUES = ("cycle", "activation")  # two: nobody who wants an older model back w
 _LOOK_EVERY_SECONDS = 1.0
 _WAIT_FOR_LABEL_STUDIO_SECONDS = 15.0
 _FIRST_BATCH_SECONDS = 5.0  # how long a project without a version is worked on before the others have their turn
-_STILL_GOING = ("PENDING", "ENQUEUED", "DELAYED")  # of a workflow
 _MOST_RESTARTS = 100  # of a cycle whose worker died
 _FAREWELL_SECONDS = 2.0
 _CHANGE_THE_POOL = {"TASKS_CREATED", "ANNOTATIONS_DELETED"}  # what may leave a task without a prediction
@@ -79,8 +79,8 @@ _durable_step = DBOS.step(
 class DurableCycles(DBOSConfiguredInstance):
     """The stages of a cycle as recorded steps. The stages themselves know nothing of this."""
 
-    def __init__(self, service: Service, claims: Claims) -> None:
-        self._service, self._claims = service, claims
+    def __init__(self, service: Service, claims: Claims, team: ScoringTeam | None) -> None:
+        self._service, self._claims, self._team = service, claims, team
         super().__init__(config_name="cycles")
 
     @DBOS.workflow()
@@ -115,7 +115,7 @@ class DurableCycles(DBOSConfiguredInstance):
     @_durable_step
     def switch(self, project_key: str, number: int) -> None:
         with self._log(project_key, number, ActivationLog) as log:
-            activate_version(self._service, project_key, number, log)
+            activate_version(self._service, project_key, number, log, team=self._team)
 
     @_durable_step
     def finish_activation(self, project_key: str, number: int, status: str, error: str) -> None:
@@ -132,18 +132,18 @@ class DurableCycles(DBOSConfiguredInstance):
 
     @_durable_step
     def train(self, project_key: str, number: int) -> None:
-        with self._log(project_key, number) as log:
+        with self._log(project_key, number) as log, self._alone():
             cycle.train_version(self._service, project_key, number, log)
 
     @_durable_step
     def evaluate(self, project_key: str, number: int, version: str) -> bool:
-        with self._log(project_key, number) as log:
+        with self._log(project_key, number) as log, self._alone():
             return cycle.evaluate_version(self._service, project_key, number, version, log)
 
     @_durable_step
     def score(self, project_key: str, number: int, version: str) -> None:
         with self._log(project_key, number) as log:
-            score_pool(self._service, project_key, version, log)
+            score_pool(self._service, project_key, version, log, team=self._team)
 
     @_durable_step
     def choose(self, project_key: str, number: int, version: str) -> None:
@@ -163,6 +163,10 @@ class DurableCycles(DBOSConfiguredInstance):
     @_durable_step
     def finish(self, project_key: str, number: int, status: str, error: str) -> None:
         CycleLog(self._service.database, project_key, number, confirm=self._claims.confirm).finish(status, error=error)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """For the work that the others cannot share: the machine is not taken by their pools meanwhile."""
+        return self._team.paused() if self._team else nullcontext()
 
     @contextmanager
     def _log(self, project_key: str, number: int, kind: type[CycleLog] = CycleLog) -> Iterator[CycleLog]:
@@ -191,7 +195,9 @@ class Worker:
         self._process = f"{name}-{secrets.token_hex(4)}"
         # Queues of this process alone: who has a project's claim, does its work.
         self._queues = {what: f"{what}s-{self._process}" for what in _QUEUES}
-        self._cycles = DurableCycles(service, claims)
+        is_shared = not service.settings.database.startswith("sqlite")
+        self._team = ScoringTeam(service, claims, process=self._process) if is_shared else None
+        self._cycles = DurableCycles(service, claims, self._team)
         self._busy_with: dict[str, str | None] = dict.fromkeys(_QUEUES)  # the project whose cycle or activation runs
         self._next_look: dict[str, float] = {}
         self._pause_until: dict[str, float] = {}  # after trouble, so that it is not asked for every second
@@ -209,13 +215,15 @@ class Worker:
     def run(self) -> None:
         """Never returns."""
         DBOS(config=_workflow_engine(self._service.settings, self._process))
-        DBOS.listen_queues(list(self._queues.values()))
+        DBOS.listen_queues([*self._queues.values(), *([self._team.queue] if self._team else [])])
         DBOS.launch()
         for queue in DBOS.list_queues():
-            if any(queue.name.startswith(f"{what}s-{self._name}-") for what in _QUEUES):
+            if any(queue.name.startswith(f"{what}s-{self._name}-") for what in (*_QUEUES, "chunk")):
                 DBOS.delete_queue(queue.name)  # of a dead worker that had this name
         for name in self._queues.values():
             DBOS.register_queue(name, worker_concurrency=1)
+        if self._team:
+            self._team.start()
         self.sign_of_life.start()
         logger.info("the worker is ready as %s; it looks after %s", self._name, self._service.settings.label_studio_url)
         while True:
@@ -331,7 +339,7 @@ class Worker:
         if status is None:
             with SetWorkflowID(name):
                 DBOS.enqueue_workflow(queue, run, project_key, work.number)
-        elif status.status not in _STILL_GOING:
+        elif status.status not in STILL_GOING:
             # It ended without a word in the row: the disk was full.
             log.abandon(
                 f"the {work.what} ended unexpectedly ({status.status}); the worker's log says more. {_TRY_AGAIN}"
@@ -350,7 +358,7 @@ class Worker:
             if self._service.settings.cold_start == "spread" and project_key not in self._first_batches:
                 self._first_batches[project_key] = prepare_first_batch(self._service, project_key)
             return
-        if score_pool(self._service, project_key, version):
+        if score_pool(self._service, project_key, version, team=self._team):
             self._published.discard(project_key)
         if project_key not in self._published:  # scored just now, or before an import that broke off
             import_missing(self._service, project_key, version)

@@ -6,9 +6,9 @@
 The last line is one JSON object with `name`, `ours`, `theirs` (median CPU seconds of one round) and `ratio`, the median
 of ours / theirs round by round: lower is better. Without --json it is preceded by the same in words. `webhook` and
 `health` are answers of the web process while a cycle trains (bench_web.py): `ours` is the 99th percentile, `theirs` the
-time that Label Studio waits. `start`, `publish` and `ingest` are wall time, `polygons` compares sums over all masks,
-`predict-few` tells the worse of two cases; what they compare stands in their files, bench_<name>.py. --profile and
---size are for train-step, ssl-step and branches.
+time that Label Studio waits. `start`, `publish`, `ingest` and `score-workers` are wall time, `polygons` compares sums
+over all masks, `predict-few` tells the worse of two cases; what they compare stands in their files, bench_<name>.py.
+--profile and --size are for train-step, ssl-step, branches and score-workers.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from scripts.bench_predict import predict, predict_few
 from scripts.bench_publish import publish
 from scripts.bench_start import start
 from scripts.bench_web import SOAKS, Load, soak
+from scripts.bench_workers import score_workers
 from scripts.chaos_report import load_average, machine
 from scripts.make_phantoms import CLASS_NAMES, phantom
 
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--requests", type=int, default=2000, help="of webhook and health")
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
-    parser.add_argument("--database-url", default="", help="where the backend of webhook and health keeps its state")
+    parser.add_argument("--database-url", default="", help="where webhook, health, score-workers keep the state")
     parser.add_argument("--data", nargs="+", default=[], help="COCO folders (annotations.json, images/) of polygons")
     parser.add_argument("--tasks", type=int, default=10_000, help="of publish and ingest")
     parser.add_argument("--regions", type=int, default=15, help="polygons of each of these tasks")
@@ -157,6 +158,7 @@ OTHERS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = 
     "predict": ("/predict with 100 detections against torchvision's network alone", predict),
     "predict-few": ("/predict with 5 detections, or at 512 px, against torchvision's network alone", predict_few),
     "polygons": ("masks to polygons against cv2.findContours and approxPolyDP", polygons),
+    "score-workers": ("two workers on one pool against one", score_workers),
     "start": ("start of the web process until /health answers, against one that loads torch first", start),
     "publish": ("publishing predictions against Label Studio's bulk import alone", publish),
     "ingest": ("reading annotations again when few have changed against reading all", ingest),

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ml_backend.errors import LabelConfigError
+from ml_backend.chunks import CutPool
+from ml_backend.errors import LabelConfigError, LabelStudioUnavailableError
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_format import Json
 from ml_backend.ls_types import Project
 from ml_backend.pool import (
+    Viewer,
     append_line,
     detections_for_people,
     go_on_with,
@@ -121,6 +125,71 @@ def test_what_was_scored_is_not_scored_again_and_new_tasks_are(
     second = import_images(client, project, images[2:])
     assert score_pool(service, key, VERSION) == 1
     assert list(scores(service, key)) == [*first, *second]
+
+
+class Alone:
+    """A team of one, which stops after so many lines."""
+
+    def __init__(self, service: Service, key: str, *, lines: int | None = None) -> None:
+        self.viewer, self.lines = Viewer(service, key, VERSION), lines
+        self.sizes: list[int] = []
+
+    def see(self, pool: CutPool) -> Iterator[Json]:
+        for number in range(pool.chunks):
+            if not pool.is_seen(number):
+                self.sizes.append(len(pool.tasks(number)))
+                pool.keep(number, self.viewer.lines(pool.tasks(number)))
+            for line in pool.lines(number):
+                if self.lines == 0:
+                    raise LabelStudioUnavailableError("no answer")
+                self.lines = None if self.lines is None else self.lines - 1
+                yield line
+
+    def forget(self, pool: CutPool) -> None:
+        pool.remove()
+
+
+@pytest.mark.label_studio
+@pytest.mark.parametrize(
+    ("chunk", "stops_after", "sizes", "sizes_then"),
+    [(1, None, [], [1] * 5), (2, None, [], [2, 2, 1]), (5, None, [], []), (2, 3, [2, 2], [1]), (2, 0, [2], [2, 1])],
+    ids=["one by one", "twos", "no more than a chunk", "stopped inside of a chunk", "stopped before the first line"],
+)
+def test_chunks_make_the_file_that_one_worker_makes(
+    label_studio: LabelStudioServer,
+    client: LabelStudioClient,
+    project: Project,
+    tmp_path: Path,
+    chunk: int,
+    stops_after: int | None,
+    sizes: list[int],
+    sizes_then: list[int],
+) -> None:
+    place = {"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": label_studio.token}
+    service = Service.connect(settings(tmp_path, TSP_SCORING_CHUNK=chunk, TSP_ALLOWED_IMAGE_HOSTS=HOST, **place))
+    key = key_of(service, project)
+    add_version(service, key, strategy="hybrid")  # which keeps features
+    away = f"http://{HOST}:{free_port()}/0.png"
+    import_images(client, project, [*grey_images(2), UNREADABLE, away, *grey_images(3)[2:]])
+    log = begin_cycle(service, key)
+    assert score_pool(service, key, VERSION, log) == 4
+    path, alone, facts = service.scores_file(key, VERSION), scores(service, key), cycle_row(service, key).facts
+    content = path.read_bytes()
+    path.unlink()
+
+    if stops_after is not None:
+        team = Alone(service, key, lines=stops_after)
+        with pytest.raises(LabelStudioUnavailableError):
+            score_pool(service, key, VERSION, log, team=team)
+        assert team.sizes == sizes
+        assert list(scores(service, key)) == list(alone)[:stops_after]
+    team = Alone(service, key)
+    assert score_pool(service, key, VERSION, log, team=team) == 4
+    assert team.sizes == sizes_then
+    assert path.read_bytes() == content
+    assert cycle_row(service, key).facts == facts
+    assert not service.chunks_folder(key, VERSION).exists()
+    service.close()
 
 
 @pytest.mark.label_studio

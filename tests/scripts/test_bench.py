@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import bench, bench_ingest, bench_publish, bench_start, bench_web
+from ml_backend.errors import SettingsError
+from scripts import bench, bench_ingest, bench_publish, bench_start, bench_web, bench_workers
 from scripts.label_studio_server import free_port
 from scripts.make_phantoms import CLASS_NAMES
 from tests.model.examples import rectangle, target, tiny_network
+from tests.postgres import postgres
+
+__all__ = ["postgres"]
 
 PROFILE = "efficientnet_lite0_fpn"
 
@@ -98,6 +102,21 @@ def test_reading_annotations_again_is_measured_next_to_reading_all(label_studio)
     assert measured["ratio"] > 0
     sent = {name: measured[name]["megabytes"] for name in ("first", "unchanged", "changed", "everything")}
     assert 0 <= sent["unchanged"] < sent["changed"] < sent["everything"] <= sent["first"]
+
+
+def test_workers_on_one_pool_need_a_postgresql(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "score-workers"])
+    with pytest.raises(SettingsError, match="--database-url: expected the address of an empty PostgreSQL"):
+        bench.main()
+
+
+@pytest.mark.label_studio
+def test_one_worker_and_two_score_the_same_pool(label_studio, postgres):
+    options = Namespace(database_url=postgres.new_database(), profile=PROFILE, size=64, rounds=1)
+    measured = bench_workers.score_workers(options, server=label_studio, images=12, most=2)
+    assert {workers: len(seconds) for workers, seconds in measured["seconds"].items()} == {"1": 1, "2": 1}
+    assert measured["ratios"] == {"1": 1.0, "2": measured["ratio"]}
+    assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"], abs=1e-2)
 
 
 @pytest.mark.label_studio
