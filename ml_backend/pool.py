@@ -3,14 +3,15 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError, ImageUnavailableError
@@ -25,6 +26,7 @@ from model.errors import DatasetError, TooLargeError
 from model.files import naming_full_disk
 from model.inference import for_inference
 from model.network import MaskRCNNWithScores
+from model.predict import ahead
 from model.registry import ModelCard
 from model.strategies import STRATEGIES, Observation, look
 from model.types import Detections, FloatArray
@@ -50,28 +52,16 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
     network, card = load_to_look(service, project_key, version)
     problems: list[str] = []
     empty = unavailable = 0
-    away: set[str] = set()  # hosts
     with open_lines(path) as lines:
-        for done, task in enumerate(waiting, start=1):
-            host = ""
-            try:
-                uri = image_uri({"id": task.id, "data": task.data}, config)
-                host = _host(uri)
-                if host in away:
-                    raise ImageUnavailableError(f"image of task {task.id}: {host} is away, it is asked again later")
-                fetched = service.images.fetch(task_id=task.id, uri=uri, project_key=project_key)
-                line = _seen(service, network, card, config, task.id, fetched)
-            except ImageUnavailableError as error:
-                if host:
-                    away.add(host)
-                unavailable += 1
-                problems.append(str(error))
-                continue
-            except (ImageError, DatasetError, TooLargeError) as error:
-                problems.append(str(error))
-                line = {"task": task.id, "problem": str(error)}
+        waiting_tasks = ({"id": task.id, "data": task.data} for task in waiting)
+        found = seen_tasks(service, project_key, network, card, config, waiting_tasks)
+        for done, line in enumerate(found, start=1):
+            if "away" in line or "problem" in line:
+                problems.append(line.get("away") or line["problem"])
+            unavailable += "away" in line
             empty += line.get("instances") == 0
-            append_line(lines, line)
+            if "away" not in line:
+                append_line(lines, line)
             if log:
                 log.progress(done, len(waiting))
     if log:
@@ -84,6 +74,79 @@ def score_pool(service: Service, project_key: str, version: str, log: CycleLog |
             }
         )
     return len(waiting) - unavailable
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A task whose image lies in memory, (H, W, 3) uint8 RGB."""
+
+    task_id: int
+    fetched: FetchedImage
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Looked:
+    """A task at whose image a version has looked."""
+
+    task_id: int
+    fetched: FetchedImage
+    observation: Observation
+    detections: Detections
+
+
+def seen_tasks(
+    service: Service,
+    project_key: str,
+    network: MaskRCNNWithScores,
+    card: ModelCard,
+    config: LabelConfig,
+    tasks: Iterable[Json],
+) -> Iterator[Json]:
+    """A line of the scores file for each task {"id", "data"}; {"task", "away": the reason} for one to be seen later.
+
+    While the network looks at an image, one thread fetches and reads the next, and the caller's makes the line of the
+    one before: at most five images are held, however many tasks there are.
+    """
+    opened = ahead(_opened(service, project_key, config, tasks))
+    for one in ahead(_looked(service, network, card, opened)):
+        yield one if isinstance(one, dict) else _line(service, network, card, config, one)
+
+
+def _opened(service: Service, project_key: str, config: LabelConfig, tasks: Iterable[Json]) -> Iterator[_Opened | Json]:
+    """The image of each task, or the line that says why there is none; a host that does not answer is asked once."""
+    away: set[str] = set()  # hosts
+    for task in tasks:
+        host = ""
+        try:
+            uri = image_uri(task, config)
+            host = _host(uri)
+            if host in away:
+                raise ImageUnavailableError(f"image of task {task['id']}: {host} is away, it is asked again later")
+            fetched = service.images.fetch(task_id=task["id"], uri=uri, project_key=project_key)
+            yield _Opened(task_id=task["id"], fetched=fetched, pixels=load_image(fetched.path))
+        except ImageUnavailableError as error:
+            if host:
+                away.add(host)
+            yield {"task": task["id"], "away": str(error)}
+        except (ImageError, DatasetError) as error:
+            yield {"task": task["id"], "problem": str(error)}
+
+
+def _looked(
+    service: Service, network: MaskRCNNWithScores, card: ModelCard, opened: Iterable[_Opened | Json]
+) -> Iterator[_Looked | Json]:
+    """What the version sees in each image; lines pass unchanged."""
+    for one in opened:
+        if not isinstance(one, _Opened):
+            yield one
+            continue
+        try:
+            observation, detections = _look_at_pixels(service, network, card, one.pixels)
+        except TooLargeError as error:
+            yield {"task": one.task_id, "problem": str(error)}
+        else:
+            yield _Looked(task_id=one.task_id, fetched=one.fetched, observation=observation, detections=detections)
 
 
 def _host(uri: str) -> str:
@@ -139,14 +202,20 @@ def feature_of(text: str) -> FloatArray:
 def load_to_look(service: Service, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard]:
     """A version as `look_at` takes it: on the device of the settings, made quick, no longer to be trained or kept."""
     network, card = service.registry.load(project_key, version)
-    return for_inference(network.to(service.settings.torch_device())), card
+    return for_inference(network.to(service.settings.torch_device()), precision=service.settings.precision), card
 
 
 def look_at(
     service: Service, network: MaskRCNNWithScores, card: ModelCard, path: Path
 ) -> tuple[Observation, Detections]:
     """What a version sees in an image: what its strategy keeps of it, and all detections."""
-    sight, detections = look(network, load_image(path), queue_threshold=service.settings.queue_threshold)
+    return _look_at_pixels(service, network, card, load_image(path))
+
+
+def _look_at_pixels(
+    service: Service, network: MaskRCNNWithScores, card: ModelCard, pixels: NDArray[np.uint8]
+) -> tuple[Observation, Detections]:
+    sight, detections = look(network, pixels, queue_threshold=service.settings.queue_threshold)
     return STRATEGIES[card.strategy].observe(sight), detections
 
 
@@ -175,18 +244,11 @@ def is_validation(image_sha256: str, fraction: float) -> bool:
     return int(hashlib.sha256(f"validation {image_sha256}".encode()).hexdigest()[:8], 16) / 2**32 < fraction
 
 
-def _seen(
-    service: Service,
-    network: MaskRCNNWithScores,
-    card: ModelCard,
-    config: LabelConfig,
-    task_id: int,
-    fetched: FetchedImage,
-) -> Json:
+def _line(service: Service, network: MaskRCNNWithScores, card: ModelCard, config: LabelConfig, looked: _Looked) -> Json:
     """One line of the scores file. `score` is the strategy's (S of eq. 3 for TSP and for strategies that have none of
     their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
-    settings = service.settings
-    observation, detections = look_at(service, network, card, fetched.path)
+    settings, fetched = service.settings, looked.fetched
+    observation, detections = looked.observation, looked.detections
     shown = detections_for_people(
         detections,
         config,
@@ -195,7 +257,7 @@ def _seen(
         mask_threshold=network.config.mask_threshold,
     )
     line: Json = {
-        "task": task_id,
+        "task": looked.task_id,
         "image": fetched.sha256,
         "path": str(fetched.path),
         "image_hw": list(fetched.image_hw),
