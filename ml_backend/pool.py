@@ -4,20 +4,21 @@ import base64
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import urlsplit
+from typing import IO, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic_core import from_json
 
 from ml_backend.chunks import Team, cut, find_cut
 from ml_backend.cycle_log import CycleLog
-from ml_backend.errors import ImageError, ImageUnavailableError
+from ml_backend.errors import ImageError, ImageHostSilentError, ImageUnavailableError
+from ml_backend.foreign_hosts import host_of
 from ml_backend.images import FetchedImage
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
@@ -29,6 +30,7 @@ from model.errors import DatasetError, TooLargeError
 from model.files import naming_full_disk
 from model.inference import for_inference
 from model.network import MaskRCNNWithScores
+from model.predict import ahead
 from model.registry import ModelCard
 from model.strategies import STRATEGIES, Observation, look
 from model.types import Detections, FloatArray
@@ -47,7 +49,7 @@ def score_pool(
     prediction, and what may become pseudo labels of the next cycle. A `team` looks at chunks of TSP_SCORING_CHUNK
     images; the file is the same.
     """
-    viewer = Viewer(service, project_key, version)
+    viewer = Viewer.of_project(service, project_key, version)
     path = service.scores_file(project_key, version)
     seen = go_on_with(path, "task")
     folder = service.chunks_folder(project_key, version)
@@ -90,35 +92,62 @@ class Viewer:
     """A version that looks at the tasks of its project. Its network is loaded once, for the first image; a host that
     does not answer is asked once."""
 
-    def __init__(self, service: Service, project_key: str, version: str) -> None:
-        self._service, self._project_key, self._version = service, project_key, version
-        project = service.project(project_key)
-        self._project_id = project.id
-        self._config = parse_label_config(project.label_config, from_name=service.settings.from_name)
-        self._away: set[str] = set()  # hosts
+    def __init__(self, service: Service, project_key: str, version: str, config: LabelConfig) -> None:
+        self._service, self._project_key, self._version, self._config = service, project_key, version, config
+        self._silent: set[str] = set()  # hosts
+
+    @classmethod
+    def of_project(cls, service: Service, project_key: str, version: str) -> Self:
+        """With the labels that the project has now."""
+        label_config = service.project(project_key).label_config
+        return cls(
+            service, project_key, version, parse_label_config(label_config, from_name=service.settings.from_name)
+        )
 
     def waiting(self, seen: Set[int]) -> list[Json]:
         """The tasks {"id", "data"} without annotation, by id, without those that were seen."""
-        tasks = self._service.label_studio.tasks(self._project_id)
+        tasks = self._service.label_studio.tasks(self._service.project(self._project_key).id)
         return [{"id": t.id, "data": t.data} for t in tasks if not t.is_annotated and t.id not in seen]
 
-    def lines(self, tasks: Iterable[Json]) -> Iterator[Json]:
-        """A line of the scores file for each task; {"task", "away": the reason} for one that is to be seen later."""
+    def lines(self, tasks: Iterable[Json]) -> Generator[Json, None, None]:
+        """A line of the scores file for each task; {"task", "away": the reason} for one that is to be seen later.
+
+        While the network looks at an image, one thread fetches and reads the next, and the caller's makes the line of
+        the one before: at most five images are held, however many tasks there are.
+        """
+        for one in ahead(self._looked(ahead(self._opened(tasks)))):
+            yield one if isinstance(one, dict) else _line(self._service, *self._loaded, self._config, one)
+
+    def _opened(self, tasks: Iterable[Json]) -> Iterator["_Opened | Json"]:
+        """The image of each task, or the line that says why there is none."""
         for task in tasks:
             host = ""
             try:
                 uri = image_uri(task, self._config)
-                host = _host(uri)
-                if host in self._away:
+                host = host_of(uri)
+                if host in self._silent:
                     raise ImageUnavailableError(f"image of task {task['id']}: {host} is away, it is asked again later")
                 fetched = self._service.images.fetch(task_id=task["id"], uri=uri, project_key=self._project_key)
-                yield _seen(self._service, *self._loaded, self._config, task["id"], fetched)
+                yield _Opened(task_id=task["id"], fetched=fetched, pixels=load_image(fetched.path))
             except ImageUnavailableError as error:
-                if host:
-                    self._away.add(host)
+                if host and isinstance(error, ImageHostSilentError):
+                    self._silent.add(host)
                 yield {"task": task["id"], "away": str(error)}
-            except (ImageError, DatasetError, TooLargeError) as error:
+            except (ImageError, DatasetError) as error:
                 yield {"task": task["id"], "problem": str(error)}
+
+    def _looked(self, opened: Iterable["_Opened | Json"]) -> Iterator["_Looked | Json"]:
+        """What the version sees in each image; lines pass unchanged."""
+        for one in opened:
+            if not isinstance(one, _Opened):
+                yield one
+                continue
+            try:
+                observation, detections = _look_at_pixels(self._service, *self._loaded, one.pixels)
+            except TooLargeError as error:
+                yield {"task": one.task_id, "problem": str(error)}
+            else:
+                yield _Looked(task_id=one.task_id, fetched=one.fetched, observation=observation, detections=detections)
 
     @cached_property
     def _loaded(self) -> tuple[MaskRCNNWithScores, ModelCard]:
@@ -126,12 +155,23 @@ class Viewer:
         return load_to_look(self._service, self._project_key, self._version)
 
 
-def _host(uri: str) -> str:
-    """The host of a web address, "" of any other."""
-    try:
-        return urlsplit(uri).hostname or ""
-    except ValueError:  # no address at all, which the image store says better
-        return ""
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A task whose image lies in memory, (H, W, 3) uint8 RGB."""
+
+    task_id: int
+    fetched: FetchedImage
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Looked:
+    """A task at whose image a version has looked."""
+
+    task_id: int
+    fetched: FetchedImage
+    observation: Observation
+    detections: Detections
 
 
 def read_scores(path: Path) -> Iterator[Json]:
@@ -192,14 +232,20 @@ def feature_of(text: str) -> FloatArray:
 def load_to_look(service: Service, project_key: str, version: str) -> tuple[MaskRCNNWithScores, ModelCard]:
     """A version as `look_at` takes it: on the device of the settings, made quick, no longer to be trained or kept."""
     network, card = service.registry.load(project_key, version)
-    return for_inference(network.to(service.settings.torch_device())), card
+    return for_inference(network.to(service.settings.torch_device()), precision=service.settings.precision), card
 
 
 def look_at(
     service: Service, network: MaskRCNNWithScores, card: ModelCard, path: Path
 ) -> tuple[Observation, Detections]:
     """What a version sees in an image: what its strategy keeps of it, and all detections."""
-    sight, detections = look(network, load_image(path), queue_threshold=service.settings.queue_threshold)
+    return _look_at_pixels(service, network, card, load_image(path))
+
+
+def _look_at_pixels(
+    service: Service, network: MaskRCNNWithScores, card: ModelCard, pixels: NDArray[np.uint8]
+) -> tuple[Observation, Detections]:
+    sight, detections = look(network, pixels, queue_threshold=service.settings.queue_threshold)
     return STRATEGIES[card.strategy].observe(sight), detections
 
 
@@ -228,18 +274,11 @@ def is_validation(image_sha256: str, fraction: float) -> bool:
     return int(hashlib.sha256(f"validation {image_sha256}".encode()).hexdigest()[:8], 16) / 2**32 < fraction
 
 
-def _seen(
-    service: Service,
-    network: MaskRCNNWithScores,
-    card: ModelCard,
-    config: LabelConfig,
-    task_id: int,
-    fetched: FetchedImage,
-) -> Json:
+def _line(service: Service, network: MaskRCNNWithScores, card: ModelCard, config: LabelConfig, looked: _Looked) -> Json:
     """One line of the scores file. `score` is the strategy's (S of eq. 3 for TSP and for strategies that have none of
     their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
-    settings = service.settings
-    observation, detections = look_at(service, network, card, fetched.path)
+    settings, fetched = service.settings, looked.fetched
+    observation, detections = looked.observation, looked.detections
     shown = detections_for_people(
         detections,
         config,
@@ -248,7 +287,7 @@ def _seen(
         mask_threshold=network.config.mask_threshold,
     )
     line: Json = {
-        "task": task_id,
+        "task": looked.task_id,
         "image": fetched.sha256,
         "path": str(fetched.path),
         "image_hw": list(fetched.image_hw),

@@ -199,6 +199,12 @@ class Settings(BaseSettings):
     checkpoint_steps: int = _env("TSP_CHECKPOINT_STEPS", 50, "training steps between checkpoints", ge=1)
     seed: int = _env("TSP_SEED", 0, "seed of everything random in training", ge=0)
     device: str = _env("TSP_DEVICE", "auto", "cpu, cuda, cuda:1, mps, xpu; auto: cuda where there is one")
+    precision: Literal["float32", "bfloat16"] = _env(
+        "TSP_PRECISION",
+        "float32",
+        "numbers with which versions look at images; `bfloat16` is quicker on CPUs that have it, and nearly as exact "
+        "(docs/decisions/078)",
+    )
     threads: int = _env(
         "TSP_THREADS", 0, "CPU threads of the network; 0: all cores but one in the worker, one in the web process", ge=0
     )

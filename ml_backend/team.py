@@ -121,7 +121,7 @@ class ScoringTeam(DBOSConfiguredInstance):
         kept = self._viewer
         if kept is None or kept[0] != pool:
             self._viewer = kept = None  # two networks may not fit into the memory
-            self._viewer = kept = pool, Viewer(self._service, pool.project_key, pool.version)
+            self._viewer = kept = pool, Viewer.of_project(self._service, pool.project_key, pool.version)
         return kept[1]
 
     def _check_wanted(self, pool: CutPool) -> None:

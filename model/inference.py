@@ -3,7 +3,7 @@
 Detections are those of the network as it was, up to the rounding of floats (docs/decisions/071).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,32 +13,42 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from model.bfloat16 import check_bfloat16, shapes_only, to_bfloat16
 from model.errors import InvalidInputError
 from model.network import MaskRCNNWithScores
 from model.winograd import WinogradConv
+
+Precision = Literal["float32", "bfloat16"]
 
 _SAMPLES = 2  # along a side of a bin, the `sampling_ratio` of our networks
 _NEIGHBOURS = 2 * _SAMPLES  # cells along a side: each sample lies between two
 
 
-def for_inference(network: MaskRCNNWithScores) -> MaskRCNNWithScores:
+def for_inference(network: MaskRCNNWithScores, *, precision: Precision = "float32") -> MaskRCNNWithScores:
     """Changes the network itself, and returns it in evaluation mode; its weights are no longer those of a version.
 
     Batch norm goes into the convolutions before it. On CPUs, the channels of a pixel lie side by side in memory, which
-    convolutions and the pooling of RoIs like better. Raises InvalidInputError for a network that is quick already.
+    convolutions and the pooling of RoIs like better. In "bfloat16" detections are nearly those of the network as it was
+    (docs/decisions/078). Raises InvalidInputError for a network that is quick already, and where bfloat16 is slow.
     """
     if isinstance(network.roi_heads.mask_predictor, _MaskPredictor):
         raise InvalidInputError("expected a network as it was built or loaded, got one that was made quick before")
+    device = next(network.parameters()).device
+    if precision == "bfloat16":
+        check_bfloat16(device)
     network.eval().requires_grad_(False)
     _fold_batch_norm(network.backbone.body)
-    if next(network.parameters()).device.type == "cpu":
-        _use_winograd(network)
+    if device.type == "cpu":
+        if precision == "float32":
+            _use_winograd(network)
         network.to(memory_format=torch.channels_last)
         network.transform.register_forward_hook(_channels_last)
         heads = network.roi_heads
         heads.box_roi_pool, heads.mask_roi_pool = (_RoIPool(pool) for pool in (heads.box_roi_pool, heads.mask_roi_pool))
         heads.box_head = _BoxHead(heads.box_head, heads.box_roi_pool.output_size[0])
         heads.mask_predictor = _MaskPredictor(heads.mask_predictor)
+    if precision == "bfloat16":
+        to_bfloat16(network)
     return network
 
 
@@ -85,12 +95,13 @@ class _RoIPool(MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Features (R, C, P, P), channels last, of R boxes xyxy in pixels of the network's input, by image."""
         if self.scales is None:  # torchvision finds them with the first image
-            super().forward(x, [box[:0] for box in boxes], image_shapes)
+            shapes = dict(zip(x, shapes_only(list(x.values())), strict=True))
+            super().forward(shapes, [box[:0].float() for box in boxes], image_shapes)
         levels = [x[name] for name in self.featmap_names]
         rois, level_of = torch.cat(boxes), self.map_levels(boxes)
         image_of = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(box) for box in boxes]))
         size, channels = self.output_size[0], levels[0].shape[1]
-        pooled = rois.new_empty(len(rois), size, size, channels)
+        pooled = levels[0].new_empty(len(rois), size, size, channels)
         for number, (features, scale) in enumerate(zip(levels, self.scales, strict=True)):
             here = (level_of == number).nonzero()[:, 0]
             pooled[here] = _pooled(features, rois[here] * scale, image_of[here], size)
@@ -103,8 +114,8 @@ def _pooled(features: Tensor, rois_xyxy: Tensor, image_of: Tensor, size: int) ->
     y, weight_y = _samples(rois_xyxy[:, 1], rois_xyxy[:, 3], size, height)
     x, weight_x = _samples(rois_xyxy[:, 0], rois_xyxy[:, 2], size, width)
     rows = (image_of[:, None, None] * height + y)[:, :, None, :, None] * width + x[:, None, :, None, :]
-    weights = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
     table = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    weights = (weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]).to(table.dtype)
     bins = F.embedding_bag(
         rows.reshape(-1, _NEIGHBOURS**2), table, mode="sum", per_sample_weights=weights.reshape(-1, _NEIGHBOURS**2)
     )

@@ -1,7 +1,10 @@
 """Inference: images in, `Detections` out; the polygons and scores that people see are made from these."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +16,26 @@ from model.errors import InvalidInputError, TooLargeError
 from model.memory import is_out_of_memory
 from model.network import MaskRCNNWithScores
 from model.types import Detections
+
+T = TypeVar("T")
+
+_END: Any = object()
+
+
+def ahead(items: Iterable[T], *, held: int = 1) -> Iterator[T]:
+    """The same items in order, made by another thread while the caller works on those before; `held` of them wait at
+    most. What making an item raises is raised in its place."""
+    source = iter(items)
+    # In a new thread torch's convolutions would use all cores, until it is asked how many it may use.
+    maker = ThreadPoolExecutor(max_workers=1, initializer=torch.get_num_threads)
+    try:
+        made = deque(maker.submit(next, source, _END) for _ in range(held))
+        while (item := made[0].result()) is not _END:
+            made.popleft()
+            made.append(maker.submit(next, source, _END))
+            yield item
+    finally:
+        maker.shutdown(cancel_futures=True)
 
 
 def detect(

@@ -6,9 +6,9 @@
 The last line is one JSON object with `name`, `ours`, `theirs` (median CPU seconds of one round) and `ratio`, the median
 of ours / theirs round by round: lower is better. Without --json it is preceded by the same in words. `webhook` and
 `health` are answers of the web process while a cycle trains (bench_web.py): `ours` is the 99th percentile, `theirs` the
-time that Label Studio waits. `start`, `publish`, `ingest` and `score-workers` are wall time, `polygons` compares sums
-over all masks, `predict-few` tells the worse of two cases; what they compare stands in their files, bench_<name>.py.
---profile and --size are for train-step, ssl-step, branches and score-workers.
+time that Label Studio waits. `start`, `publish`, `ingest`, `score-pool` and `score-workers` are wall time, `polygons`
+compares sums over all masks, `predict-few` tells the worse of two cases; what they compare stands in their files,
+bench_<name>.py. --profile and --size are for train-step, ssl-step, branches and score-workers.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from scripts.bench_compare import Work, compare
 from scripts.bench_evaluate import evaluate
 from scripts.bench_ingest import ingest
 from scripts.bench_polygons import polygons
+from scripts.bench_pool import score_pool
 from scripts.bench_predict import predict, predict_few
 from scripts.bench_publish import publish
 from scripts.bench_start import start
@@ -157,6 +158,10 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Setting], tuple[Work, Work]]]] = {
 OTHERS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "predict": ("/predict with 100 detections against torchvision's network alone", predict),
     "predict-few": ("/predict with 5 detections, or at 512 px, against torchvision's network alone", predict_few),
+    "score-pool": (
+        "a pool, from files to scores and polygons, against torchvision's network image by image",
+        score_pool,
+    ),
     "polygons": ("masks to polygons against cv2.findContours and approxPolyDP", polygons),
     "score-workers": ("two workers on one pool against one", score_workers),
     "start": ("start of the web process until /health answers, against one that loads torch first", start),

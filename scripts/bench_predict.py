@@ -50,8 +50,8 @@ from scripts.served_app import served
 
 IMAGE_PX = 1024
 _JSON = {"Content-Type": "application/json"}
-_OPTIONS = {"score_threshold": 0.0, "nms_threshold": 0.2, "max_size": 1333}
-_SHOWN = {"TSP_SHOWN_THRESHOLD": "0", "TSP_QUEUE_THRESHOLD": "0"}
+OPTIONS = {"score_threshold": 0.0, "nms_threshold": 0.2, "max_size": 1333}
+SHOWN = {"TSP_SHOWN_THRESHOLD": "0", "TSP_QUEUE_THRESHOLD": "0"}
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ def predict_few(options: Namespace) -> dict[str, Any]:
 def _measured(case: Case, options: Namespace) -> dict[str, Any]:
     pixels = np.repeat(phantom(3, IMAGE_PX, empty_fraction=0.0).image[:, :, None], 3, axis=2)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        settings = environment(Path(folder)) | _SHOWN | {"TSP_THREADS": str(options.threads)}
+        settings = environment(Path(folder)) | SHOWN | {"TSP_THREADS": str(options.threads)}
         sizes = {"min_size": case.min_size, "detections_per_image": case.detections}
         network = add_version(
-            settings, "resnet50_fpn", prepare=lambda made: draw_blobs(made, pixels), **_OPTIONS, **sizes
+            settings, "resnet50_fpn", prepare=lambda made: draw_blobs(made, pixels), **OPTIONS, **sizes
         )
         theirs = torchvision_network(network)
         tensor = [torch.from_numpy(pixels).permute(2, 0, 1).float() / 255]
@@ -101,7 +101,7 @@ def _measured(case: Case, options: Namespace) -> dict[str, Any]:
             if count != case.detections:
                 raise RuntimeError(f"expected {case.detections} detections of torchvision's network, got {count}")
             measured = compare(ours, pasted, rounds=options.rounds)
-        stages = _stages(Settings.model_validate(settings), path, options.rounds)
+        shares = stages(Settings.model_validate(settings), path, options.rounds)
     return {
         **measured,
         "detections": count,
@@ -111,7 +111,7 @@ def _measured(case: Case, options: Namespace) -> dict[str, Any]:
         "image_px": IMAGE_PX,
         "threads": options.threads,
         "rounds": options.rounds,
-        "stages": stages,
+        "stages": shares,
     }
 
 
@@ -164,10 +164,10 @@ def _request(pixels: NDArray[np.uint8]) -> bytes:
     return json.dumps({"tasks": [task], "project": UID, "label_config": LABEL_CONFIG}).encode()
 
 
-def _stages(settings: Settings, path: Path, rounds: int) -> dict[str, float]:
+def stages(settings: Settings, path: Path, rounds: int) -> dict[str, float]:
     """Which share of the CPU time of a prediction, HTTP left out, each stage takes; medians."""
     network, card = Registry(settings.model_dir / "versions").load(KEY, VERSION)
-    _shares(for_inference(network), card.class_names, path)  # warms up
+    _shares(for_inference(network, precision=settings.precision), card.class_names, path)  # warms up
     shares = [_shares(network, card.class_names, path) for _ in range(rounds)]
     return {name: round(float(np.median([one[name] for one in shares])), 3) for name in shares[0]}
 

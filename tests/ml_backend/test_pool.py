@@ -131,7 +131,7 @@ class Alone:
     """A team of one, which stops after so many lines."""
 
     def __init__(self, service: Service, key: str, *, lines: int | None = None) -> None:
-        self.viewer, self.lines = Viewer(service, key, VERSION), lines
+        self.viewer, self.lines = Viewer.of_project(service, key, VERSION), lines
         self.sizes: list[int] = []
 
     def see(self, pool: CutPool) -> Iterator[Json]:

@@ -125,6 +125,7 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("TSP_CHECKPOINT_STEPS", "5", "checkpoint_steps", 5),
     ("TSP_SEED", "7", "seed", 7),
     ("TSP_DEVICE", "cuda:1", "device", "cuda:1"),
+    ("TSP_PRECISION", "bfloat16", "precision", "bfloat16"),
     ("TSP_THREADS", "2", "threads", 2),
     ("TSP_PROCESSES", "2", "processes", 2),
     ("TSP_SCORING_CHUNK", "32", "scoring_chunk", 32),

@@ -1,10 +1,12 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
 
 from model.dataset import image_tensor
 from model.errors import InvalidInputError
-from model.predict import detect
+from model.predict import ahead, detect
 from tests.model.examples import tiny_network
 
 
@@ -87,3 +89,46 @@ def test_an_image_without_detections_gives_none():
 def test_pixels_of_another_form_are_refused(picture):
     with pytest.raises(InvalidInputError, match="expected an RGB image"):
         list(detect(tiny_network(), [picture]))
+
+
+def test_items_are_made_ahead_in_order_by_one_other_thread():
+    made, threads = [], set()
+
+    def source():
+        for number in range(20):
+            made.append(number)
+            threads.add(threading.current_thread())
+            yield number
+
+    most = 0
+    for number in ahead(source(), held=2):
+        most = max(most, len(made) - number - 1)
+        assert number == len(made) - 1 or made[number] == number
+    assert made == list(range(20))
+    assert most <= 2 + 1  # two that wait, and none beyond the one that is being made
+    assert len(threads) == 1
+    assert threads != {threading.current_thread()}
+
+
+def test_what_making_an_item_raises_comes_in_its_place():
+    def source():
+        yield 1
+        raise InvalidInputError("no more")
+
+    items = ahead(source())
+    assert next(items) == 1
+    with pytest.raises(InvalidInputError, match="no more"):
+        next(items)
+
+
+def test_who_stops_early_leaves_no_thread_behind():
+    before = threading.active_count()
+    items = ahead(iter(range(10**9)))
+    assert next(items) == 0
+    items.close()
+    assert threading.active_count() == before
+
+
+def test_torch_keeps_to_its_threads_ahead():
+    threads = torch.get_num_threads()
+    assert list(ahead(torch.get_num_threads() for _ in range(2))) == [threads, threads]
