@@ -65,7 +65,7 @@ def test_every_image_is_scored_once_when_a_worker_is_killed_in_the_middle_of_a_c
     for task in tasks[:ANNOTATED]:
         client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
     setup = {"project": project.uid, "schema": POLYGON_CONFIG}
-    httpx.post(f"{team.url}/setup", json=setup, timeout=30).raise_for_status()
+    httpx.post(f"{team.urls[0]}/setup", json=setup, timeout=30).raise_for_status()
 
     wait(lambda: all(map(_SEEN.search, map(team.log, range(WORKERS)))), team.status)  # all three take part
     victim = _killed(team, runs_the_cycle=runs_the_cycle)
