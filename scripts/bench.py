@@ -6,9 +6,9 @@
 The last line is one JSON object with `name`, `ours`, `theirs` (median CPU seconds of one round) and `ratio`, the median
 of ours / theirs round by round: lower is better. Without --json it is preceded by the same in words. `webhook` and
 `health` are answers of the web process while a cycle trains (bench_web.py): `ours` is the 99th percentile, `theirs` the
-time that Label Studio waits. `start`, `publish`, `ingest`, `score-pool` and `score-workers` are wall time, `polygons`
-compares sums over all masks, `predict-few` tells the worse of two cases; what they compare stands in their files,
-bench_<name>.py. --profile and --size are for train-step, ssl-step, branches and score-workers.
+time that Label Studio waits. `start`, `publish`, `ingest` and `score-workers` are wall time, `polygons` compares sums
+over all masks, `predict-few` tells the worse of two cases; what they compare stands in their files, bench_<name>.py.
+--profile and --size are for train-step, ssl-step, branches and score-workers.
 """
 
 import argparse

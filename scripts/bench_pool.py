@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_format import Json
@@ -28,6 +27,7 @@ from ml_backend.pool import Viewer, append_line
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.bfloat16 import has_bfloat16
+from model.dataset import load_image
 from model.inference import Precision
 from scripts.bench_predict import OPTIONS, SHOWN, draw_blobs, stages, torchvision_network
 from scripts.bench_version import KEY, LABEL_CONFIG, VERSION, add_version, data_uri, environment
@@ -41,7 +41,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def score_pool(options: Namespace) -> dict[str, Any]:
-    """Wall seconds of a pool; `ratio` is that in float32, which is the default, and each precision has its own."""
+    """CPU seconds of a pool; `ratio` is that in float32, which is the default. Each precision has its own figures, also
+    by wall time, which other processes on the same cores disturb."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
         images = [_pixels(number) for number in range(IMAGES)]
@@ -108,10 +109,7 @@ def _pool(environment_: dict[str, str], *, count: int = IMAGES) -> Callable[[], 
 
     def look() -> int:
         seen = 0
-        with (
-            tempfile.TemporaryFile("w") as file,
-            closing(viewer.lines(tasks())) as lines,
-        ):
+        with tempfile.TemporaryFile("w") as file, closing(viewer.lines(tasks())) as lines:
             for line in lines:
                 append_line(file, line)
                 seen += "result" in line
@@ -124,7 +122,7 @@ def _plain_loop(network: torch.nn.Module, paths: list[Path]) -> int:
     seen = 0
     with torch.inference_mode():
         for path in paths:
-            pixels = np.array(Image.open(path).convert("RGB"))
+            pixels = load_image(path)
             seen += "masks" in network([torch.from_numpy(pixels).permute(2, 0, 1).float() / 255])[0]
     return seen
 
@@ -152,9 +150,9 @@ def _in_turn(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, Any]:
         for name in names
     }
     return {
-        "ours": measured["float32"]["seconds"],
-        "theirs": measured["theirs"]["seconds"],
-        "ratio": _median_ratio(wall["float32"], wall["theirs"]),
+        "ours": measured["float32"]["cpu_seconds"],
+        "theirs": measured["theirs"]["cpu_seconds"],
+        "ratio": _median_ratio(cpu["float32"], cpu["theirs"]),
         "ways": measured,
     }
 
