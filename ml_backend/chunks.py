@@ -8,6 +8,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -47,8 +48,10 @@ class CutPool:
             yield from map(json.loads, file)
 
     def remove(self) -> None:
-        """All is where it belongs."""
-        shutil.rmtree(self.folder.parent)
+        """All is where it belongs. The folder is hidden first, so that nobody finds what a crash leaves of it."""
+        with suppress(FileNotFoundError):
+            self.folder.rename(self.folder.with_name(f".{self.folder.name}"))
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def _tasks(self, number: int) -> Path:
         return self.folder / f"{number}.tasks.json"

@@ -49,6 +49,7 @@ _IDS_AN_EXPORT = 200  # they travel in the address: 200 stay below the 4 kB that
 _TASKS_AN_IMPORT = 5000
 _FILES_AN_UPLOAD = 50  # Label Studio refuses more than 100 files in one request
 _BYTES_AN_UPLOAD = 64_000_000
+_LEAST_BYTES_AN_IMPORT = 2_000_000
 _BYTES_AN_IMPORT = 128_000_000  # Label Studio takes 22 times its size as memory (docs/decisions/081)
 _LONG_SECONDS = 3600.0  # bulk imports and deletions are one synchronous request
 
@@ -68,6 +69,7 @@ class LabelStudioClient:
     """
 
     def __init__(self, url: str, api_key: str, *, timeout_seconds: float = 60.0, public_url: str | None = None) -> None:
+        self._bytes_an_import = _BYTES_AN_IMPORT
         self._http = Http(url=url, credentials=read_credentials(api_key), timeout_seconds=timeout_seconds)
         self._timeout_seconds = timeout_seconds
         self.url = str(self._http.base_url).rstrip("/")
@@ -277,7 +279,7 @@ class LabelStudioClient:
         prediction twice. Ask `predicted_task_ids` what arrived.
         """
         sent = created = 0
-        for parts in _json_parts(predictions, max_bytes=max_request_bytes or _BYTES_AN_IMPORT):
+        for parts in _json_parts(predictions, max_bytes=max_request_bytes or self._bytes_an_import):
             created += self._import_encoded(project_id, parts)
             sent += len(parts)
             on_progress(sent)
@@ -292,6 +294,9 @@ class LabelStudioClient:
                 raise
             middle = len(parts) // 2
             return sum(self._import_encoded(project_id, half) for half in (parts[:middle], parts[middle:]))
+        except LabelStudioUnavailableError:  # perhaps a proxy that gives up on long requests: the next are shorter
+            self._bytes_an_import = max(self._bytes_an_import // 4, _LEAST_BYTES_AN_IMPORT)
+            raise
         return int(answer["created"])
 
     def delete_model_version(self, project_id: int, version: str) -> None:

@@ -120,8 +120,9 @@ class Http(httpx.Client):
         if status == 404:
             raise NotFoundError(f"{what}: {self._excerpt(response)}")
         if status == 413:
+            size = request.headers.get("content-length", "so many")
             raise TooLargeRequestError(
-                f"{what} to {len(request.content)} bytes: let the proxy before Label Studio take requests of 128 MB "
+                f"{what} to {size} bytes: let the proxy before Label Studio take requests of 128 MB "
                 "(nginx: client_max_body_size 128m)"
             )
         if response.is_redirect:

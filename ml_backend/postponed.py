@@ -3,6 +3,7 @@ postponed: no cycle counts them as learnt, and none starts for them before their
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _PATIENCE_SECONDS = 600.0  # of a snapshot: people wait for the cycle
 _ASK_AGAIN_SECONDS = 15.0  # in a snapshot that waits
 _LOOK_AGAIN_SECONDS = 60.0  # between cycles
 _LOOK_SECONDS = 20.0  # how long other projects wait meanwhile
+_LOOKED_AT_ONCE = 200  # tasks
+_FAILURES = 5  # in a row, after which a host is taken to be silent
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,15 @@ def still_postponed(service: Service, project_key: str, project: Project) -> set
         except ImageError:
             return
 
-    tasks = list(service.label_studio.annotated_tasks(project.id, sorted(known)))
-    random.shuffle(tasks)  # one image that a host never gives does not stand before the others for ever
-    away = {one.task["id"] for one in _read(tasks, fetch, config)}
+    ids = random.sample(sorted(known), len(known))  # what a host never gives does not stand before the others for ever
+    away: set[int] = set()
+    for start in range(0, len(ids), _LOOKED_AT_ONCE):
+        part = ids[start : start + _LOOKED_AT_ONCE]
+        if start and time.monotonic() > deadline:
+            away |= set(ids[start:])
+            break
+        tasks = service.label_studio.annotated_tasks(project.id, part)
+        away |= {one.task["id"] for one in _read(tasks, fetch, config)}
     now = service.database.now()
     with service.database.session() as session:
         postpone(session, project_key, away, now=now)
@@ -114,9 +123,10 @@ def _was_asked_just_now(database: Database, project_key: str) -> bool:
 
 
 def _read(tasks: Iterable[Json], read: Callable[[Json], None], config: LabelConfig) -> list[Away]:
-    """Read each task once; those that are away. A host that is silent is asked for one image only: its others come
-    first in the answer, so that they are asked for first the next time."""
+    """Read each task once; those that are away. A host that is silent is asked for one image only, one that answers
+    with errors for some: its others come first in the result, so that they are asked for first the next time."""
     silent: set[str] = set()
+    failures: Counter[str] = Counter()
     left_out: list[Away] = []
     asked: list[Away] = []
     for task in tasks:
@@ -126,9 +136,11 @@ def _read(tasks: Iterable[Json], read: Callable[[Json], None], config: LabelConf
             continue
         try:
             read(task)
+            failures[host] = 0
         except ImageUnavailableError as error:
             asked.append(Away(task, str(error)))
-            if host and isinstance(error, ImageHostSilentError):
+            failures[host] += 1
+            if host and (isinstance(error, ImageHostSilentError) or failures[host] == _FAILURES):
                 silent.add(host)
     return [*left_out, *asked]
 

@@ -86,9 +86,11 @@ class ScoringTeam(DBOSConfiguredInstance):
     def forget(self, pool: CutPool) -> None:
         """Remove files and workflows. What a crash leaves of these, nobody finds again."""
         pool.remove()
-        names = [_name(pool, number) for number in range(pool.chunks)]
+        self._without_context(self._delete, [_name(pool, number) for number in range(pool.chunks)])
+
+    def _delete(self, names: list[str]) -> None:
         for start in range(0, len(names), _DELETED_AT_ONCE):
-            self._without_context(DBOS.delete_workflows, names[start : start + _DELETED_AT_ONCE])
+            DBOS.delete_workflows(names[start : start + _DELETED_AT_ONCE])
 
     @DBOS.workflow()
     def look(self, project_key: str, version: str, name: str, number: int) -> None:
@@ -129,7 +131,15 @@ class ScoringTeam(DBOSConfiguredInstance):
             raise TSPError("people have asked to forget this project.")
 
     def _enqueue(self, pool: CutPool) -> None:
-        """Every chunk that is neither under way nor seen."""
+        """Every chunk that is neither under way nor seen; those of the project's other pools no longer wait."""
+        waiting = DBOS.list_workflows(
+            workflow_id_prefix=f"chunk-{pool.project_key}-",
+            queue_name=_WAITING,
+            status="ENQUEUED",
+            load_input=False,
+            load_output=False,
+        )
+        self._delete([w.workflow_id for w in waiting if not w.workflow_id.startswith(_prefix(pool))])
         known = DBOS.list_workflows(workflow_id_prefix=_prefix(pool), load_input=False, load_output=False)
         status = {workflow.workflow_id: workflow.status for workflow in known}
         for number in range(pool.chunks):
@@ -145,6 +155,12 @@ class ScoringTeam(DBOSConfiguredInstance):
         name = _name(pool, number)
         while (status := DBOS.get_workflow_status(name)) is not None and status.status in STILL_GOING:
             self._check_wanted(pool)
+            if self._is_paused and status.queue_name == _WAITING and self._claims.take(name):
+                try:  # a training must not keep those waiting who want an older model back
+                    self._look(pool, number)
+                finally:
+                    self._claims.release(name)
+                return
             if self._has_lost_its_worker(name, status):
                 self._give_back(pool, number, deaths)
             time.sleep(_POLL_SECONDS)

@@ -46,7 +46,8 @@ from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
 from ml_backend.team import STILL_GOING, ScoringTeam
-from model.errors import DiskFullError, TSPError
+from model.bfloat16 import check_bfloat16
+from model.errors import DiskFullError, InvalidInputError, TSPError
 
 logger = logging.getLogger(__name__)
 
@@ -401,7 +402,8 @@ def _in_words(error: Exception) -> str:
 
 
 def check_device(settings: Settings) -> None:
-    """SettingsError when torch cannot use TSP_DEVICE here: a cycle would find out only after its snapshot."""
+    """SettingsError when torch cannot use TSP_DEVICE or TSP_PRECISION here: a cycle would find out only after its
+    snapshot, or its training."""
     device = settings.torch_device()
     try:
         torch.empty(0, device=device)
@@ -411,6 +413,11 @@ def check_device(settings: Settings) -> None:
             f"settings: TSP_DEVICE: expected a device that torch can use on this machine, got {device!r}: {reason} "
             "Set it to auto or cpu."
         ) from error
+    if settings.precision == "bfloat16":
+        try:
+            check_bfloat16(torch.device(device))
+        except InvalidInputError as error:
+            raise SettingsError(f"settings: TSP_PRECISION: {error}") from error
 
 
 def main() -> None:

@@ -41,6 +41,15 @@ def test_a_pool_is_found_as_it_was_cut_until_it_is_removed(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pool_whose_removal_broke_off_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = cut_pool(tmp_path / "chunks", 5, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda *_, **__: None)  # killed before it came to anything
+        pool.remove()
+    assert find_cut(tmp_path / "chunks", "7-1700000000", "tsp-1-00000000") is None
+    assert cut_pool(tmp_path / "chunks", 5, 2).chunks == 3
+
+
 def test_a_later_pool_of_the_same_version_has_another_name(tmp_path: Path) -> None:
     first = cut_pool(tmp_path / "chunks", 5, 2)
     first.remove()

@@ -622,6 +622,30 @@ def test_halves_are_sent_where_a_proxy_takes_no_large_request(
     assert client.predicted_task_ids(project.id, "v1") == set(ids)
 
 
+@pytest.mark.label_studio
+def test_after_a_request_that_broke_off_the_next_are_shorter(
+    client: LabelStudioClient, project: Project, label_studio: LabelStudioServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = client.import_tasks(project.id, [{"data": {"image": f"/{number}.png"}} for number in range(8)])
+    sent = [prediction(task, score=0.5) for task in ids]
+    one = len(json.dumps(sent[0]))
+    monkeypatch.setattr(ls_client, "_BYTES_AN_IMPORT", 20 * one)
+    monkeypatch.setattr(ls_client, "_LEAST_BYTES_AN_IMPORT", one)
+
+    def give_up_on_large(call: Call) -> Fault | None:
+        return Fault(kind="status", status=504) if len(call.body) > 3 * one else None
+
+    with (
+        FaultProxy(label_studio.url, give_up_on_large) as proxy,
+        LabelStudioClient(proxy.url, label_studio.token) as behind,
+    ):
+        for _ in range(2):
+            with pytest.raises(LabelStudioUnavailableError):
+                behind.import_predictions(project.id, sent)
+        assert behind.import_predictions(project.id, sent) == 8
+    assert client.predicted_task_ids(project.id, "v1") == set(ids)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_number_that_is_not_finite_is_no_prediction(value: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):

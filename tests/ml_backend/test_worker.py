@@ -167,6 +167,15 @@ def test_a_device_that_is_not_there_is_told_at_the_start(tmp_path: Path) -> None
     check_device(settings(tmp_path, TSP_DEVICE="auto"))
 
 
+def test_a_precision_that_this_machine_does_not_have_is_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.bfloat16.has_bfloat16", lambda: False)
+    check_device(settings(tmp_path, TSP_DEVICE="cpu"))
+    with pytest.raises(SettingsError, match=r"TSP_PRECISION: bfloat16: this CPU has no instructions for it"):
+        check_device(settings(tmp_path, TSP_DEVICE="cpu", TSP_PRECISION="bfloat16"))
+
+
 def test_an_error_that_is_kept_does_not_keep_what_its_functions_held() -> None:
     class Network:
         pass
