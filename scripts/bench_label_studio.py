@@ -46,20 +46,23 @@ class Connected:
         return project.id, name.key, self.client.import_tasks(project.id, tasks)
 
 
+def own_server(folder: Path) -> LabelStudioServer:
+    """A Label Studio for a benchmark alone, which keeps everything in `folder` and ends with the benchmark."""
+    return LabelStudioServer(
+        data_dir=folder / "label-studio",
+        username="bench@example.com",
+        password="as-quick-as-can",
+        report=lambda _: None,
+        end_with_us=True,
+    )
+
+
 @contextmanager
 def connected(server: LabelStudioServer | None = None) -> Iterator[Connected]:
     """Our service with a Label Studio that runs; without one, a new one is started, which takes a minute more."""
     with ExitStack() as running:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        server = server or running.enter_context(
-            LabelStudioServer(
-                data_dir=folder / "label-studio",
-                username="bench@example.com",
-                password="as-quick-as-can",
-                report=lambda _: None,
-                end_with_us=True,
-            )
-        )
+        server = server or running.enter_context(own_server(folder))
         environment = {
             "LABEL_STUDIO_URL": server.url,
             "LABEL_STUDIO_API_KEY": server.token,

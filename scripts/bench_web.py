@@ -26,6 +26,7 @@ from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
 from model.dataset import read_coco
 from scripts.backend_processes import BackendProcesses
+from scripts.bench_label_studio import own_server
 from scripts.label_studio_server import HOST, LabelStudioServer, free_port
 from scripts.make_phantoms import make_phantoms
 from scripts.oracle import Oracle
@@ -100,14 +101,7 @@ def _training(database_url: str, server: LabelStudioServer | None) -> Iterator[T
     """A real Label Studio, our two processes, and a first cycle that trains until the block ends."""
     with ExitStack() as running:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        server = server or running.enter_context(
-            LabelStudioServer(
-                data_dir=folder / "label-studio",
-                username="bench@example.com",
-                password="as-quick-as-can",
-                report=_quiet,
-            )
-        )
+        server = server or running.enter_context(own_server(folder))
         make_phantoms(folder / "phantoms", images=IMAGES, size=SIZE, seed=0)
         truth = read_coco(folder / "phantoms" / "annotations.json")
         environment = {
@@ -225,7 +219,3 @@ def _annotation_created(project: Project) -> dict[str, Any]:
         "project": {"id": project.id, "created_at": project.created_at.isoformat(), "title": project.title,
                     "label_config": project.label_config},
     }  # fmt: skip
-
-
-def _quiet(what: str) -> None:
-    pass

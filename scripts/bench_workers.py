@@ -29,6 +29,7 @@ from model.network import MaskRCNNWithScores
 from model.registry import ModelCard
 from scripts import bench_version
 from scripts.backend_processes import BackendProcesses
+from scripts.bench_label_studio import own_server
 from scripts.bench_version import LABEL_CONFIG, VERSION, environment
 from scripts.label_studio_server import LabelStudioServer, free_port
 from scripts.make_phantoms import make_phantoms
@@ -78,14 +79,7 @@ def _pool(
     """A project with images, and a version that has seen none of them but is not the active one."""
     with ExitStack() as running:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        server = server or running.enter_context(
-            LabelStudioServer(
-                data_dir=folder / "label-studio",
-                username="bench@example.com",
-                password="as-quick-as-can",
-                report=lambda _: None,
-            )
-        )
+        server = server or running.enter_context(own_server(folder))
         settings = environment(
             folder,
             port=free_port(),
