@@ -88,6 +88,14 @@ class ScoringTeam(DBOSConfiguredInstance):
         pool.remove()
         self._without_context(self._delete, [_name(pool, number) for number in range(pool.chunks)])
 
+    def forget_project(self, project_key: str) -> None:
+        """Remove the workflows of all its pools, also of those whose scoring has failed."""
+        self._without_context(self._delete_all, f"chunk-{project_key}-")
+
+    def _delete_all(self, prefix: str) -> None:
+        known = DBOS.list_workflows(workflow_id_prefix=prefix, load_input=False, load_output=False)
+        self._delete([workflow.workflow_id for workflow in known])
+
     def _delete(self, names: list[str]) -> None:
         for start in range(0, len(names), _DELETED_AT_ONCE):
             DBOS.delete_workflows(names[start : start + _DELETED_AT_ONCE])

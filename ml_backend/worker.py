@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
+from functools import partial
 from types import FrameType
 
 if __name__ == "__main__":  # the imports below take seconds; what is wrong with the settings is told before
@@ -242,9 +243,15 @@ class Worker:
         self._note_finished_work(project_key)
         if self._claims.take(project_key):
             self._go_on_with_work(project_key)
-            remove_forgotten_data(self._service, project_key, DBOS.delete_workflows)
+            remove_forgotten_data(self._service, project_key, partial(self._delete_workflows, project_key))
         if project_key not in self._busy_with.values():
             self._claims.release(project_key)
+
+    def _delete_workflows(self, project_key: str, names: list[str]) -> None:
+        """Of a project's cycles and activations, which have these names, and of its chunks."""
+        DBOS.delete_workflows(names)
+        if self._team:
+            self._team.forget_project(project_key)
 
     def _look_after(self, project_key: str) -> None:
         """One project's turn, if there is something to do that no other worker is at.

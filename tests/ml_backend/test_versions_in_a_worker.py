@@ -14,6 +14,7 @@ from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result, raw_api
 from tests.ml_backend.examples import import_images, phantom_images
 from tests.ml_backend.test_worker import Running, wait
+from tests.postgres import Postgres
 
 pytestmark = pytest.mark.label_studio
 
@@ -117,12 +118,12 @@ def test_a_worse_version_is_refused_and_people_can_promote_it_and_go_back(
 
 
 def test_a_project_that_is_forgotten_while_it_trains_can_begin_anew(
-    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, tmp_path: Path
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, postgres: Postgres, tmp_path: Path
 ) -> None:
     (task,) = import_images(client, project, phantom_images(1))
     client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
     place = {"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": label_studio.token}
-    with Running(tmp_path, **place, TSP_EPOCHS="40") as running:
+    with Running(tmp_path, **place, DATABASE_URL=postgres.new_database(), TSP_EPOCHS="40") as running:
         for forgotten in (True, False):
             running.connect(project.uid)
             ask_to_train(running, project)
