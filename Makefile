@@ -23,8 +23,11 @@ install: $(VENV)/installed .venv-label-studio/installed
 demo: install
 	@$(VENV)/bin/python -m scripts.demo $(DEMO_OPTIONS)
 
+# Much of the time of the tests is waiting. Each process has a Label Studio of its own; the longest files come first.
+PROCESSES ?= 2
+
 test: install
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .

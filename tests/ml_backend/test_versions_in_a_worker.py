@@ -1,5 +1,6 @@
 """The gate, going back to an older version and changes of the labels, with a worker process and a real Label Studio."""
 
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
 from scripts.label_studio_server import LabelStudioServer
-from tests.label_studio import polygon_result, raw_api
+from tests.label_studio import create_annotator, polygon_result, raw_api
 from tests.ml_backend.examples import import_images, phantom_images
 from tests.ml_backend.test_worker import Running, wait
 from tests.postgres import Postgres
@@ -161,7 +162,9 @@ def check_queue(
     counts = Counter(p["model_version"] for task in waiting for p in predictions(server, [task])[task])
     assert counts == {name: BATCH, f"{name}.pool": len(waiting) - BATCH}
     assert set(client.model_versions(project.id)) == {name, f"{name}.pool"}
-    served = client.next_task(project.id)
+    # To somebody new: who has opened a task gets it again, whatever the queue says meanwhile.
+    with LabelStudioClient(server.url, create_annotator(server, f"{uuid.uuid4()}@example.com")) as newcomer:
+        served = newcomer.next_task(project.id)
     assert served is not None
     assert served["id"] in batch
 
