@@ -32,6 +32,7 @@ from ml_backend.ls_format import (
     image_uri,
     instances_from_annotation,
 )
+from ml_backend.machines import meeting_of
 from ml_backend.network_options import network_options
 from ml_backend.pool import is_validation, read_scores
 from ml_backend.postponed import postpone, postponed_tasks, read_patiently
@@ -123,9 +124,8 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
         log.progress(progress.step, progress.steps)
 
     checkpoint = folder / "checkpoint.safetensors"
-    processes = service.settings.processes
     run = partial(
-        train if processes == 1 else partial(train_in_processes, processes=processes),
+        _trainer(service, log),
         network,
         [*training.images, *pseudo],
         config,
@@ -139,6 +139,20 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
     progress = _from_the_start_if_unusable(run, checkpoint)
     if progress:  # none when the checkpoint was complete already
         log.facts({"training_seconds": round(time.monotonic() - started, 1), "loss": progress.losses})
+
+
+def _trainer(service: Service, log: CycleLog) -> Callable[..., Progress | None]:
+    """`train`, by as many processes and machines as the settings say."""
+    settings = service.settings
+    if settings.processes == settings.machines == 1:
+        return train
+
+    def on_wait(reason: str) -> None:
+        log.check_wanted()
+        log.wait(f"{reason}. Start `python -m ml_backend.machine` there.")
+
+    meeting = meeting_of(settings) if settings.machines > 1 else None
+    return partial(train_in_processes, processes=settings.processes, meeting=meeting, on_wait=on_wait)
 
 
 def _tell_of_pseudo_labels(

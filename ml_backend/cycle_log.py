@@ -45,7 +45,8 @@ class CycleLog:
         self._update(stage=stage, done=done, total=total)
 
     def wait(self, reason: str) -> None:
-        """The stage cannot go on and will be tried again; the first of several such tries says since when."""
+        """The stage cannot go on for now; the first of several such calls says since when."""
+        self._goes_on = False
         with self._database.session() as session:
             row = session.get_one(self._table, self._identity)
             known = row.facts.get("waiting") or {"since": utc_now()}

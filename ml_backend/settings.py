@@ -214,6 +214,18 @@ class Settings(BaseSettings):
         "processes that train together, each on its share of TSP_IMAGES_PER_STEP; with TSP_DEVICE=cuda each on a GPU",
         ge=1,
     )
+    machines: int = _env(
+        "TSP_MACHINES",
+        1,
+        "machines that train together, the worker's included, each with TSP_PROCESSES; the others run "
+        "`python -m ml_backend.machine`",
+        ge=1,
+    )
+    meeting_point: str = _env(
+        "TSP_MEETING_POINT",
+        "",
+        "`host:port` at which the worker's machine waits for the others, in a network of their own",
+    )
     scoring_chunk: int = _env(
         "TSP_SCORING_CHUNK",
         100,
@@ -280,6 +292,16 @@ class Settings(BaseSettings):
             raise ValueError(f"expected at most TSP_IMAGES_PER_STEP ({images}): each needs an image in every step")
         return processes
 
+    @field_validator("machines")
+    @classmethod
+    def _an_image_for_each_machine(cls, machines: int, info: ValidationInfo) -> int:
+        processes, images = info.data.get("processes", 1), info.data.get("images_per_step", machines)
+        if machines * processes > images:
+            raise ValueError(
+                f"expected at most TSP_IMAGES_PER_STEP ({images}) in all: each needs an image in every step"
+            )
+        return machines
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
@@ -316,6 +338,10 @@ class Settings(BaseSettings):
             settings.pseudo_labels()
         except InvalidInputError as error:
             raise SettingsError(f"settings: {error}. The README lists every setting.") from error
+        if settings.machines > 1 and not settings.meeting_point:
+            raise SettingsError(
+                "TSP_MACHINES is more than 1: set TSP_MEETING_POINT to host:port of the worker's machine"
+            )
         if (settings.basic_auth_user is None) != (settings.basic_auth_pass is None):
             raise SettingsError("BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither")
         if settings.basic_auth_user is None and settings.host not in _THIS_MACHINE:

@@ -1,4 +1,4 @@
-"""`train` by several processes of this machine, which are started here and end with whoever asked for them."""
+"""`train` by several processes, of this machine and perhaps of others, which end with whoever asked for them."""
 
 import json
 import logging
@@ -7,9 +7,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from model.dataset import LabeledSet, read_coco, write_coco
 from model.distributed import Ranks
 from model.errors import InvalidInputError, TrainingProcessError, TSPError
 from model.files import read_tensors, write_json, write_tensors
+from model.machines import Connection, Meeting, command, gathered, orders
 from model.network import MaskRCNNWithScores
 from model.train import Progress, load_trained, train
 from model.types import FloatArray, LabeledImage
@@ -41,22 +45,26 @@ def train_in_processes(
     class_thresholds: FloatArray | None = None,
     device: str = "cpu",
     on_step: Callable[[Progress], None] | None = None,
+    meeting: Meeting | None = None,
+    on_wait: Callable[[str], None] = logger.info,
 ) -> Progress | None:
     """`model.train.train` by so many processes, on "cuda" each on a GPU of its own; see there and `model.distributed`.
 
-    A process that dies ends the others; all are started again and go on from the checkpoint. Raises what `train`
-    raises, InvalidInputError for more processes than images in a step, and TrainingProcessError when processes die
-    again and again.
+    With a `meeting`, on each of several machines (`model.machines`); `on_wait` is told once a second which are missing.
+    A process, or a machine, that dies ends the others; all are started again and go on from the checkpoint. Raises what
+    `train` raises, InvalidInputError for more processes than images in a step, and TrainingProcessError when processes
+    die again and again.
     """
-    if processes > config.batch_size:
+    in_all = processes * (meeting.machines if meeting else 1)
+    if in_all > config.batch_size:
         raise InvalidInputError(
-            f"processes: expected at most batch_size ({config.batch_size}), since each needs an image in every step, "
-            f"got {processes}"
+            f"processes: expected at most batch_size ({config.batch_size}) on all machines, since each needs an image "
+            f"in every step, got {in_all}"
         )
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix="together-") as place:
         job = Path(place)
         _hand_over(job, network, images, config, pseudo, class_thresholds, checkpoint, device, processes)
-        progress = _until_done(job, processes, on_step)
+        progress = _until_done(partial(_run, job, processes, on_step, meeting, on_wait), in_all)
     load_trained(network.to(device), checkpoint)
     return progress
 
@@ -89,12 +97,12 @@ def _hand_over(
     write_json(job / "job.json", described)
 
 
-def _until_done(job: Path, processes: int, on_step: Callable[[Progress], None] | None) -> Progress | None:
+def _until_done(run: Callable[[Progress | None], tuple[int, Progress | None]], processes: int) -> Progress | None:
     """Start the processes until they have come to the end."""
     starts, newest = 0, None
     while True:
         before = newest
-        code, newest = _run(job, processes, on_step, newest)
+        code, newest = run(newest)
         if code == 0:
             return newest
         starts = 1 if newest != before else starts + 1
@@ -107,31 +115,67 @@ def _until_done(job: Path, processes: int, on_step: Callable[[Progress], None] |
 
 
 def _run(
-    job: Path, processes: int, on_step: Callable[[Progress], None] | None, newest: Progress | None
+    job: Path,
+    processes: int,
+    on_step: Callable[[Progress], None] | None,
+    meeting: Meeting | None,
+    on_wait: Callable[[str], None],
+    newest: Progress | None,
 ) -> tuple[int, Progress | None]:
     """Start the processes once; the exit code, and the newest progress. Raises the error that one of them reports."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    started = subprocess.Popen(
-        [*command, "-m", "model.together", str(job)],
-        stdin=subprocess.PIPE,  # its end tells them that we have ended
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        for line in started.stdout or ():
-            said = json.loads(line)
+    with ExitStack() as ends:
+        others = ends.enter_context(gathered(meeting, on_wait)) if meeting else []
+        ours, *theirs = orders(meeting, job=job, processes=processes)
+        for other, order in zip(others, theirs, strict=True):
+            other.take_time()
+            other.say(order)
+        started = ends.enter_context(_started(command(ours)))
+        for said in _said(started, others):
             if "error" in said:
                 raise getattr(errors, said["error"])(said["message"])
             newest = Progress(**said)
             if on_step:
                 on_step(newest)
         return started.wait(), newest
+
+
+@contextmanager
+def _started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """Our processes, which end with the block."""
+    pipe = subprocess.PIPE
+    started = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)  # the end of stdin tells them that we ended
+    try:
+        yield started
     finally:
         if started.stdin:
             started.stdin.close()
-        if started.stdout:
-            started.stdout.close()
         started.wait()
+
+
+def _said(started: "subprocess.Popen[str]", others: Sequence[Connection]) -> Iterator[dict[str, Any]]:
+    """What processes say, ours and those of other machines, until ours end: they do when a machine is gone."""
+    words: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+
+    def hear_ours() -> None:
+        with started.stdout or nullcontext(()) as lines:
+            for line in lines:
+                words.put(json.loads(line))
+        words.put(None)
+
+    def hear(other: Connection) -> None:
+        with suppress(OSError, ValueError):  # the latter when it is closed here, at the end
+            while True:
+                words.put(other.hear())
+        if started.poll() is None and started.stdin:
+            logger.warning("a machine that trains with this one is gone")
+            with suppress(OSError, ValueError):
+                started.stdin.close()
+
+    threading.Thread(target=hear_ours, daemon=True).start()
+    for other in others:
+        threading.Thread(target=hear, args=(other,), daemon=True).start()
+    while (said := words.get()) is not None:
+        yield said
 
 
 def main() -> None:

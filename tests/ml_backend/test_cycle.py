@@ -1,7 +1,11 @@
 """The stages of a cycle, on annotations of a real Label Studio and with real training of a small network."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +32,7 @@ from model.files import read_tensors, write_bytes, write_tensors
 from model.geometry import polygons_to_rle
 from model.predict import detect
 from model.pseudo_labels import with_score_threshold
-from scripts.label_studio_server import LabelStudioServer
+from scripts.label_studio_server import LabelStudioServer, free_port
 from tests.label_studio import polygon_result, raw_api
 from tests.ml_backend.examples import (
     begin_cycle,
@@ -41,6 +45,7 @@ from tests.ml_backend.examples import (
     settings,
     sha256,
 )
+from tests.ml_backend.test_worker import wait
 
 pytestmark = pytest.mark.label_studio
 
@@ -253,6 +258,34 @@ def test_two_processes_train_a_version_together(
         assert cycle_row(together, key).facts["loss"].keys() >= {"loss_mask", "loss_mask_iou"}
         assert evaluate_version(together, key, 1, version, log)
         assert together.registry.load(key, version)[1].version == version
+
+
+def test_a_worker_waits_for_another_machine_and_they_train_a_version_together(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, tmp_path: Path
+) -> None:
+    annotate(client, project, [*grey_images(3), *grey_images(1, validation=True)])
+    place = {"TSP_MACHINES": 2, "TSP_IMAGES_PER_STEP": 2, "TSP_MEETING_POINT": f"127.0.0.1:{free_port()}"}
+    with another_service(service, tmp_path, **place) as together, ThreadPoolExecutor() as pool:
+        version = snapshot(together, key, 1, log)
+        training = pool.submit(train_version, together, key, 1, log)
+        wait(lambda: "waiting" in cycle_row(together, key).facts or training.done(), training.exception)
+        waiting = cycle_row(together, key).facts["waiting"]["for"]
+        assert waiting == (
+            f"1 of 2 machines to train together are missing at {place['TSP_MEETING_POINT']}. "
+            "Start `python -m ml_backend.machine` there."
+        )
+        environment = {"MODEL_DIR": str(together.settings.model_dir)} | {n: str(v) for n, v in place.items()}
+        command = [sys.executable, "-m", "ml_backend.machine"]
+        with (tmp_path / "machine.log").open("w") as words:
+            machine = subprocess.Popen(command, env={**os.environ, **environment}, stderr=words)
+        try:
+            training.result(timeout=120)
+        finally:
+            machine.terminate()
+        assert machine.wait() == 0
+        assert "waiting" not in cycle_row(together, key).facts
+        assert "as machine 2 of 2" in (tmp_path / "machine.log").read_text()
+        assert evaluate_version(together, key, 1, version, log)
 
 
 def test_images_that_nobody_labelled_teach_by_what_the_active_version_trusted(

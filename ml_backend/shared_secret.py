@@ -1,0 +1,43 @@
+"""A secret in MODEL_DIR, which whoever shares the folder knows: random, and readable by this user alone."""
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+from ml_backend.errors import SettingsError
+
+_SECRET = re.compile(r"[0-9a-f]{64}")
+
+
+def shared_secret(path: Path, of: str) -> str:
+    """64 hexadecimal digits, made by whichever process asks first. SettingsError, which says what it is the secret
+    `of`, when the file cannot be read or written, or is damaged."""
+    try:
+        if not path.exists():
+            _create(path)
+        secret = path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError as error:
+        raise SettingsError(
+            f"{path}: the secret of {of} cannot be read or written ({error.strerror}): run all processes as the same "
+            "user"
+        ) from error
+    if not _SECRET.fullmatch(secret):
+        raise SettingsError(f"{path}: expected 64 hexadecimal digits: delete the file and start all processes again")
+    return secret
+
+
+def _create(path: Path) -> None:
+    """In one step, and never over one that another process has made meanwhile."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(unfinished, path)
+    except FileExistsError:
+        pass
+    finally:
+        unfinished.unlink()

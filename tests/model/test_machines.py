@@ -1,0 +1,182 @@
+"""Training on several machines: here each is a process of its own, and they meet at 127.0.0.1."""
+
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+
+from model.config import TrainingConfig
+from model.errors import InvalidInputError
+from model.machines import Connection, Meeting, gathered
+from model.together import train_in_processes
+from scripts.label_studio_server import free_port
+from tests.model.examples import tiny_network
+from tests.model.test_distributed import ROOT, TRAINING, images, processes_of
+
+__all__ = ["images"]
+
+SECRET = "open sesame"
+CONFIG = TrainingConfig(**TRAINING, milestones=(2, 4))
+
+
+@pytest.fixture
+def meeting(tmp_path):
+    return Meeting.at(f"127.0.0.1:{free_port()}", machines=2, secret=SECRET.encode(), folder=tmp_path)
+
+
+@contextmanager
+def another_machine(meeting, *, secret=SECRET, folder=None):
+    """Its process and the file with what it says."""
+    log = meeting.folder / f"log-{time.monotonic_ns()}"
+    command = [sys.executable, "-m", "tests.model.follows", meeting.address, secret, str(folder or meeting.folder)]
+    with log.open("w") as words, subprocess.Popen(command, cwd=ROOT, stderr=words) as process:
+        try:
+            yield process, log
+        finally:
+            process.kill()
+
+
+def wait(until):
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def train(images, meeting, *, on_step=None, on_wait=lambda reason: None):
+    network = tiny_network(frozen_batch_norm=True)
+    options = {"processes": 1, "checkpoint": meeting.folder / "c.safetensors", "meeting": meeting}
+    train_in_processes(network, images, CONFIG, on_step=on_step, on_wait=on_wait, **options)
+    return network.state_dict()
+
+
+@pytest.fixture(scope="module")
+def on_one_machine(images, tmp_path_factory):
+    """The losses by step, and the weights, of two processes on one machine."""
+    losses, network = [], tiny_network(frozen_batch_norm=True)
+    checkpoint = tmp_path_factory.mktemp("one") / "c.safetensors"
+    options = {"processes": 2, "checkpoint": checkpoint, "on_step": lambda progress: losses.append(progress.loss)}
+    train_in_processes(network, images, CONFIG, **options)
+    return losses, network.state_dict()
+
+
+def test_two_machines_train_as_one_with_two_processes(images, on_one_machine, meeting):
+    losses, reasons = [], []
+    with another_machine(meeting) as (process, log):
+        weights = train(images, meeting, on_step=lambda p: losses.append(p.loss), on_wait=reasons.append)
+        wait(lambda: "have ended with 0" in log.read_text())  # and it is there for the next training
+        assert process.poll() is None
+    assert losses == on_one_machine[0]
+    for name, tensor in on_one_machine[1].items():
+        assert torch.equal(weights[name], tensor), name
+    assert set(reasons) == {f"1 of 2 machines to train together are missing at {meeting.address}"}
+    assert processes_of("model.together") == []
+
+
+def test_when_a_machine_dies_the_training_waits_for_another_and_goes_on(images, on_one_machine, meeting):
+    """Checkpoints are at 2, 4 and 6: after the death in step 3, step 3 is done again, and no other."""
+    steps, reasons = [], []
+    with another_machine(meeting) as (victim, _):
+
+        def on_step(progress):
+            steps.append(progress.step)
+            if steps == [1, 2, 3]:
+                children = processes_of("model.together")
+                victim.kill()
+                wait(lambda: processes_of("model.together") != children)  # it ends them with itself
+
+        def on_wait(reason):
+            reasons.append(reason)
+            if steps and len(others) == 0:
+                others.append(ends.enter_context(another_machine(meeting)))
+
+        others = []
+        with ExitStack() as ends:
+            weights = train(images, meeting, on_step=on_step, on_wait=on_wait)
+    assert steps[:3] == [1, 2, 3]
+    assert steps[-4:] == [3, 4, 5, 6]
+    for name, tensor in on_one_machine[1].items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_a_machine_with_another_secret_or_another_folder_is_refused_and_told(images, meeting, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    with (
+        another_machine(meeting, secret="guess") as (_, stranger),
+        another_machine(meeting, folder=elsewhere) as (_, mislaid),
+    ):
+
+        def on_wait(reason):
+            if "refuses" in stranger.read_text() and "refuses" in mislaid.read_text():
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(images, meeting, on_wait=on_wait)
+    assert "expected the secret of the machine that leads" in stranger.read_text()
+    assert str(meeting.folder) not in stranger.read_text()
+    assert f"folder: expected '{meeting.folder}', as here, got '{elsewhere}'" in mislaid.read_text()
+
+
+def test_a_machine_follows_nobody_who_does_not_know_the_secret(meeting):
+    with socket.create_server((meeting.host, meeting.port)) as listening, another_machine(meeting) as (_, log):
+        impostor = Connection(listening.accept()[0])
+        impostor.say({"nonce": "1"})
+        impostor.hear()
+        impostor.say({"proof": "0" * 64})
+        impostor.say({"job": "/tmp", "rank": 1, "machines": 2, "processes": 1, "host": "127.0.0.1", "port": 1})
+        wait(lambda: "does not know the secret: nothing it says is followed" in log.read_text())
+        impostor.close()
+
+
+@pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"proof": 7}\n', b"\xff" * 100 + b"\n"])
+def test_what_strangers_send_disturbs_nobody(meeting, noise):
+    def on_wait(reason):
+        reasons.append(reason)
+        if len(reasons) == 1:
+            with socket.create_connection((meeting.host, meeting.port)) as stranger:
+                stranger.sendall(noise)
+        if len(reasons) == 3:
+            raise KeyboardInterrupt
+
+    reasons = []
+    with pytest.raises(KeyboardInterrupt), gathered(meeting, on_wait):
+        pass
+    assert all("1 of 2 machines" in reason for reason in reasons)
+
+
+def test_an_address_that_another_training_uses_is_waited_for(meeting):
+    reasons = []
+
+    def on_wait(reason):
+        reasons.append(reason)
+        other.close()
+        if "missing" in reason:
+            raise KeyboardInterrupt
+
+    other = socket.create_server((meeting.host, meeting.port))
+    with pytest.raises(KeyboardInterrupt), gathered(meeting, on_wait):
+        pass
+    assert "another program listens at" in reasons[0]
+
+
+@pytest.mark.parametrize("address", ["", "host", ":1", "host:", "host:x", "host:0", "host:65536"])
+def test_what_is_no_address_is_told(address, tmp_path):
+    with pytest.raises(InvalidInputError, match="expected an address like 10"):
+        Meeting.at(address, machines=2, secret=b"", folder=tmp_path)
+
+
+def test_an_address_of_another_machine_is_told(tmp_path):
+    meeting = Meeting.at("192.0.2.1:29400", machines=2, secret=b"", folder=tmp_path)
+    with pytest.raises(InvalidInputError, match="an address of this machine"), gathered(meeting, print):
+        pass
+
+
+def test_there_are_not_more_processes_than_images_in_a_step(images, meeting):
+    with pytest.raises(InvalidInputError, match=r"at most batch_size \(4\) on all machines.*got 6"):
+        train_in_processes(
+            tiny_network(), images, CONFIG, processes=3, checkpoint=meeting.folder / "c.safetensors", meeting=meeting
+        )
