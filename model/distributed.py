@@ -47,8 +47,16 @@ class Ranks:
         """Part from the others; no process trains with them any more."""
         torch.distributed.destroy_process_group()
 
-    def start_alike(self, network: nn.Module) -> None:
-        """Give every process the weights of the first one."""
+    def start_alike(self, network: nn.Module, first: int) -> None:
+        """Give every process the weights of the first one. RuntimeError unless all go on at the same step, `first`."""
+        steps = torch.tensor([first, -first], device=next(network.parameters()).device)
+        torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
+        latest, earliest = int(steps[0]), -int(steps[1])
+        if latest != earliest:
+            raise RuntimeError(
+                f"expected that all processes see one checkpoint, got steps {earliest} to {latest}: does the folder "
+                "that they share show what was written elsewhere?"
+            )
         for tensor in network.state_dict().values():
             torch.distributed.broadcast(tensor, src=0)
 

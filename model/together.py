@@ -184,6 +184,7 @@ def main() -> None:
     job = Path(sys.argv[1])
     described = json.loads((job / "job.json").read_text())
     torch.set_num_threads(described["threads"])
+    list(Path(described["checkpoint"]).parent.iterdir())  # so that a network file system looks again what is there
     device = Ranks.local_device(described["device"])
     ranks = Ranks.join(device=device)
     try:

@@ -76,7 +76,7 @@ def train(
     run = _fingerprint(network, images, config, (pseudo, class_thresholds) if teacher else (None, None))
     first = _resume(checkpoint, run, network, optimizer, teacher) if checkpoint else 0
     if ranks:
-        ranks.start_alike(network)
+        ranks.start_alike(network, first)
 
     progress, at_once = None, None
     batches = DataLoader(

@@ -119,6 +119,21 @@ def test_a_process_outside_of_torchrun_is_told_how_to_start(monkeypatch):
         Ranks.join()
 
 
+def test_processes_that_would_go_on_at_different_steps_do_not_train(tmp_path):
+    """As when the folder that machines share shows an older checkpoint on one of them."""
+    program = tmp_path / "start.py"
+    program.write_text(
+        "from torch import nn\nfrom model.distributed import Ranks\nranks = Ranks.join()\n"
+        "ranks.start_alike(nn.Linear(1, 1), 50 * (1 + ranks.rank))\nprint('trains')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "trains" not in done.stdout
+    assert "expected that all processes see one checkpoint, got steps 50 to 100" in done.stderr
+
+
 # --- started by `train_in_processes`
 
 
