@@ -9,13 +9,16 @@ network of these machines' own.
 """
 
 import errno
+import fcntl
 import hashlib
 import hmac
 import json
 import logging
+import os
 import secrets
 import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -38,6 +41,7 @@ _AFTER_REFUSAL_SECONDS = 15.0
 _ANSWER_SECONDS = 10.0  # for each line of the greeting
 _SEE_FILES_SECONDS = 60.0  # until a shared folder shows what another machine wrote
 _LONGEST_LINE = 1 << 20
+_SIOCGIFADDR = 0x8915  # the address of an interface
 _KEEP_ALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}  # a silent machine: 20 s
 
 
@@ -253,12 +257,16 @@ def _take_part(leader: Connection) -> None:
     until = time.monotonic() + _SEE_FILES_SECONDS
     while not (job / "job.json").exists() and time.monotonic() < until and leader.is_open():
         time.sleep(_ASK_EVERY_SECONDS)
-    started = subprocess.Popen(command(order), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    place = environment(leader.raw.getsockname()[0])
+    started = subprocess.Popen(command(order), env=place, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     telling = threading.Thread(target=_tell, args=(started, leader), daemon=True)
     telling.start()
     try:
         while started.poll() in (None, 0) and leader.is_open():  # after a good end, the leader closes
             time.sleep(0.1)
+        if started.returncode and leader.is_open():
+            telling.join()
+            leader.say({"ended": started.returncode})
     finally:
         if started.stdin:
             started.stdin.close()  # ends them
@@ -288,6 +296,29 @@ def command(order: Message) -> list[str]:
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", *place, f"--nproc-per-node={order['processes']}"]
     return [*torchrun, "-m", "model.together", str(order["job"])]
+
+
+def environment(host: str) -> dict[str, str]:
+    """Of a machine's processes: by gloo and NCCL, too, they meet where the machines do. Torch would go by the name of
+    the machine, which may mean 127.0.1.1, or by the first network card."""
+    interface = _interface_with(socket.gethostbyname(host))
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {**(dict.fromkeys(names, interface) if interface else {}), **os.environ}
+
+
+def _interface_with(address: str) -> str | None:
+    """The network interface that has this IPv4 address; None when there is none, or nobody can say (not on Linux)."""
+    if sys.platform != "linux":
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as some:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(some.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
 
 
 def orders(meeting: Meeting | None, *, job: Path, processes: int) -> list[Message]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from model.dataset import LabeledSet, read_coco, write_coco
 from model.distributed import Ranks
 from model.errors import InvalidInputError, TrainingProcessError, TSPError
 from model.files import read_tensors, write_json, write_tensors
-from model.machines import Connection, Meeting, command, gathered, orders
+from model.machines import Connection, Meeting, command, environment, gathered, orders
 from model.network import MaskRCNNWithScores
 from model.train import Progress, load_trained, train
 from model.types import FloatArray, LabeledImage
@@ -97,14 +97,19 @@ def _hand_over(
     write_json(job / "job.json", described)
 
 
-def _until_done(run: Callable[[Progress | None], tuple[int, Progress | None]], processes: int) -> Progress | None:
-    """Start the processes until they have come to the end."""
+def _until_done(
+    run: Callable[[Progress | None], tuple[int | None, Progress | None]], processes: int
+) -> Progress | None:
+    """Start the processes until they have come to the end, however often a machine is lost."""
     starts, newest = 0, None
     while True:
         before = newest
         code, newest = run(newest)
         if code == 0:
             return newest
+        if code is None:
+            logger.warning("a machine that trained with this one is gone; the training goes on when there is another")
+            continue
         starts = 1 if newest != before else starts + 1
         if starts >= _MOST_STARTS:
             raise TrainingProcessError(
@@ -121,29 +126,35 @@ def _run(
     meeting: Meeting | None,
     on_wait: Callable[[str], None],
     newest: Progress | None,
-) -> tuple[int, Progress | None]:
-    """Start the processes once; the exit code, and the newest progress. Raises the error that one of them reports."""
+) -> tuple[int | None, Progress | None]:
+    """Start the processes once; the exit code, None when a machine was lost, and the newest progress. Raises the error
+    that one of them reports."""
     with ExitStack() as ends:
         others = ends.enter_context(gathered(meeting, on_wait)) if meeting else []
         ours, *theirs = orders(meeting, job=job, processes=processes)
-        for other, order in zip(others, theirs, strict=True):
-            other.take_time()
-            other.say(order)
-        started = ends.enter_context(_started(command(ours)))
-        for said in _said(started, others):
+        try:
+            for other, order in zip(others, theirs, strict=True):
+                other.take_time()
+                other.say(order)
+        except OSError:
+            return None, newest
+        started = ends.enter_context(_started(command(ours), environment(meeting.host) if meeting else None))
+        lost: list[Connection] = []
+        for said in _said(started, others, lost):
             if "error" in said:
                 raise getattr(errors, said["error"])(said["message"])
             newest = Progress(**said)
             if on_step:
                 on_step(newest)
-        return started.wait(), newest
+        code = started.wait()
+        return (None if lost else code), newest
 
 
 @contextmanager
-def _started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
+def _started(command: list[str], environment: dict[str, str] | None) -> Iterator["subprocess.Popen[str]"]:
     """Our processes, which end with the block."""
-    pipe = subprocess.PIPE
-    started = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)  # the end of stdin tells them that we ended
+    pipe = subprocess.PIPE  # the end of stdin tells them that we have ended
+    started = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
     try:
         yield started
     finally:
@@ -152,8 +163,11 @@ def _started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
         started.wait()
 
 
-def _said(started: "subprocess.Popen[str]", others: Sequence[Connection]) -> Iterator[dict[str, Any]]:
-    """What processes say, ours and those of other machines, until ours end: they do when a machine is gone."""
+def _said(
+    started: "subprocess.Popen[str]", others: Sequence[Connection], lost: list[Connection]
+) -> Iterator[dict[str, Any]]:
+    """What processes say, ours and those of other machines, until ours end: they do when those of another machine have
+    ended, or it is `lost`, which it is added to."""
     words: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
 
     def hear_ours() -> None:
@@ -163,13 +177,14 @@ def _said(started: "subprocess.Popen[str]", others: Sequence[Connection]) -> Ite
         words.put(None)
 
     def hear(other: Connection) -> None:
-        with suppress(OSError, ValueError):  # the latter when it is closed here, at the end
-            while True:
-                words.put(other.hear())
-        if started.poll() is None and started.stdin:
-            logger.warning("a machine that trains with this one is gone")
-            with suppress(OSError, ValueError):
-                started.stdin.close()
+        try:
+            while "ended" not in (said := other.hear()):
+                words.put(said)
+        except (OSError, ValueError):  # the latter when it is closed here, at the end
+            if started.poll() is None:
+                lost.append(other)
+        if started.stdin:
+            started.stdin.close()
 
     threading.Thread(target=hear_ours, daemon=True).start()
     for other in others:

@@ -1,5 +1,6 @@
 """Training on several machines: here each is a process of its own, and they meet at 127.0.0.1."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from model.config import TrainingConfig
-from model.errors import InvalidInputError
-from model.machines import Connection, Meeting, gathered
+from model.errors import InvalidInputError, TrainingProcessError
+from model.machines import Connection, Meeting, environment, gathered
 from model.together import train_in_processes
 from scripts.label_studio_server import free_port
 from tests.model.examples import tiny_network
@@ -29,11 +30,14 @@ def meeting(tmp_path):
 
 
 @contextmanager
-def another_machine(meeting, *, secret=SECRET, folder=None):
+def another_machine(meeting, *, secret=SECRET, folder=None, **environment):
     """Its process and the file with what it says."""
     log = meeting.folder / f"log-{time.monotonic_ns()}"
     command = [sys.executable, "-m", "tests.model.follows", meeting.address, secret, str(folder or meeting.folder)]
-    with log.open("w") as words, subprocess.Popen(command, cwd=ROOT, stderr=words) as process:
+    with (
+        log.open("w") as words,
+        subprocess.Popen(command, cwd=ROOT, stderr=words, env={**os.environ, **environment}) as process,
+    ):
         try:
             yield process, log
         finally:
@@ -101,6 +105,18 @@ def test_when_a_machine_dies_the_training_waits_for_another_and_goes_on(images, 
     assert steps[-4:] == [3, 4, 5, 6]
     for name, tensor in on_one_machine[1].items():
         assert torch.equal(weights[name], tensor), name
+
+
+def test_the_processes_meet_on_the_network_card_of_the_meeting_point(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    assert environment("localhost") == {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    assert environment("192.0.2.1") == dict(os.environ)
+
+
+def test_a_machine_whose_processes_end_at_once_is_told_and_not_waited_for_for_ever(images, meeting):
+    with another_machine(meeting, GLOO_SOCKET_IFNAME="nowhere0"), pytest.raises(TrainingProcessError, match="3 times without"):
+        train(images, meeting)
 
 
 def test_a_machine_with_another_secret_or_another_folder_is_refused_and_told(images, meeting, tmp_path_factory):
