@@ -37,7 +37,7 @@ from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import ActivationLog, CycleLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
-from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError, SettingsError
+from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError, SettingsError, StoreUnavailableError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
 from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool
@@ -64,10 +64,17 @@ _GOES_ON = " Then start web process and worker again: this goes on where it was.
 
 
 def _is_worth_waiting(error: BaseException) -> bool:
-    return isinstance(error, LabelStudioUnavailableError | LabelStudioAuthError | OperationalError | DiskFullError)
+    return isinstance(error, _WORTH_WAITING)
 
 
-# However long Label Studio or the database is away, the token refused or the disk full: a cycle waits and goes on.
+# However long one of these lasts, a cycle waits and goes on.
+_WORTH_WAITING = (
+    LabelStudioUnavailableError,
+    LabelStudioAuthError,
+    StoreUnavailableError,
+    OperationalError,  # the database is away or locked
+    DiskFullError,
+)
 _durable_step = DBOS.step(
     retries_allowed=True,
     interval_seconds=_WAIT_FOR_LABEL_STUDIO_SECONDS,
@@ -197,7 +204,8 @@ class Worker:
         self._process = f"{name}-{secrets.token_hex(4)}"
         # Queues of this process alone: who has a project's claim, does its work.
         self._queues = {what: f"{what}s-{self._process}" for what in _QUEUES}
-        is_shared = not service.settings.database.startswith("sqlite")
+        # Chunks lie in MODEL_DIR: with a store, whoever has the project looks at its pool alone.
+        is_shared = not service.settings.database.startswith("sqlite") and service.store is None
         self._team = ScoringTeam(service, claims, process=self._process) if is_shared else None
         self._cycles = DurableCycles(service, claims, self._team)
         self._busy_with: dict[str, str | None] = dict.fromkeys(_QUEUES)  # the project whose cycle or activation runs
