@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"}  # whose errors tell of a store that is away
 _PARTS = ".parts"
+_REST_SECONDS = 5.0  # after a question in vain, for those who go on with what they remember
+# s3fs tries five times; botocore, below it, would try each of these five times, which takes a minute.
+_S3_OPTIONS = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
 
 
 def open_store(settings: Settings, *, remembers_seconds: float = 0.0) -> "Store | None":
@@ -43,12 +46,13 @@ class Store:
 
     Every method raises StoreUnavailableError when the store does not answer or refuses us, and those that write files
     here DiskFullError. `recall` may answer what was true `remembers_seconds` ago, or the last that was known while the
-    store is away.
+    store is away. Whoever remembers leaves a store that is away alone for a while.
     """
 
     def __init__(self, url: str, folder: Path, *, remembers_seconds: float = 0.0) -> None:
         self._url, self._folder, self._remembers_seconds = url.rstrip("/"), folder, remembers_seconds
         self._remembered: dict[tuple[str, Path], tuple[float, Any]] = {}
+        self._trouble, self._rests_until = "", 0.0
 
     def read(self, path: Path) -> bytes | None:
         """What the store has under the path of a file; None when it has nothing."""
@@ -191,7 +195,8 @@ class Store:
         """The file system of fsspec, and the root in its words. Imported at the first question: it takes a while."""
         from fsspec.core import url_to_fs
 
-        files, root = url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True)
+        options = {} if self._is_folder else _S3_OPTIONS
+        files, root = url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True, **options)
         return files, str(root)
 
     @property
@@ -233,6 +238,8 @@ class Store:
     def _asking(self, path: Path) -> Iterator[None]:
         """What keeps the store from answering is a StoreUnavailableError; FileNotFoundError passes, unless it is the
         whole bucket that is missing."""
+        if time.monotonic() < self._rests_until:
+            raise StoreUnavailableError(self._trouble)
         try:
             if self._is_folder and not Path(self._opened[1]).is_dir():
                 raise NotADirectoryError("the folder is not there: create it, or mount it")
@@ -242,12 +249,15 @@ class Store:
             is_of_the_store = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _LIBRARIES
             if is_missing or not is_of_the_store:
                 raise
-            raise StoreUnavailableError(
+            if self._remembers_seconds:
+                self._rests_until = time.monotonic() + _REST_SECONDS
+            self._trouble = (
                 f"the store does not answer for {self._shown(path)}: {_reason(error)}. Look at the store, at "
                 "TSP_STORE_URL, and at what gives endpoint and credentials (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and so "
                 "on). When it answers again, this goes on where it was; after a change of these variables, start the "
                 "processes again."
-            ) from error
+            )
+            raise StoreUnavailableError(self._trouble) from error
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The store itself, as a folder and as a bucket of a real S3 server."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -9,14 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ml_backend.errors import StoreError, StoreUnavailableError
+from ml_backend.errors import ImageHostSilentError, SettingsError, StoreError, StoreUnavailableError
+from ml_backend.foreign_hosts import AllowedHosts
+from ml_backend.images import ImageStore
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.service import Service
 from ml_backend.store import Store
 from ml_backend.stored_registry import StoredRegistry
 from model.errors import RegistryError
 from model.registry import Registry
 from scripts.label_studio_server import free_port
 from scripts.tiny_version import tiny_version
-from tests.ml_backend.examples import KEY, VERSION, sha256
+from tests.ml_backend.examples import KEY, NOWHERE, VERSION, phantom_images, settings, sha256
+from tests.ml_backend.test_frozen import image_server
 from tests.s3 import S3, SECRET, running_s3
 
 Machine = Callable[..., Store]
@@ -244,7 +250,54 @@ def test_a_version_whose_worker_was_killed_before_its_card_is_not_there_and_is_m
     assert there.load(KEY, VERSION)[1] == card
 
 
+# Images
+
+
+def test_an_image_that_one_machine_has_fetched_is_had_by_another_without_its_host(
+    machine: Machine, tmp_path: Path
+) -> None:
+    (image,) = phantom_images(1)
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "a.png").write_bytes(image)
+    with LabelStudioClient(NOWHERE, "0" * 40) as client, contextlib.ExitStack() as stack:
+        here, there = (
+            stack.enter_context(
+                ImageStore(
+                    cache_dir=tmp_path / name / "cache",
+                    client=client,
+                    allowed_hosts=AllowedHosts.parse("127.0.0.0/8"),
+                    store=machine(name),
+                )
+            )
+            for name in ("here", "there")
+        )
+        with image_server(tmp_path / "host") as host:
+            fetched = here.fetch(task_id=1, uri=f"{host}/a.png")
+        brought = there.fetch(task_id=2, uri=f"{host}/a.png")
+        assert (brought.sha256, brought.image_hw) == (fetched.sha256, fetched.image_hw)
+        assert brought.path == tmp_path / "there" / fetched.path.relative_to(tmp_path / "here")
+        assert brought.path.read_bytes() == image
+        brought.path.write_bytes(b"damaged")
+        assert there.fetch(task_id=2, uri=f"{host}/a.png").path.read_bytes() == image
+        brought.path.unlink()
+        assert there.at_hand(fetched.path) == brought.path
+        assert brought.path.read_bytes() == image
+        machine("here").write(fetched.path, b"damaged")  # in the store
+        brought.path.unlink()
+        with pytest.raises(ImageHostSilentError):
+            there.fetch(task_id=2, uri=f"{host}/a.png")
+
+
 # A store that is away
+
+
+def test_a_bucket_without_the_package_for_it_is_refused_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    bucket = settings(tmp_path, TSP_STORE_URL="s3://bucket", DATABASE_URL="postgresql://u@h/d")
+    with pytest.raises(SettingsError, match=r"pip install 'tsp-active-learning\[s3\]'"):
+        Service.connect(bucket)
 
 
 def test_a_server_that_is_away_is_told_without_credentials(
@@ -279,8 +332,9 @@ def test_a_folder_that_is_not_mounted_is_not_an_empty_one(tmp_path: Path) -> Non
 
 
 def test_while_the_store_is_away_the_last_that_was_known_is_answered_where_that_is_wanted(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ml_backend.store._REST_SECONDS", 0.0)
     (tmp_path / "shared").mkdir()
     path, url = tmp_path / "here" / "pointer", f"file://{tmp_path / 'shared'}"
     web, worker = Store(url, tmp_path / "here", remembers_seconds=1e-9), Store(url, tmp_path / "here")
