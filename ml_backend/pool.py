@@ -58,10 +58,11 @@ def score_pool(
     seen = go_on_with(path, "task")
     service.share_lines(path)  # those of a worker that was killed here
     folder = service.chunks_folder(project_key, version)
-    pool = find_cut(folder, project_key, version) if team else None
+    pool = find_cut(folder, project_key, version, store=service.store) if team else None
     waiting = [] if pool else viewer.waiting(seen)
     if team and len(waiting) > service.settings.scoring_chunk:
-        pool = cut(folder, project_key, version, waiting, size=service.settings.scoring_chunk)
+        size = service.settings.scoring_chunk
+        pool = cut(folder, project_key, version, waiting, size=size, store=service.store)
     total = pool.total if pool else len(waiting)
     if log:
         log.stage("scoring the unlabelled images", total=total)

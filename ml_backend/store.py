@@ -61,6 +61,13 @@ class Store:
             return content
         return None
 
+    def has(self, path: Path) -> bool:
+        """Whether the store has something under the path of a file."""
+        with suppress(FileNotFoundError), self._asking(path):
+            self._files.info(self._key(path))
+            return True
+        return False
+
     def recall(self, path: Path) -> bytes | None:
         """`read`, for small files that are asked for again and again."""
         found: bytes | None = self._recalled("read", path)

@@ -204,8 +204,7 @@ class Worker:
         self._process = f"{name}-{secrets.token_hex(4)}"
         # Queues of this process alone: who has a project's claim, does its work.
         self._queues = {what: f"{what}s-{self._process}" for what in _QUEUES}
-        # Chunks lie in MODEL_DIR: with a store, whoever has the project looks at its pool alone.
-        is_shared = not service.settings.database.startswith("sqlite") and service.store is None
+        is_shared = not service.settings.database.startswith("sqlite")
         self._team = ScoringTeam(service, claims, process=self._process) if is_shared else None
         self._cycles = DurableCycles(service, claims, self._team)
         self._busy_with: dict[str, str | None] = dict.fromkeys(_QUEUES)  # the project whose cycle or activation runs

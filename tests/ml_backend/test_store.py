@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ml_backend.chunks import cut, find_cut, open_cut
 from ml_backend.errors import ImageHostSilentError, SettingsError, StoreError, StoreUnavailableError
 from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageStore
@@ -145,6 +146,40 @@ def test_lines_that_were_not_kept_stay_unless_others_took_their_place(machine: M
     there.upload_lines(other)
     here.download_lines(path)
     assert path.read_bytes() == b"1\n2\n"
+
+
+# Chunks
+
+
+def test_a_pool_is_cut_by_one_machine_seen_by_another_and_removed(machine: Machine, tmp_path: Path) -> None:
+    here, there = ((tmp_path / name / "scores" / f"{VERSION}.chunks", machine(name)) for name in ("here", "there"))
+    tasks = [{"id": 10 + number, "data": {"image": f"/data/ü{number}.png"}} for number in range(5)]
+    assert find_cut(here[0], KEY, VERSION, store=here[1]) is None
+    pool = cut(here[0], KEY, VERSION, tasks, size=2, store=here[1])
+    assert find_cut(here[0], KEY, VERSION, store=here[1]) == pool
+    same = open_cut(there[0], KEY, VERSION, pool.folder.name, store=there[1])
+    assert [task for number in range(same.chunks) for task in same.tasks(number)] == tasks
+    found = [{"task": 12, "score": 0.1 + 0.2}, {"task": 13, "problem": "gr\u00f6\u00dfer \u2028 \x85"}]
+    same.keep(1, found)
+    assert [pool.is_seen(number) for number in range(3)] == [False, True, False]
+    assert list(pool.lines(1)) == found
+    with pytest.raises(FileNotFoundError):
+        list(pool.lines(0))
+    pool.remove()
+    pool.remove()
+    assert find_cut(there[0], KEY, VERSION, store=there[1]) is None
+    with pytest.raises(FileNotFoundError):
+        open_cut(there[0], KEY, VERSION, pool.folder.name, store=there[1])
+    assert here[1].names(here[0]) == []
+
+
+def test_cutting_that_broke_off_begins_anew(machine: Machine, tmp_path: Path) -> None:
+    store, folder = machine("here"), tmp_path / "here" / f"{VERSION}.chunks"
+    half = cut(folder, KEY, VERSION, [{"id": 1, "data": {}}], size=1, store=store)
+    store.remove(half.folder / "plan.json")  # which is written last
+    assert find_cut(folder, KEY, VERSION, store=store) is None
+    whole = cut(folder, KEY, VERSION, [{"id": 2, "data": {}}], size=1, store=store)
+    assert store.names(folder) == [f"{whole.folder.name}/0.tasks.json", f"{whole.folder.name}/plan.json"]
 
 
 # Versions
