@@ -232,7 +232,8 @@ class Store:
                 raise
             logger.warning("%s Until then, what was known before is answered.", error)
             found = known[1]
-        self._remembered[what, path] = time.monotonic(), found
+        if self._remembers_seconds:
+            self._remembered[what, path] = time.monotonic(), found
         return found
 
     def _found(self, folder: Path) -> list[str]:
