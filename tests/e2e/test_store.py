@@ -25,7 +25,7 @@ from tests.s3 import SECRET, running_s3
 
 __all__ = ["postgres"]
 
-pytestmark = pytest.mark.label_studio
+pytestmark = [pytest.mark.label_studio, pytest.mark.slow]
 
 ANNOTATED, POOL, STEPS, CHUNK = 4, 3, 24, 4
 _SEEN = re.compile(r"chunk (\d+) of \S+ is seen")
