@@ -1,4 +1,4 @@
-"""A secret in MODEL_DIR, which whoever shares the folder, or the store, knows: random, and readable by this user alone."""
+"""A secret in MODEL_DIR, known to whoever shares the folder or the store: random, and readable by this user alone."""
 
 import os
 import re
