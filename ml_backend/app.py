@@ -28,6 +28,7 @@ from ml_backend.errors import (
     LabelConfigError,
     LabelStudioAuthError,
     LabelStudioUnavailableError,
+    StoreUnavailableError,
 )
 from ml_backend.forget import forgotten_projects
 from ml_backend.gatekeeper import Gatekeeper
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 100_000_000  # Label Studio sends all selected tasks in one request, or 5000 imported ones
 _LAST_ANSWERS_SECONDS = 10  # when the process ends; an event may wait for the database for ever
+_REMEMBERS_SECONDS = 2.0  # which version the object store says is the active one
 _LONGEST_REASON = 400  # characters of an address
 _MOST_PROBLEMS = 10  # of a malformed request that are told
 
@@ -78,7 +80,7 @@ def create_app(settings: Settings | None = None, *, after_first_load: Callable[[
     """The ASGI application, with the settings of the environment unless some are given. Weights, and torch, are loaded
     when somebody first asks for a prediction by a version; `after_first_load` is called then."""
     settings = settings or Settings.from_environment()
-    service = Service.connect(settings)
+    service = Service.connect(settings, remembers_seconds=_REMEMBERS_SECONDS)
     predictor = Predictor(service, after_first_load=after_first_load)
     access = Access(settings)
     recorder = EventRecorder(service.database)
@@ -178,6 +180,7 @@ _STATUS_OF: dict[type[Exception], int] = {
     LabelStudioAuthError: 502,
     DatabaseAwayError: 503,
     DiskFullError: 503,
+    StoreUnavailableError: 503,
     TSPError: 500,
 }
 

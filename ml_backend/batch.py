@@ -10,6 +10,7 @@ import numpy as np
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import used_tasks
 from ml_backend.frozen import frozen_part, repeated_without_damaged, usable_part
+from ml_backend.handover import bring_snapshot
 from ml_backend.ls_format import Json
 from ml_backend.ls_types import Task
 from ml_backend.order import frozen_batch
@@ -46,6 +47,7 @@ def choose_batch(
     batch = frozen_batch(service, project_key, version)
     if batch is None or (anew_when_used_up and _is_used_up(service, project_key, batch)):
         folder = service.cycle_folder(project_key, number)
+        bring_snapshot(service, project_key, number)
         annotated = frozen_part(folder, "training").images if (folder / "training.json").exists() else ()
         labelled: Sequence[Observation] = ()
         if strategy.compares_images and annotated:
@@ -66,6 +68,7 @@ def choose_batch(
         )
         batch = tuple(task_ids[i] for i in chosen)
         write_json(service.batch_file(project_key, version), {"tasks": batch})
+        service.share(service.batch_file(project_key, version))
     log.facts({"batch": len(batch)})
 
 

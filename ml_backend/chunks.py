@@ -1,7 +1,7 @@
 """A pool cut into chunks, so that several workers can look at it: what each chunk holds and what was found, as files.
 
 `scores/<project>/<version>.chunks/<name>/` has `plan.json`, `<number>.tasks.json` and, for what has been looked at,
-`<number>.jsonl`. Each of them is whole or not there, and so is the folder.
+`<number>.jsonl`. Each of them is whole or not there, and so is the folder. With an object store they lie in that alone.
 """
 
 import json
@@ -9,12 +9,15 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ml_backend.ls_format import Json
+from ml_backend.store import Store
 from model.files import write_bytes, write_json
+
+_PLAN = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,7 @@ class CutPool:
 
     def keep(self, number: int, lines: Iterable[Json]) -> None:
         """Write what was found in a chunk, at once and for good."""
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        write_bytes(self._found(number), text.encode())
+        write_bytes(self._found(number), _as_lines(lines))
 
     def lines(self, number: int) -> Iterator[Json]:
         """What was found in a chunk, in the order of its tasks."""
@@ -60,6 +62,30 @@ class CutPool:
         return self.folder / f"{number}.jsonl"
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredPool(CutPool):
+    """The same in a store; the folder has `plan.json` when it is whole."""
+
+    store: Store = field(compare=False, repr=False)
+
+    def tasks(self, number: int) -> list[Json]:
+        found: list[Json] = json.loads(_read(self.store, self._tasks(number)))
+        return found
+
+    def is_seen(self, number: int) -> bool:
+        return self.store.has(self._found(number))
+
+    def keep(self, number: int, lines: Iterable[Json]) -> None:
+        self.store.write(self._found(number), _as_lines(lines))
+
+    def lines(self, number: int) -> Iterator[Json]:
+        yield from map(json.loads, _read(self.store, self._found(number)).splitlines())
+
+    def remove(self) -> None:
+        self.store.remove(self.folder / _PLAN)
+        self.store.remove(self.folder.parent)
+
+
 class Team(Protocol):
     """Several workers."""
 
@@ -72,27 +98,51 @@ class Team(Protocol):
         ...
 
 
-def cut(folder: Path, project_key: str, version: str, tasks: Sequence[Json], *, size: int) -> CutPool:
+def cut(
+    folder: Path, project_key: str, version: str, tasks: Sequence[Json], *, size: int, store: Store | None = None
+) -> CutPool:
     """Cut tasks {"id", "data"} into chunks of `size`, the last one perhaps smaller, in a folder that has none yet."""
-    shutil.rmtree(folder, ignore_errors=True)  # what a crash left unfinished
     name = secrets.token_hex(4)  # a later pool of the version must not be taken for this one
-    unfinished = folder / f".{name}"
-    unfinished.mkdir(parents=True)
-    starts = range(0, len(tasks), size)
-    for number, start in enumerate(starts):
-        write_json(unfinished / f"{number}.tasks.json", tasks[start : start + size])
-    write_json(unfinished / "plan.json", {"chunks": len(starts), "total": len(tasks)})
-    unfinished.rename(folder / name)
-    return open_cut(folder, project_key, version, name)
+    chunks = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+    contents: dict[str, Any] = {f"{number}.tasks.json": chunk for number, chunk in enumerate(chunks)}
+    contents[_PLAN] = {"chunks": len(chunks), "total": len(tasks)}
+    if store:
+        store.remove(folder)  # what a crash left unfinished
+        for file, content in contents.items():
+            store.write(folder / name / file, json.dumps(content, allow_nan=False).encode())
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished = folder / f".{name}"
+        unfinished.mkdir(parents=True)
+        for file, content in contents.items():
+            write_json(unfinished / file, content)
+        unfinished.rename(folder / name)
+    return open_cut(folder, project_key, version, name, store=store)
 
 
-def find_cut(folder: Path, project_key: str, version: str) -> CutPool | None:
+def find_cut(folder: Path, project_key: str, version: str, *, store: Store | None = None) -> CutPool | None:
     """The pool that was cut in a folder and is not done with; None when there is none."""
-    names = [path.name for path in folder.glob("[!.]*")]
-    return open_cut(folder, project_key, version, names[0]) if names else None
+    if store:
+        names = [path.partition("/")[0] for path in store.names(folder) if path.endswith(f"/{_PLAN}")]
+    else:
+        names = [path.name for path in folder.glob("[!.]*")]
+    return open_cut(folder, project_key, version, names[0], store=store) if names else None
 
 
-def open_cut(folder: Path, project_key: str, version: str, name: str) -> CutPool:
+def open_cut(folder: Path, project_key: str, version: str, name: str, *, store: Store | None = None) -> CutPool:
     """The pool that was cut under a name; raises FileNotFoundError when all is over."""
-    plan = json.loads((folder / name / "plan.json").read_text())
-    return CutPool(project_key=project_key, version=version, folder=folder / name, **plan)
+    what: dict[str, Any] = {"project_key": project_key, "version": version, "folder": folder / name}
+    if store:
+        return StoredPool(**what, **json.loads(_read(store, folder / name / _PLAN)), store=store)
+    return CutPool(**what, **json.loads((folder / name / _PLAN).read_text()))
+
+
+def _as_lines(lines: Iterable[Json]) -> bytes:
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+
+
+def _read(store: Store, path: Path) -> bytes:
+    content = store.read(path)
+    if content is None:
+        raise FileNotFoundError(f"{path} is not in the store")
+    return content

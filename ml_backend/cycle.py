@@ -23,6 +23,7 @@ from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
 from ml_backend.errors import ImageError, ImageUnavailableError
 from ml_backend.frozen import freeze_tasks, frozen_part, repeated_without_damaged, usable_part
 from ml_backend.gate import judge_version
+from ml_backend.handover import CHECKPOINT, SharedCheckpoint, bring_snapshot, share_pseudo_labels, share_snapshot
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import (
     UNKNOWN_LABEL,
@@ -68,7 +69,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     folder = service.cycle_folder(project_key, number)
     folder.mkdir(parents=True, exist_ok=True)
     # Of a snapshot whose record was lost.
-    for stale in ("pseudo.json", "class_thresholds.json", "checkpoint.safetensors"):
+    for stale in ("pseudo.json", "class_thresholds.json", CHECKPOINT):
         (folder / stale).unlink(missing_ok=True)
     log.stage("reading annotations")
     read = _read_annotations(service, project_key, log)
@@ -101,11 +102,14 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
             f"none of the {count} annotated tasks can be trained on ({len(split['validation'].images)} are for "
             f"validation, {len(read.problems)} have problems): annotate more images or lower TSP_VALIDATION_FRACTION"
         )
-    return _freeze_recipe(service, project_key, number, folder, split["training"])
+    version = _freeze_recipe(service, project_key, number, folder, split["training"])
+    share_snapshot(service, project_key, number)
+    return version
 
 
 def train_version(service: Service, project_key: str, number: int, log: CycleLog) -> None:
     """Train on D_al and D_semi, from the pretrained weights, into the cycle's folder (eq. 5)."""
+    bring_snapshot(service, project_key, number, with_checkpoint=True)
     repeated_without_damaged(partial(_train, service, project_key, number, log))
 
 
@@ -116,14 +120,17 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
     thresholds = _freeze_pseudo_labels(service, project_key, folder, training, config, trust)
     pseudo = usable_part(service, project_key, number, "pseudo", log, read=read_images).images
     _tell_of_pseudo_labels(log, pseudo, thresholds, training.class_names)
+    share_pseudo_labels(service, folder)
+    shared = SharedCheckpoint(service, folder)
     labeled = sum(len(image.labels) > 0 for image in pseudo)
     log.stage(f"training on {len(training.images)} annotated and {labeled} pseudo-labelled images")
 
     def on_step(progress: Progress) -> None:
         logger.debug("project %s, cycle %d: step %d of %d", project_key, number, progress.step, progress.steps)
         log.progress(progress.step, progress.steps)
+        shared.after_step()
 
-    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint = folder / CHECKPOINT
     run = partial(
         _trainer(service, log),
         network,
@@ -136,9 +143,10 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
         on_step=on_step,
     )
     started = time.monotonic()
-    progress = _from_the_start_if_unusable(run, checkpoint)
+    progress = _from_the_start_if_unusable(run, checkpoint, shared)
     if progress:  # none when the checkpoint was complete already
         log.facts({"training_seconds": round(time.monotonic() - started, 1), "loss": progress.losses})
+    shared.share()
 
 
 def _trainer(service: Service, log: CycleLog) -> Callable[..., Progress | None]:
@@ -170,13 +178,16 @@ def _tell_of_pseudo_labels(
         log.facts({"class_thresholds": dict(zip(class_names, thresholds.tolist(), strict=True))})
 
 
-def _from_the_start_if_unusable(run: Callable[[], Progress | None], checkpoint: Path) -> Progress | None:
+def _from_the_start_if_unusable(
+    run: Callable[[], Progress | None], checkpoint: Path, shared: SharedCheckpoint
+) -> Progress | None:
     """Train on from a checkpoint, or anew when it is of no use; the last step, None when it was complete already."""
     try:
         return run()
     except CheckpointError as error:
         # The snapshot is frozen, so no other run can have written it: an older release did, or the disk has damaged it.
         logger.warning("a training begins from the start: %s", error)
+        shared.remove()
         checkpoint.unlink()
         return run()
 
@@ -184,6 +195,7 @@ def _from_the_start_if_unusable(run: Callable[[], Progress | None], checkpoint: 
 def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> bool:
     """Measure the trained network on the frozen validation split and put it into the registry; whether it may take the
     place of the active version."""
+    bring_snapshot(service, project_key, number, with_checkpoint=True)
     return repeated_without_damaged(partial(_evaluate, service, project_key, number, version, log))
 
 
@@ -396,8 +408,11 @@ def _seen_unlabelled(
     taken = {image.image_id for image in (*training.images, *frozen_part(folder, "validation").images)}
     open_tasks = {t.id for t in service.label_studio.tasks(service.project(project_key).id) if not t.is_annotated}
     only_masks = only_masks_are_needed(trust, config)
+    service.bring_lines(service.scores_file(project_key, version))
     for line in read_scores(service.scores_file(project_key, version)):
-        if "problem" in line or line["task"] not in open_tasks or not Path(line["path"]).exists():
+        if "problem" in line or line["task"] not in open_tasks:
+            continue
+        if not service.images.may_be_had(Path(line["path"])):
             continue
         if line["image"] in taken or is_validation(line["image"], service.settings.validation_fraction):
             continue
@@ -425,5 +440,5 @@ def _trust(service: Service, metrics: Json) -> dict[str, Any] | None:
 
 def _trained_network(service: Service, folder: Path) -> MaskRCNNWithScores:
     network, *_ = _recipe(service, folder)
-    load_trained(network, folder / "checkpoint.safetensors")
+    load_trained(network, folder / CHECKPOINT)
     return network.to(service.settings.torch_device())

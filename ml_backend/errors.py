@@ -31,6 +31,14 @@ class ImageHostSilentError(ImageUnavailableError):
     """The image's host gave no answer at all; it need not be asked for other images in this moment."""
 
 
+class StoreError(TSPError):
+    """The object store has something that cannot be used."""
+
+
+class StoreUnavailableError(StoreError):
+    """The object store of TSP_STORE_URL did not answer, or refused us: worth trying again."""
+
+
 class DatabaseAwayError(TSPError):
     """The database takes nothing at the moment, so that an event of Label Studio could not be kept."""
 

@@ -57,6 +57,8 @@ def remove_forgotten_data(service: Service, project_key: str, delete_workflows: 
 
 def _remove(service: Service, project_key: str, delete_workflows: Callable[[list[str]], None]) -> None:
     for folder in service.project_folders(project_key):
+        if service.store:
+            service.store.remove(folder)
         shutil.rmtree(folder, ignore_errors=not folder.exists())
     with service.database.session() as session:
         # Numbers start again at 1, and the workflow engine runs nothing twice under one name.

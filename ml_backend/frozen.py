@@ -48,6 +48,7 @@ def usable_part(
     nothing is left of what people annotated, and the client's errors when Label Studio has to be asked and is away.
     """
     part = frozen_part(service.cycle_folder(project_key, number), name)
+    part = replace(part, images=tuple(replace(i, path=service.images.at_hand(i.path)) for i in part.images))
     bad = {image.image_id for image in part.images if not is_whole(image.path) or (read and _problem_with(image))}
     if not bad:
         return part
@@ -112,6 +113,8 @@ def _tasks_of(service: Service, project_key: str, number: int, image_ids: Iterab
     """The tasks, as they are now, from which images of the snapshot or of the pool came; deleted ones are left out."""
     path = service.cycle_folder(project_key, number) / _TASKS
     version = service.registry.active(project_key)
+    if version:
+        service.bring_lines(service.scores_file(project_key, version))
     seen = read_scores(service.scores_file(project_key, version)) if version else ()
     numbers = {line["image"]: line["task"] for line in seen if "image" in line}
     numbers |= json.loads(path.read_text()) if path.exists() else {}  # older releases wrote none

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ml_backend.cycle_log import CycleLog
+from ml_backend.handover import bring_snapshot
 from ml_backend.publication import cycle_of
 from ml_backend.service import Service
 from model.comparison import compare
@@ -86,6 +87,7 @@ def _verdict(
 
 def _trained_on(service: Service, project_key: str, version: str) -> set[str]:
     """The images that taught a version: they may measure now, when TSP_VALIDATION_FRACTION has risen since."""
+    bring_snapshot(service, project_key, cycle_of(version))
     snapshot = service.cycle_folder(project_key, cycle_of(version)) / "training.json"
     return {image.image_id for image in read_coco(snapshot, Path("/")).images} if snapshot.exists() else set()
 

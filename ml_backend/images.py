@@ -28,9 +28,13 @@ from ml_backend.errors import (
     LabelStudioAuthError,
     LabelStudioError,
     LabelStudioUnavailableError,
+    StoreError,
+    StoreUnavailableError,
 )
 from ml_backend.foreign_hosts import AllowedHosts, JudgingTransport, PrivateAddressError
 from ml_backend.ls_client import LabelStudioClient
+from ml_backend.store import Store
+from model.errors import DiskFullError
 from model.files import naming_full_disk
 
 _CLOUD_SCHEMES = ("s3", "gs", "azure-blob")  # what Label Studio resolves for us, with its own credentials
@@ -81,7 +85,8 @@ class ImageLimits:
 
 class ImageStore:
     """Fetches the images of tasks and keeps them under `cache_dir`: `images/ab/<sha256>.<ext>`, and one small file for
-    each address that says which image it was. What is cached is never asked for again.
+    each address that says which image it was. What is cached is never asked for again. With a `store`, the cache is
+    looked for there, too, before a host is asked, and what a host gave is kept there.
 
     Several processes may share a cache, and a killed one leaves nothing half-written. Safe to share between threads.
     """
@@ -93,10 +98,11 @@ class ImageStore:
         client: LabelStudioClient,
         limits: ImageLimits | None = None,
         allowed_hosts: AllowedHosts | None = None,
+        store: Store | None = None,
     ) -> None:
         self._limits = limits or ImageLimits()
         self._allowed = allowed_hosts or AllowedHosts()
-        self._client = client
+        self._client, self._store = client, store
         self._images = cache_dir / "images"
         self._index = cache_dir / "index"
         self._unfinished = cache_dir / "unfinished"
@@ -126,14 +132,14 @@ class ImageStore:
         is fetched again.
 
         Raises ImageError when this image cannot be had or read (the others may be fine; ImageUnavailableError when it
-        is worth another try, ImageHostSilentError when those of the same host are, too), DiskFullError, and the
-        client's errors when Label Studio itself is away or refuses the token.
+        is worth another try, ImageHostSilentError when those of the same host are, too), DiskFullError,
+        StoreUnavailableError, and the client's errors when Label Studio itself is away or refuses the token.
         """
         source = _Source(task_id=task_id, uri=uri)
         if not _is_text(uri):
             raise source.error("expected an address, got text that is not valid Unicode")
         entry = self._index_path(uri, project_key)
-        known = self._look_up(entry)
+        known = self._look_up(entry) or self._brought(entry)
         if known is not None:
             return known
         with self._space_for(source), _unfinished_file(self._unfinished) as (file, unfinished):
@@ -143,6 +149,20 @@ class ImageStore:
             _publish(file, unfinished, path)
             self._remember(entry, path, image_hw)
         return FetchedImage(path=path, sha256=sha256, image_hw=image_hw)
+
+    def at_hand(self, path: Path) -> Path:
+        """Where the file of a cache, perhaps another machine's, lies in this one; brought from the store if there is
+        one that has it."""
+        if self._store is None:
+            return path
+        here = self._images / path.name[:2] / path.name
+        if not here.exists():
+            self._store.download(here)
+        return here
+
+    def may_be_had(self, path: Path) -> bool:
+        """Whether the file of a cache, perhaps another machine's, need not be fetched again, as far as one can tell."""
+        return self._store is not None or path.exists()
 
     # The cache
 
@@ -164,10 +184,28 @@ class ImageStore:
             return None
         return FetchedImage(path=path, sha256=known["sha256"], image_hw=(known["height"], known["width"]))
 
+    def _brought(self, entry: Path) -> FetchedImage | None:
+        """What the store has for an address, from now on in the cache here; None when it has nothing whole."""
+        if self._store is None or not (entry.exists() or self._store.download(entry)):
+            return None
+        try:
+            known = json.loads(entry.read_bytes())
+            path = self._images / known["sha256"][:2] / f"{known['sha256']}.{known['extension']}"
+            self._store.download(path, sha256=known["sha256"])
+        except (StoreUnavailableError, DiskFullError):
+            raise
+        except (StoreError, ValueError):  # damaged there: the host has another copy
+            return None
+        return self._look_up(entry)
+
     def _remember(self, entry: Path, path: Path, image_hw: tuple[int, int]) -> None:
         known = {"sha256": path.stem, "extension": path.suffix[1:], "height": image_hw[0], "width": image_hw[1]}
+        content = json.dumps(known).encode()
+        if self._store:  # before it is known here: what is known is not fetched again
+            self._store.upload(path)
+            self._store.write(entry, content)
         with _unfinished_file(self._unfinished) as (file, unfinished):
-            file.write(json.dumps(known).encode())
+            file.write(content)
             _publish(file, unfinished, entry)
 
     def _space_for(self, source: "_Source") -> AbstractContextManager[None]:

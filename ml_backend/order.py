@@ -66,6 +66,7 @@ def order_of(service: Service, project_key: str, version: str) -> QueueOrder:
     """The order that a version makes of what it has scored, with the batch that was frozen for it, if one was; under
     the name and in the labels of its newest publication."""
     publication = publication_of(service, project_key, version)
+    service.bring_lines(service.scores_file(project_key, version))
     lines = read_heads(service.scores_file(project_key, version))
     scored = [line["score"] for line in lines if line.get("score") is not None]
     return QueueOrder(
@@ -80,6 +81,7 @@ def order_of(service: Service, project_key: str, version: str) -> QueueOrder:
 def frozen_batch(service: Service, project_key: str, version: str) -> tuple[int, ...] | None:
     """The tasks that were chosen for the version, the first one first; None when none have been chosen."""
     path = service.batch_file(project_key, version)
+    service.bring(path)
     return tuple(json.loads(path.read_text())["tasks"]) if path.exists() else None
 
 

@@ -8,6 +8,7 @@ from sqlalchemy import select
 
 from ml_backend import inbox
 from ml_backend.db import ActivationRow, CycleRow, ForgottenRow, ProjectRow, WorkerRow
+from ml_backend.errors import StoreUnavailableError
 from ml_backend.first_batch import first_batch_progress
 from ml_backend.publication import publication_of
 from ml_backend.service import Service
@@ -82,10 +83,7 @@ def overview(service: Service) -> list[dict[str, Any]]:
             "new_annotated": project.new_annotated,
             "batch_size": service.settings.batch_size,
             "checked_at": project.checked_at,
-            "active_version": service.registry.active(project.key),
-            "first_batch": _first_batch(service, project.key),
             "events": inbox.event_counts(service.database, project.key),
-            "labels": _labels(service, project.key),
             "activations": [_cycle(wish) for wish in activations if wish.project_key == project.key],
             **_versions(service, project.key),
             "cycles": [_cycle(cycle) for cycle in cycles if cycle.project_key == project.key],
@@ -110,11 +108,19 @@ def _labels(service: Service, project_key: str) -> dict[str, list[str]]:
 
 
 def _versions(service: Service, project_key: str) -> dict[str, Any]:
-    """The versions that are kept, and why they cannot be listed."""
+    """The version in use and what is known of it, the versions that are kept, and why they cannot be listed."""
+    found: dict[str, Any] = {"active_version": None, "first_batch": None, "labels": {"gone": [], "new": []}}
+    found |= {"versions": [], "versions_problem": ""}
     try:
-        return {"versions": versions_overview(service, project_key), "versions_problem": ""}
-    except RegistryError as error:
-        return {"versions": [], "versions_problem": str(error)}
+        found |= {
+            "active_version": service.registry.active(project_key),
+            "first_batch": _first_batch(service, project_key),
+            "labels": _labels(service, project_key),
+        }
+        found["versions"] = versions_overview(service, project_key)
+    except (RegistryError, StoreUnavailableError) as error:
+        found["versions_problem"] = str(error)
+    return found
 
 
 def _cycle(cycle: CycleRow | ActivationRow) -> dict[str, Any]:

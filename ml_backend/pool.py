@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Generator, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ from model.types import Detections, FloatArray
 
 logger = logging.getLogger(__name__)
 
+_SHARE_EVERY_SECONDS = 300.0  # what is found, with a store
+
 
 def score_pool(
     service: Service, project_key: str, version: str, log: CycleLog | None = None, *, team: Team | None = None
@@ -51,12 +54,15 @@ def score_pool(
     """
     viewer = Viewer.of_project(service, project_key, version)
     path = service.scores_file(project_key, version)
+    service.bring_lines(path)
     seen = go_on_with(path, "task")
+    service.share_lines(path)  # those of a worker that was killed here
     folder = service.chunks_folder(project_key, version)
-    pool = find_cut(folder, project_key, version) if team else None
+    pool = find_cut(folder, project_key, version, store=service.store) if team else None
     waiting = [] if pool else viewer.waiting(seen)
     if team and len(waiting) > service.settings.scoring_chunk:
-        pool = cut(folder, project_key, version, waiting, size=service.settings.scoring_chunk)
+        size = service.settings.scoring_chunk
+        pool = cut(folder, project_key, version, waiting, size=size, store=service.store)
     total = pool.total if pool else len(waiting)
     if log:
         log.stage("scoring the unlabelled images", total=total)
@@ -64,6 +70,7 @@ def score_pool(
         return 0
     problems: list[str] = []
     empty = unavailable = 0
+    shared_at = time.monotonic()
     with open_lines(path) as lines:
         for done, line in enumerate(team.see(pool) if team and pool else viewer.lines(waiting), start=1):
             if "away" in line or "problem" in line:
@@ -72,8 +79,12 @@ def score_pool(
             empty += line.get("instances") == 0
             if "away" not in line and line["task"] not in seen:
                 append_line(lines, line)
+            if time.monotonic() - shared_at > _SHARE_EVERY_SECONDS:
+                service.share_lines(path)
+                shared_at = time.monotonic()
             if log:
                 log.progress(done, total)
+    service.share_lines(path)
     if team and pool:
         team.forget(pool)
     if log:

@@ -71,6 +71,7 @@ def cycle_of(version: str) -> int:
 def publication_of(service: Service, project_key: str, version: str) -> Publication | None:
     """The newest edition of a version; None before the first (or when an older release published it)."""
     path = service.publication_file(project_key, version)
+    service.bring(path)
     if not path.exists():
         return None
     known = json.loads(path.read_text())
@@ -92,6 +93,7 @@ def settle(
         path = service.publication_file(project_key, version)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(settled))
+        service.share(path)
     return settled
 
 

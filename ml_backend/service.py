@@ -12,6 +12,8 @@ from ml_backend.inbox import ProjectName, label_studio_id
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
+from ml_backend.store import Store, open_store
+from ml_backend.stored_registry import StoredRegistry
 from model.errors import TSPError
 from model.files import disk_full
 from model.registry import Registry
@@ -28,24 +30,29 @@ class Service:
     registry: Registry
     label_studio: LabelStudioClient
     images: ImageStore
+    store: Store | None = None  # None: all processes share MODEL_DIR
 
     @classmethod
-    def connect(cls, settings: Settings) -> Self:
-        """Opens the database and folders; Label Studio itself is not called yet. SettingsError without a token."""
+    def connect(cls, settings: Settings, *, remembers_seconds: float = 0.0) -> Self:
+        """Opens the database and folders; Label Studio itself and the object store are not called yet. What small files
+        the store has may be as old as `remembers_seconds`. SettingsError without a token."""
         client = LabelStudioClient(
             settings.label_studio_url, settings.require_api_key(), public_url=settings.browser_url
         )
         settings.model_dir.mkdir(parents=True, exist_ok=True)
+        store, versions = open_store(settings, remembers_seconds=remembers_seconds), settings.model_dir / "versions"
         return cls(
             settings=settings,
             database=Database(settings.database),
-            registry=Registry(settings.model_dir / "versions"),
+            registry=StoredRegistry(versions, store) if store else Registry(versions),
+            store=store,
             label_studio=client,
             images=ImageStore(
                 cache_dir=settings.model_dir / "cache",
                 client=client,
                 limits=ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
                 allowed_hosts=AllowedHosts.parse(settings.allowed_image_hosts),
+                store=store,
             ),
         )
 
@@ -71,6 +78,26 @@ class Service:
                 f"Use another MODEL_DIR and DATABASE_URL for the new one."
             )
         return project
+
+    def share(self, path: Path) -> None:
+        """Let the other processes have a small file that was written; they share it already when there is no store."""
+        if self.store:
+            self.store.upload(path)
+
+    def bring(self, path: Path) -> None:
+        """Make a small file what another process may have written."""
+        if self.store:
+            self.store.refresh(path)
+
+    def share_lines(self, path: Path) -> None:
+        """The same for a file to which lines are added."""
+        if self.store:
+            self.store.upload_lines(path)
+
+    def bring_lines(self, path: Path) -> None:
+        """The same for a file to which another process may have added lines."""
+        if self.store:
+            self.store.download_lines(path)
 
     def cycle_folder(self, project_key: str, number: int) -> Path:
         """Where a cycle keeps its snapshot and its training checkpoint."""

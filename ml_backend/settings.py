@@ -70,6 +70,13 @@ class Settings(BaseSettings):
         "SQLAlchemy address of the state; empty: SQLite in MODEL_DIR; PostgreSQL: `postgresql://...`",
     )
 
+    store_url: str = _env(
+        "TSP_STORE_URL",
+        "",
+        "object store by which processes that share no disk have the same files: `s3://bucket/prefix` or "
+        "`file:///folder`; none: all share MODEL_DIR",
+    )
+
     batch_size: int = _env("TSP_BATCH_SIZE", 500, "b: newly annotated images that start a cycle", ge=1)
     validation_fraction: float = _env(
         "TSP_VALIDATION_FRACTION", 0.2, "share of the images, by a hash of their bytes, that only measure", ge=0, lt=1
@@ -271,6 +278,31 @@ class Settings(BaseSettings):
             raise ValueError("expected postgresql://user:password@host/database or sqlite:////absolute/path")
         return url
 
+    @field_validator("store_url")
+    @classmethod
+    def _known_store(cls, url: str, info: ValidationInfo) -> str:
+        if not url:
+            return url
+        parts = urlsplit(url)
+        is_folder, is_bucket = parts.scheme == "file" and not parts.netloc, parts.scheme == "s3" and parts.netloc
+        if not (is_folder and len(parts.path) > 1) and not is_bucket:
+            raise ValueError("expected s3://bucket/prefix or file:///absolute/path")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                "expected an address without credentials and options: give these by AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL or what else the AWS libraries read"
+            )
+        if not info.data.get("database_url", "postgres").startswith("postgres"):
+            raise ValueError("expected a PostgreSQL in DATABASE_URL beside it: SQLite cannot be shared by machines")
+        return url.rstrip("/")
+
+    @field_validator("cold_start")
+    @classmethod
+    def _with_one_disk(cls, cold_start: str, info: ValidationInfo) -> str:
+        if cold_start == "spread" and info.data.get("store_url"):
+            raise ValueError("expected random beside TSP_STORE_URL: a spread first batch needs a shared MODEL_DIR")
+        return cold_start
+
     @field_validator("allowed_image_hosts")
     @classmethod
     def _known_hosts(cls, hosts: str) -> str:
@@ -451,6 +483,7 @@ _MAY_HOLD_SECRETS = (
     "LABEL_STUDIO_API_KEY",
     "BASIC_AUTH_PASS",
     "DATABASE_URL",
+    "TSP_STORE_URL",
 )
 
 

@@ -1,4 +1,4 @@
-"""A secret in MODEL_DIR, which whoever shares the folder knows: random, and readable by this user alone."""
+"""A secret in MODEL_DIR, known to whoever shares the folder or the store: random, and readable by this user alone."""
 
 import os
 import re
@@ -6,16 +6,18 @@ import secrets
 from pathlib import Path
 
 from ml_backend.errors import SettingsError
+from ml_backend.store import Store
 
 _SECRET = re.compile(r"[0-9a-f]{64}")
 
 
-def shared_secret(path: Path, of: str) -> str:
+def shared_secret(path: Path, of: str, *, store: Store | None = None) -> str:
     """64 hexadecimal digits, made by whichever process asks first. SettingsError, which says what it is the secret
-    `of`, when the file cannot be read or written, or is damaged."""
+    `of`, when the file cannot be read or written, or is damaged; StoreUnavailableError while there is no file."""
     try:
         if not path.exists():
-            _create(path)
+            secret = secrets.token_hex(32)
+            _create(path, store.create(path, secret.encode()).decode(errors="replace") if store else secret)
         secret = path.read_text(encoding="ascii", errors="replace").strip()
     except OSError as error:
         raise SettingsError(
@@ -23,17 +25,20 @@ def shared_secret(path: Path, of: str) -> str:
             "user"
         ) from error
     if not _SECRET.fullmatch(secret):
-        raise SettingsError(f"{path}: expected 64 hexadecimal digits: delete the file and start all processes again")
+        raise SettingsError(
+            f"{path}: expected 64 hexadecimal digits: delete the file, also in the store of TSP_STORE_URL if there is "
+            "one, and start all processes again"
+        )
     return secret
 
 
-def _create(path: Path) -> None:
+def _create(path: Path, secret: str) -> None:
     """In one step, and never over one that another process has made meanwhile."""
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
+            file.write(secret)
             file.flush()
             os.fsync(file.fileno())
         os.link(unfinished, path)

@@ -39,7 +39,7 @@ R = TypeVar("R")
 
 @DBOS.dbos_class()
 class ScoringTeam(DBOSConfiguredInstance):
-    """This process as one of the workers that share a database and MODEL_DIR, and as one that has a pool looked at."""
+    """This process as one of the workers that share a database and files, and as one that has a pool looked at."""
 
     def __init__(self, service: Service, claims: Claims, *, process: str) -> None:
         self._service, self._claims = service, claims
@@ -107,7 +107,7 @@ class ScoringTeam(DBOSConfiguredInstance):
             return
         try:
             folder = self._service.chunks_folder(project_key, version)
-            self._look(open_cut(folder, project_key, version, name), number)
+            self._look(open_cut(folder, project_key, version, name, store=self._service.store), number)
         except Exception as error:
             logger.warning(
                 "project %s: chunk %d of %s failed here: %s",

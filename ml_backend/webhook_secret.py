@@ -11,6 +11,7 @@ from ml_backend.errors import LabelStudioAuthError, LabelStudioError, LabelStudi
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.settings import Settings
 from ml_backend.shared_secret import shared_secret
+from ml_backend.store import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +19,11 @@ HEADER = "X-TSP-Webhook-Secret"
 
 
 def webhook_secret(settings: Settings) -> str | None:
-    """The secret in MODEL_DIR, made by whichever process asks first; None when no password is asked for either."""
+    """The secret in MODEL_DIR, or else in the object store, made by whichever process asks first; None when no password
+    is asked for either. Raises SettingsError, and StoreUnavailableError while there is none in MODEL_DIR."""
     if settings.basic_auth_pass is None:
         return None
-    return shared_secret(settings.model_dir / "webhook-secret", of="the webhooks")
+    return shared_secret(settings.model_dir / "webhook-secret", of="the webhooks", store=open_store(settings))
 
 
 def guard_webhooks(settings: Settings, client: LabelStudioClient, project_id: int) -> None:

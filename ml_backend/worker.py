@@ -37,7 +37,7 @@ from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import ActivationLog, CycleLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
-from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError, SettingsError
+from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError, SettingsError, StoreUnavailableError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
 from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool
@@ -64,10 +64,17 @@ _GOES_ON = " Then start web process and worker again: this goes on where it was.
 
 
 def _is_worth_waiting(error: BaseException) -> bool:
-    return isinstance(error, LabelStudioUnavailableError | LabelStudioAuthError | OperationalError | DiskFullError)
+    return isinstance(error, _WORTH_WAITING)
 
 
-# However long Label Studio or the database is away, the token refused or the disk full: a cycle waits and goes on.
+# However long one of these lasts, a cycle waits and goes on.
+_WORTH_WAITING = (
+    LabelStudioUnavailableError,
+    LabelStudioAuthError,
+    StoreUnavailableError,
+    OperationalError,  # the database is away or locked
+    DiskFullError,
+)
 _durable_step = DBOS.step(
     retries_allowed=True,
     interval_seconds=_WAIT_FOR_LABEL_STUDIO_SECONDS,

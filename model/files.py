@@ -20,7 +20,7 @@ from model.errors import DiskFullError
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one step that survives a crash. Raises DiskFullError."""
-    with naming_full_disk(f"{path} ({len(content) / 1e6:.1f} MB)", path.parent), _replacement(path) as unfinished:
+    with naming_full_disk(f"{path} ({len(content) / 1e6:.1f} MB)", path.parent), replacement(path) as unfinished:
         unfinished.write_bytes(content)
 
 
@@ -65,7 +65,7 @@ def disk_full(what: str, folder: Path) -> DiskFullError:
 
 
 @contextmanager
-def _replacement(path: Path) -> Iterator[Path]:
+def replacement(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, which then takes its place; after an error it is gone and `path` as it was.
 
     Its name is nobody else's: two threads may replace the same file at once, and the last one wins.

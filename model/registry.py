@@ -93,7 +93,7 @@ class Registry:
 
     def versions(self, project: str) -> list[str]:
         """All versions, the oldest first."""
-        folder = self.root / _checked(project)
+        folder = self._project_folder(project)
         if not folder.exists():
             return []
         cards = [path.parent.name for path in folder.glob("*/card.json") if not path.parent.name.startswith(".")]
@@ -101,7 +101,7 @@ class Registry:
 
     def active(self, project: str) -> str | None:
         """The version in use, None before the first."""
-        pointer = self.root / _checked(project) / "active.json"
+        pointer = self._project_folder(project) / "active.json"
         return str(json.loads(pointer.read_text())["version"]) if pointer.exists() else None
 
     def activate(self, project: str, version: str) -> None:
@@ -110,7 +110,10 @@ class Registry:
         write_json(self.root / project / "active.json", {"version": version})
 
     def _folder(self, project: str, version: str) -> Path:
-        return self.root / _checked(project) / _checked(version)
+        return self._project_folder(project) / _checked(version)
+
+    def _project_folder(self, project: str) -> Path:
+        return self.root / _checked(project)
 
 
 def _checked(name: str) -> str:

@@ -176,6 +176,18 @@ def test_processes_that_start_together_have_one_secret(guarded: Settings) -> Non
     assert [path.name for path in guarded.model_dir.iterdir()] == ["webhook-secret"]
 
 
+def test_processes_without_a_common_disk_have_one_secret(guarded: Settings, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    found = []
+    for name in ("web", "worker"):
+        (tmp_path / name).mkdir()
+        place = {"store_url": f"file://{tmp_path / 'store'}", "model_dir": tmp_path / name}
+        found.append(webhook_secret(guarded.model_copy(update=place)))
+        assert stat.S_IMODE((tmp_path / name / "webhook-secret").stat().st_mode) == 0o600
+    assert found[0] == found[1]
+    assert len(str(found[0])) == 64
+
+
 def test_a_damaged_secret_is_told(guarded: Settings) -> None:
     guarded.model_dir.mkdir()
     (guarded.model_dir / "webhook-secret").write_text("\n")

@@ -49,7 +49,7 @@ def test_what_goes_beyond_the_paper_is_off() -> None:
 
 
 def test_the_options_of_semi_supervised_training_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {name: text for name, text, *_ in EXAMPLES}
+    given = {name: text for name, text, *_ in EXAMPLES if name != "TSP_STORE_URL"}  # with which one of them is refused
     training, pseudo = read(monkeypatch, given).training(), Settings().pseudo_labels()
     assert (training.ramp_up, training.soft_weights, training.pseudo_negatives) == (0.3, True, "outside_ignored")
     assert (training.pseudo_every_steps, training.ema_decay, training.ema_burn_in) == (4, 0.999, 0.5)
@@ -82,6 +82,7 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("MODEL_DIR", "/srv/models", "model_dir", Path("/srv/models")),
     ("TSP_ALIVE_FILE", "/tmp/alive", "alive_file", Path("/tmp/alive")),
     ("DATABASE_URL", "postgresql://u@h/d", "database_url", "postgresql://u@h/d"),
+    ("TSP_STORE_URL", "s3://bucket/tsp/", "store_url", "s3://bucket/tsp"),
     ("TSP_BATCH_SIZE", "20", "batch_size", 20),
     ("TSP_VALIDATION_FRACTION", "0", "validation_fraction", 0.0),
     ("TSP_SEMI_SUPERVISED", "false", "semi_supervised", False),
@@ -138,6 +139,7 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("TSP_MAX_IMAGE_PIXELS", "1000", "max_image_pixels", 1000),
 ]
 SECRETS = ("LABEL_STUDIO_API_KEY", "BASIC_AUTH_PASS")
+POSTGRES = {"DATABASE_URL": "postgresql://u@h/d"}
 
 
 def test_there_is_an_example_of_each_variable() -> None:
@@ -147,7 +149,31 @@ def test_there_is_an_example_of_each_variable() -> None:
 
 @pytest.mark.parametrize(("name", "text", "field", "value"), EXAMPLES, ids=[name for name, *_ in EXAMPLES])
 def test_each_variable_is_read(monkeypatch: pytest.MonkeyPatch, name: str, text: str, field: str, value: Any) -> None:
-    assert getattr(read(monkeypatch, {name: text}), field) == value
+    needed = POSTGRES if name == "TSP_STORE_URL" else {}
+    assert getattr(read(monkeypatch, {**needed, name: text}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("url", "others", "problem"),
+    [
+        ("s3://bucket", {}, "expected a PostgreSQL in DATABASE_URL beside it"),
+        ("s3://bucket", {"DATABASE_URL": "sqlite:////a/b"}, "expected a PostgreSQL in DATABASE_URL beside it"),
+        ("bucket", POSTGRES, "expected s3://bucket/prefix or file:///absolute/path"),
+        ("s3://", POSTGRES, "expected s3://bucket/prefix or file:///absolute/path"),
+        ("file://host/path", POSTGRES, "expected s3://bucket/prefix or file:///absolute/path"),
+        ("file:///", POSTGRES, "expected s3://bucket/prefix or file:///absolute/path"),
+        ("https://bucket.s3.amazonaws.com", POSTGRES, "expected s3://bucket/prefix or file:///absolute/path"),
+        (f"s3://key:{SECRET}@bucket", POSTGRES, "expected an address without credentials"),
+        (f"s3://bucket/?secret={SECRET}", POSTGRES, "expected an address without credentials"),
+        ("file:///store", {**POSTGRES, "TSP_COLD_START": "spread"}, "TSP_COLD_START: expected random beside"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_refused(
+    monkeypatch: pytest.MonkeyPatch, url: str, others: dict[str, str], problem: str
+) -> None:
+    with pytest.raises(SettingsError, match=problem) as caught:
+        read(monkeypatch, {**others, "TSP_STORE_URL": url})
+    assert SECRET not in f"{caught.value} {caught.value.__cause__}"
 
 
 def test_tokens_and_passwords_are_read_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

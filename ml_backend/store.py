@@ -1,0 +1,305 @@
+"""A second place for the files of MODEL_DIR, in an object store, so that processes on several machines need no disk in
+common (docs/decisions/083).
+
+A file has the same name there as below MODEL_DIR, and gets it by one request: it is whole or not there.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from ml_backend.errors import SettingsError, StoreError, StoreUnavailableError
+from ml_backend.settings import Settings
+from model.files import naming_full_disk, replacement, write_bytes
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"}  # whose errors tell of a store that is away
+_PARTS = ".parts"
+_REST_SECONDS = 5.0  # after a question in vain, for those who go on with what they remember
+# s3fs tries five times; botocore, below it, would try each of these five times, which takes a minute.
+_S3_OPTIONS = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+
+
+def open_store(settings: Settings, *, remembers_seconds: float = 0.0) -> "Store | None":
+    """The store of TSP_STORE_URL, which is not asked for anything yet; None without one."""
+    if not settings.store_url:
+        return None
+    if settings.store_url.startswith("s3://") and importlib.util.find_spec("s3fs") is None:
+        raise SettingsError(
+            "TSP_STORE_URL: s3:// needs the package s3fs, which is not installed: pip install 'tsp-active-learning[s3]'"
+        )
+    return Store(settings.store_url, settings.model_dir, remembers_seconds=remembers_seconds)
+
+
+class Store:
+    """The files below `folder`, by their paths there, at `url`. Safe to share between threads.
+
+    Every method raises StoreUnavailableError when the store does not answer or refuses us, and those that write files
+    here DiskFullError. `recall` may answer what was true `remembers_seconds` ago, or the last that was known while the
+    store is away. Whoever remembers leaves a store that is away alone for a while.
+    """
+
+    def __init__(self, url: str, folder: Path, *, remembers_seconds: float = 0.0) -> None:
+        self._url, self._folder, self._remembers_seconds = url.rstrip("/"), folder, remembers_seconds
+        self._remembered: dict[tuple[str, Path], tuple[float, Any]] = {}
+        self._trouble, self._rests_until = "", 0.0
+
+    def read(self, path: Path) -> bytes | None:
+        """What the store has under the path of a file; None when it has nothing."""
+        with suppress(FileNotFoundError), self._asking(path):
+            content: bytes = self._files.cat_file(self._key(path))
+            return content
+        return None
+
+    def has(self, path: Path) -> bool:
+        """Whether the store has something under the path of a file."""
+        with suppress(FileNotFoundError), self._asking(path):
+            self._files.info(self._key(path))
+            return True
+        return False
+
+    def recall(self, path: Path) -> bytes | None:
+        """`read`, for small files that are asked for again and again."""
+        found: bytes | None = self._recalled("read", path)
+        return found
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Keep this under the path of a file."""
+        with self._asking(path):
+            if self._is_folder:
+                target = Path(self._key(path))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(target, content)
+            else:
+                self._files.pipe_file(self._key(path), content)
+        self._remembered.pop(("read", path), None)
+
+    def create(self, path: Path, content: bytes) -> bytes:
+        """Keep this under the path of a file unless there is something already; returns what is there afterwards.
+
+        Stores that know no conditional writes let the last of two win that ask in the same moment.
+        """
+        known = self.read(path)
+        if known is not None:
+            return known
+        with self._asking(path):
+            if self._is_folder:
+                Path(self._key(path)).parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # somebody else was quicker, or the store knows no conditional writes
+                self._files.pipe_file(self._key(path), content, mode="create")
+        kept = self.read(path)
+        if kept is None:
+            self.write(path, content)
+        return kept or content
+
+    def upload(self, path: Path, *, source: Path | None = None) -> None:
+        """Keep a file, which may lie elsewhere for the moment (`source`)."""
+        source = source or path
+        with self._asking(path):
+            if self._is_folder:
+                target = Path(self._key(path))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with replacement(target) as unfinished:
+                    shutil.copyfile(source, unfinished)
+            else:
+                self._files.put_file(str(source), self._key(path))
+        self._remembered.pop(("read", path), None)
+
+    def download(self, path: Path, *, sha256: str | None = None) -> bool:
+        """Replace a file by the store's, in one step; False when the store has none. StoreError when its bytes have
+        another SHA-256 than this."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), self._asking(path):
+            with naming_full_disk(str(path), path.parent), replacement(path) as unfinished:
+                self._files.get_file(self._key(path), str(unfinished))
+                if sha256 is not None and digest_of(unfinished) != sha256:
+                    raise StoreError(f"{self._shown(path)} is damaged: its SHA-256 is not {sha256}")
+            return True
+        return False
+
+    def refresh(self, path: Path) -> bool:
+        """Make a small file what the store has, which may be nothing; whether that changed it."""
+        content, here = self.recall(path), path.read_bytes() if path.exists() else None
+        if content == here:
+            return False
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, content)
+        return True
+
+    def names(self, folder: Path) -> list[str]:
+        """The files below a folder, as paths from there; what is known of them may be as old as `recall`'s."""
+        found: list[str] = self._recalled("names", folder)
+        return found
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, or a folder with all that is in it; nothing happens when it is not there."""
+        with suppress(FileNotFoundError), self._asking(path):
+            self._files.rm(self._key(path), recursive=True)
+        self._remembered.clear()
+
+    # Files that only grow: lines are added in parts, since an object cannot be added to
+
+    def upload_lines(self, path: Path) -> None:
+        """Keep the whole lines of a file that the store lacks, as one more part."""
+        parts = self._parts(path)
+        start = parts[-1].end if parts else 0
+        if not path.exists() or path.stat().st_size <= start:
+            return
+        with path.open("rb") as file:
+            file.seek(start)
+            lines = file.read()
+        lines = lines[: lines.rfind(b"\n") + 1]
+        if lines:
+            self.write(_parts_folder(path) / f"{start:015d}-{hashlib.sha256(lines).hexdigest()}", lines)
+
+    def download_lines(self, path: Path) -> None:
+        """Make a file begin with what the store has of it. Lines that follow stay only if all before were the same:
+        else they belong to what a worker found that did not live to keep it, and another one has gone on since."""
+        parts = self._parts(path)
+        if not parts:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with naming_full_disk(str(path), path.parent), path.open("rb+") as file:
+            missing = [part for part in parts if not part.is_in(file)]
+            if not missing:
+                return
+            missing = [part for part in parts if part.start >= missing[0].start]
+            file.truncate(missing[0].start)
+            file.seek(missing[0].start)
+            for part in missing:
+                file.write(self.read(part.path) or b"")
+
+    def _parts(self, path: Path) -> list["_Part"]:
+        """Those that make up the file, in their order; what does not follow on another is left out."""
+        parts: list[_Part] = []
+        folder = _parts_folder(path)
+        with suppress(FileNotFoundError), self._asking(path):
+            for key, found in sorted(self._files.find(self._key(folder), detail=True).items()):
+                name = str(key).rpartition("/")[2]
+                start, sha256 = name.split("-")
+                if int(start) == (parts[-1].end if parts else 0):
+                    parts.append(_Part(folder / name, int(start), int(start) + int(found["size"]), sha256))
+        return parts
+
+    # Asking
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        """The file system of fsspec, and the root in its words. Imported at the first question: it takes a while."""
+        from fsspec.core import url_to_fs
+
+        options = {} if self._is_folder else _S3_OPTIONS
+        files, root = url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True, **options)
+        return files, str(root)
+
+    @property
+    def _files(self) -> Any:
+        return self._opened[0]
+
+    @property
+    def _is_folder(self) -> bool:
+        """On a file system, where a write is not one step by itself."""
+        return self._url.startswith("file:")
+
+    def _key(self, path: Path) -> str:
+        return f"{self._opened[1]}/{path.relative_to(self._folder).as_posix()}"
+
+    def _shown(self, path: Path) -> str:
+        return f"{self._url}/{path.relative_to(self._folder).as_posix()}"
+
+    def _recalled(self, what: str, path: Path) -> Any:
+        known = self._remembered.get((what, path))
+        if known and time.monotonic() - known[0] < self._remembers_seconds:
+            return known[1]
+        try:
+            found = self.read(path) if what == "read" else self._found(path)
+        except StoreUnavailableError as error:
+            if known is None or not self._remembers_seconds:
+                raise
+            logger.warning("%s Until then, what was known before is answered.", error)
+            found = known[1]
+        if self._remembers_seconds:
+            self._remembered[what, path] = time.monotonic(), found
+        return found
+
+    def _found(self, folder: Path) -> list[str]:
+        with suppress(FileNotFoundError), self._asking(folder):
+            start = f"{self._key(folder)}/"
+            return [str(key).removeprefix(start) for key in self._files.find(start)]
+        return []
+
+    @contextmanager
+    def _asking(self, path: Path) -> Iterator[None]:
+        """What keeps the store from answering is a StoreUnavailableError; FileNotFoundError passes, unless it is the
+        whole bucket that is missing."""
+        if time.monotonic() < self._rests_until:
+            raise StoreUnavailableError(self._trouble)
+        try:
+            if self._is_folder and not Path(self._opened[1]).is_dir():
+                raise NotADirectoryError("the folder is not there: create it, or mount it")
+            yield
+        except Exception as error:
+            is_missing = isinstance(error, FileNotFoundError) and not _is_of_the_bucket(error)
+            is_of_the_store = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _LIBRARIES
+            if is_missing or not is_of_the_store:
+                raise
+            if self._remembers_seconds:
+                self._rests_until = time.monotonic() + _REST_SECONDS
+            self._trouble = (
+                f"the store does not answer for {self._shown(path)}: {_reason(error)}. Look at the store, at "
+                "TSP_STORE_URL, and at what gives endpoint and credentials (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and so "
+                "on). When it answers again, this goes on where it was; after a change of these variables, start the "
+                "processes again."
+            )
+            raise StoreUnavailableError(self._trouble) from error
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The bytes from `start` to `end` of a file."""
+
+    path: Path
+    start: int
+    end: int
+    sha256: str
+
+    def is_in(self, file: IO[bytes]) -> bool:
+        """Whether the file has them at their place."""
+        file.seek(self.start)
+        return hashlib.sha256(file.read(self.end - self.start)).hexdigest() == self.sha256
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parts_folder(path: Path) -> Path:
+    return path.with_name(path.name + _PARTS)
+
+
+def _is_of_the_bucket(error: OSError) -> bool:
+    """Whether a bucket is missing, and not an object in it."""
+    answer: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
+    return bool(answer.get("Error", {}).get("Code") == "NoSuchBucket")
+
+
+def _reason(error: Exception) -> str:
+    """In one line, without the user name and password that an endpoint may carry."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"//[^/\s]*@", "//", words)[:500].rstrip(".")

@@ -1,0 +1,214 @@
+"""Two machines on one PostgreSQL and one store, whose MODEL_DIRs are their own: what one has done of a cycle, the other
+goes on with. Real Label Studio, real training."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ml_backend import handover
+from ml_backend.batch import choose_batch
+from ml_backend.cycle import evaluate_version, snapshot, train_version
+from ml_backend.errors import StoreUnavailableError
+from ml_backend.forget import forget, remove_forgotten_data
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_types import Project
+from ml_backend.order import frozen_batch
+from ml_backend.pool import read_scores, score_pool
+from ml_backend.publish import publish
+from ml_backend.service import Service
+from model.files import read_tensors
+from scripts.label_studio_server import LabelStudioServer
+from tests.label_studio import polygon_result
+from tests.ml_backend.examples import begin_cycle, cycle_row, import_images, key_of, phantom_images, settings
+from tests.ml_backend.test_frozen import Steps
+from tests.postgres import Postgres
+
+pytestmark = pytest.mark.label_studio
+
+ANNOTATED, POOL = 4, 3
+
+
+class KilledError(Exception):
+    """The machine is gone in the middle."""
+
+
+def die() -> None:
+    raise KilledError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """The folder that is the store."""
+    (tmp_path / "store").mkdir()
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def machine(
+    label_studio: LabelStudioServer, postgres: Postgres, tmp_path: Path, store: Path
+) -> Iterator[Callable[[str], Service]]:
+    made: dict[str, Service] = {}
+    common = {
+        "LABEL_STUDIO_URL": label_studio.url,
+        "LABEL_STUDIO_API_KEY": label_studio.token,
+        "DATABASE_URL": postgres.new_database(),
+        "TSP_STORE_URL": f"file://{store}",
+        "TSP_STRATEGY": "hybrid",
+        "TSP_BATCH_SIZE": 2,
+        "TSP_CHECKPOINT_STEPS": 1,
+        "TSP_IMAGES_PER_STEP": 1,
+    }
+
+    def service(name: str) -> Service:
+        if name not in made:
+            made[name] = Service.connect(settings(tmp_path / name, **common))
+        return made[name]
+
+    yield service
+    for one in made.values():
+        one.close()
+
+
+@pytest.fixture
+def key(machine: Callable[[str], Service], client: LabelStudioClient, project: Project) -> str:
+    tasks = import_images(client, project, phantom_images(ANNOTATED + POOL) + phantom_images(1, validation=True))
+    for task in [*tasks[:ANNOTATED], tasks[-1]]:
+        client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
+    return key_of(machine("first"), project)
+
+
+def test_every_stage_of_a_cycle_may_be_another_machines(
+    machine: Callable[[str], Service], client: LabelStudioClient, project: Project, key: str
+) -> None:
+    log = begin_cycle(machine("first"), key)
+    version = snapshot(machine("first"), key, 1, log)
+    train_version(machine("second"), key, 1, log)
+    assert evaluate_version(machine("third"), key, 1, version, log)
+    assert score_pool(machine("fourth"), key, version, log) == POOL
+    choose_batch(machine("fifth"), key, 1, version, log)
+    publish(machine("sixth"), key, version, log)
+    facts = cycle_row(machine("first"), key).facts
+    assert not [name for name in facts if name.endswith("_mended")]  # images came from the store
+    for name in ("first", "seventh"):
+        service = machine(name)
+        assert service.registry.active(key) == version
+        assert frozen_batch(service, key, version) == frozen_batch(machine("fifth"), key, version)
+        assert score_pool(service, key, version) == 0  # all are seen
+    assert client.project(project.id).model_version == version
+
+
+def test_a_training_goes_on_after_the_checkpoint_that_another_machine_has_kept(
+    machine: Callable[[str], Service], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_CHECKPOINT_EVERY_SECONDS", 0.0)
+    first, second = machine("first"), machine("second")
+    begin_cycle(first, key)
+    snapshot(first, key, 1, Steps(first, key))
+    with pytest.raises(KilledError):
+        train_version(first, key, 1, Steps(first, key, after=3, do=die))
+    steps = Steps(second, key)
+    train_version(second, key, 1, steps)
+    assert steps.steps == [3, 4]  # it died before the third was kept
+    again = Steps(first, key)
+    train_version(first, key, 1, again)  # its own checkpoint is behind
+    assert again.steps == []
+    checkpoints = [service.cycle_folder(key, 1) / handover.CHECKPOINT for service in (first, second)]
+    (ours, theirs) = (read_tensors(path)[0] for path in checkpoints)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_checkpoint_of_this_machine_that_is_further_than_the_stores_is_gone_on_with(
+    machine: Callable[[str], Service], key: str
+) -> None:
+    first = machine("first")
+    begin_cycle(first, key)
+    snapshot(first, key, 1, Steps(first, key))
+    with pytest.raises(KilledError):
+        train_version(first, key, 1, Steps(first, key, after=3, do=die))
+    steps = Steps(first, key)
+    train_version(first, key, 1, steps)
+    assert steps.steps == [4]
+
+
+def test_a_training_does_not_wait_for_a_store_that_is_away_but_its_end_does(
+    machine: Callable[[str], Service], key: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_CHECKPOINT_EVERY_SECONDS", 0.0)
+    first, second = machine("first"), machine("second")
+    begin_cycle(first, key)
+    version = snapshot(first, key, 1, Steps(first, key))
+    steps = Steps(first, key, after=1, do=lambda: store.rename(store.with_name("away")) and None)
+    with pytest.raises(StoreUnavailableError, match=r"the folder is not there"):
+        train_version(first, key, 1, steps)
+    assert steps.steps == [1, 2, 3, 4]
+    store.with_name("away").rename(store)
+    again = Steps(first, key)
+    train_version(first, key, 1, again)
+    assert again.steps == []  # nothing was lost
+    assert evaluate_version(second, key, 1, version, Steps(second, key))
+
+
+def test_a_snapshot_whose_record_was_lost_is_replaced_everywhere(
+    machine: Callable[[str], Service], client: LabelStudioClient, project: Project, key: str
+) -> None:
+    first, second = machine("first"), machine("second")
+    begin_cycle(first, key)
+    snapshot(first, key, 1, Steps(first, key))
+    train_version(first, key, 1, Steps(first, key))
+    (task,) = import_images(client, project, phantom_images(ANNOTATED + POOL + 1)[-1:])
+    client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
+    snapshot(second, key, 1, Steps(second, key))
+    steps = Steps(first, key)
+    train_version(first, key, 1, steps)
+    assert steps.steps == [1, 2, 3, 4, 5]
+    tasks = [json.loads((s.cycle_folder(key, 1) / "tasks.json").read_text()) for s in (first, second)]
+    assert tasks[0] == tasks[1]
+    assert task in tasks[0].values()
+
+
+def test_lines_that_a_killed_worker_did_not_keep_are_kept_by_the_next_look(
+    machine: Callable[[str], Service], client: LabelStudioClient, project: Project, key: str
+) -> None:
+    first, second = machine("first"), machine("second")
+    log = begin_cycle(first, key)
+    version = snapshot(first, key, 1, log)
+    train_version(first, key, 1, log)
+    evaluate_version(first, key, 1, version, log)
+    score_pool(first, key, version, log)
+    scores = first.scores_file(key, version)
+    assert first.store is not None
+    first.store.remove(scores.with_name(f"{scores.name}.parts"))  # as if it had been killed before
+    assert score_pool(first, key, version, log) == 0
+    assert score_pool(second, key, version, log) == 0
+    assert [line["task"] for line in read_scores(second.scores_file(key, version))] == [
+        line["task"] for line in read_scores(scores)
+    ]
+
+
+def test_a_forgotten_project_leaves_nothing_in_the_store(
+    machine: Callable[[str], Service], key: str, store: Path
+) -> None:
+    first = machine("first")
+    log = begin_cycle(first, key)
+    version = snapshot(first, key, 1, log)
+    train_version(first, key, 1, log)
+    evaluate_version(first, key, 1, version, log)
+    log.finish("done")
+    forget(first, key, delete_data=True)
+    remove_forgotten_data(first, key, lambda names: None)
+    assert {path.parts[len(store.parts)] for path in store.rglob("*") if path.is_file()} == {"cache"}
+    assert machine("second").registry.versions(key) == []
+
+
+def test_a_machine_whose_disk_is_new_has_everything_from_the_store(machine: Callable[[str], Service], key: str) -> None:
+    first = machine("first")
+    log = begin_cycle(first, key)
+    version = snapshot(first, key, 1, log)
+    train_version(first, key, 1, log)
+    for name in ("cycles", "cache/images", "cache/index"):
+        shutil.rmtree(first.settings.model_dir / name)
+    assert evaluate_version(first, key, 1, version, log)

@@ -1,0 +1,385 @@
+"""The store itself, as a folder and as a bucket of a real S3 server."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ml_backend.chunks import cut, find_cut, open_cut
+from ml_backend.errors import ImageHostSilentError, SettingsError, StoreError, StoreUnavailableError
+from ml_backend.foreign_hosts import AllowedHosts
+from ml_backend.images import ImageStore
+from ml_backend.ls_client import LabelStudioClient
+from ml_backend.service import Service
+from ml_backend.store import Store
+from ml_backend.stored_registry import StoredRegistry
+from model.errors import RegistryError
+from model.registry import Registry
+from scripts.label_studio_server import free_port
+from scripts.tiny_version import tiny_version
+from tests.ml_backend.examples import KEY, NOWHERE, VERSION, phantom_images, settings, sha256
+from tests.ml_backend.test_frozen import image_server
+from tests.s3 import S3, SECRET, running_s3
+
+Machine = Callable[..., Store]
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with running_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "file":
+        (tmp_path / "shared").mkdir()
+        return f"file://{tmp_path / 'shared'}"
+    s3: S3 = request.getfixturevalue("s3")
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3.new_bucket()}/a/prefix"
+
+
+@pytest.fixture
+def machine(url: str, tmp_path: Path) -> Machine:
+    """The store as a machine with a MODEL_DIR of this name sees it."""
+
+    def store(name: str, *, remembers_seconds: float = 0.0) -> Store:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return Store(url, tmp_path / name, remembers_seconds=remembers_seconds)
+
+    return store
+
+
+def test_a_file_of_one_machine_is_had_by_another(machine: Machine, tmp_path: Path) -> None:
+    here, there = machine("here"), machine("there")
+    path = Path("scores/7-17/a.json")
+    (tmp_path / "here" / path).parent.mkdir(parents=True)
+    (tmp_path / "here" / path).write_bytes(b"content")
+    assert not there.download(tmp_path / "there" / path)
+    here.upload(tmp_path / "here" / path)
+    assert there.download(tmp_path / "there" / path)
+    assert (tmp_path / "there" / path).read_bytes() == b"content"
+    assert there.names(tmp_path / "there" / "scores") == ["7-17/a.json"]
+    here.remove(tmp_path / "here" / "scores")
+    here.remove(tmp_path / "here" / "scores")
+    assert there.read(tmp_path / "there" / path) is None
+    assert there.names(tmp_path / "there" / "scores") == []
+
+
+def test_a_small_file_follows_the_store(machine: Machine, tmp_path: Path) -> None:
+    store, path = machine("here"), tmp_path / "here" / "scores" / "a.json"
+    assert not store.refresh(path)
+    store.write(path, b"1")
+    assert store.refresh(path)
+    assert path.read_bytes() == b"1"
+    assert not store.refresh(path)
+    store.remove(path)
+    assert store.refresh(path)
+    assert not path.exists()
+
+
+def test_what_is_remembered_is_answered_until_it_is_old_or_changed_here(machine: Machine, tmp_path: Path) -> None:
+    reader, writer, path = machine("here", remembers_seconds=3600.0), machine("here"), tmp_path / "here" / "pointer"
+    writer.write(path, b"1")
+    assert reader.recall(path) == b"1"
+    writer.write(path, b"2")
+    assert (reader.recall(path), reader.read(path), writer.recall(path)) == (b"1", b"2", b"2")
+    reader.write(path, b"3")
+    assert reader.recall(path) == b"3"
+
+
+def test_the_first_of_two_creates(machine: Machine, tmp_path: Path) -> None:
+    assert machine("here").create(tmp_path / "here" / "secret", b"1") == b"1"
+    assert machine("there").create(tmp_path / "there" / "secret", b"2") == b"1"
+
+
+def test_a_file_with_another_digest_is_refused_and_nothing_is_left(machine: Machine, tmp_path: Path) -> None:
+    store, path = machine("here"), tmp_path / "here" / "weights"
+    store.write(path, b"content")
+    with pytest.raises(StoreError, match=r"weights is damaged: its SHA-256 is not 0000"):
+        store.download(path, sha256="0" * 64)
+    assert list((tmp_path / "here").iterdir()) == []
+    assert store.download(path, sha256=sha256(b"content"))
+
+
+# Lines
+
+
+def test_lines_are_added_in_parts_and_put_together_elsewhere(machine: Machine, tmp_path: Path) -> None:
+    here, there = machine("here"), machine("there")
+    path, other = tmp_path / "here" / "a.jsonl", tmp_path / "there" / "a.jsonl"
+    there.download_lines(other)
+    assert not other.exists()
+    path.write_bytes(b"1\n2\n")
+    here.upload_lines(path)
+    here.upload_lines(path)
+    with path.open("ab") as file:
+        file.write(b"3\nhalf")
+    here.upload_lines(path)
+    there.download_lines(other)
+    assert other.read_bytes() == b"1\n2\n3\n"
+    assert len(here.names(tmp_path / "here" / "a.jsonl.parts")) == 2
+    with other.open("ab") as file:
+        file.write(b"4\n")
+    there.upload_lines(other)
+    here.download_lines(path)
+    assert path.read_bytes() == b"1\n2\n3\n4\n"  # the half line was nobody's
+
+
+def test_lines_that_were_not_kept_stay_unless_others_took_their_place(machine: Machine, tmp_path: Path) -> None:
+    here, there = machine("here"), machine("there")
+    path, other = tmp_path / "here" / "a.jsonl", tmp_path / "there" / "a.jsonl"
+    path.write_bytes(b"1\n")
+    here.upload_lines(path)
+    path.write_bytes(b"1\nlost\n")
+    here.download_lines(path)
+    assert path.read_bytes() == b"1\nlost\n"
+    there.download_lines(other)
+    other.write_bytes(other.read_bytes() + b"2\n")
+    there.upload_lines(other)
+    here.download_lines(path)
+    assert path.read_bytes() == b"1\n2\n"
+
+
+# Chunks
+
+
+def test_a_pool_is_cut_by_one_machine_seen_by_another_and_removed(machine: Machine, tmp_path: Path) -> None:
+    here, there = ((tmp_path / name / "scores" / f"{VERSION}.chunks", machine(name)) for name in ("here", "there"))
+    tasks = [{"id": 10 + number, "data": {"image": f"/data/ü{number}.png"}} for number in range(5)]
+    assert find_cut(here[0], KEY, VERSION, store=here[1]) is None
+    pool = cut(here[0], KEY, VERSION, tasks, size=2, store=here[1])
+    assert find_cut(here[0], KEY, VERSION, store=here[1]) == pool
+    same = open_cut(there[0], KEY, VERSION, pool.folder.name, store=there[1])
+    assert [task for number in range(same.chunks) for task in same.tasks(number)] == tasks
+    found = [{"task": 12, "score": 0.1 + 0.2}, {"task": 13, "problem": "gr\u00f6\u00dfer \u2028 \x85"}]
+    same.keep(1, found)
+    assert [pool.is_seen(number) for number in range(3)] == [False, True, False]
+    assert list(pool.lines(1)) == found
+    with pytest.raises(FileNotFoundError):
+        list(pool.lines(0))
+    pool.remove()
+    pool.remove()
+    assert find_cut(there[0], KEY, VERSION, store=there[1]) is None
+    with pytest.raises(FileNotFoundError):
+        open_cut(there[0], KEY, VERSION, pool.folder.name, store=there[1])
+    assert here[1].names(here[0]) == []
+
+
+def test_cutting_that_broke_off_begins_anew(machine: Machine, tmp_path: Path) -> None:
+    store, folder = machine("here"), tmp_path / "here" / f"{VERSION}.chunks"
+    half = cut(folder, KEY, VERSION, [{"id": 1, "data": {}}], size=1, store=store)
+    store.remove(half.folder / "plan.json")  # which is written last
+    assert find_cut(folder, KEY, VERSION, store=store) is None
+    whole = cut(folder, KEY, VERSION, [{"id": 2, "data": {}}], size=1, store=store)
+    assert store.names(folder) == [f"{whole.folder.name}/0.tasks.json", f"{whole.folder.name}/plan.json"]
+
+
+# Versions
+
+
+def test_a_version_of_one_machine_is_loaded_by_another(machine: Machine, tmp_path: Path) -> None:
+    made, asked = (StoredRegistry(tmp_path / name / "versions", machine(name)) for name in ("here", "there"))
+    assert (asked.active(KEY), asked.versions(KEY)) == (None, [])
+    card, network = tiny_version(VERSION, ("cell", "lesion"))
+    made.add(KEY, card, network)
+    made.activate(KEY, VERSION)
+    assert (asked.active(KEY), asked.versions(KEY)) == (VERSION, [VERSION])
+    asked.check(KEY, VERSION)
+    assert not (asked.root / KEY / VERSION / "weights.safetensors").exists()  # only when it is to look at images
+    loaded, its_card = asked.load(KEY, VERSION)
+    assert its_card == card
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert not (made.root.with_name("versions-unfinished") / KEY / VERSION).exists()
+    assert Registry(made.root).load(KEY, VERSION)[1] == card  # the folder is what it is without a store
+
+
+def test_a_version_that_is_there_is_not_made_again(machine: Machine, tmp_path: Path) -> None:
+    first, second = (StoredRegistry(tmp_path / name / "versions", machine(name)) for name in ("here", "there"))
+    card, network = tiny_version(VERSION, ("cell", "lesion"))
+    first.add(KEY, card, network)
+    second.add(KEY, *tiny_version(VERSION, ("cell",)))
+    assert second.load(KEY, VERSION)[1] == card
+
+
+def test_weights_that_differ_from_the_stores_are_fetched_again(machine: Machine, tmp_path: Path) -> None:
+    registry = StoredRegistry(tmp_path / "here" / "versions", machine("here"))
+    registry.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
+    weights = registry.root / KEY / VERSION / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    registry.load(KEY, VERSION)
+    assert weights.read_bytes() == whole
+
+
+def test_weights_that_are_damaged_in_the_store_are_told(machine: Machine, tmp_path: Path) -> None:
+    store = machine("here")
+    registry = StoredRegistry(tmp_path / "here" / "versions", store)
+    registry.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
+    weights = registry.root / KEY / VERSION / "weights.safetensors"
+    store.write(weights, b"something else")
+    registry.load(KEY, VERSION)  # those here are whole
+    weights.unlink()
+    with pytest.raises(RegistryError, match=r"is damaged: .*weights.safetensors is damaged: its SHA-256 is not"):
+        registry.load(KEY, VERSION)
+    store.remove(weights)
+    with pytest.raises(RegistryError, match=r"the store lacks weights.safetensors"):
+        registry.check(KEY, VERSION)
+    with pytest.raises(RegistryError, match=r"the store has no weights.safetensors of it"):
+        registry.load(KEY, VERSION)
+
+
+def test_a_model_dir_that_was_copied_into_the_store_is_used(machine: Machine, tmp_path: Path) -> None:
+    old = Registry(tmp_path / "here" / "versions")
+    old.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
+    old.activate(KEY, VERSION)
+    store = machine("here")
+    for path in old.root.rglob("*.*"):
+        store.upload(path)
+    registry = StoredRegistry(tmp_path / "there" / "versions", machine("there"))
+    assert (registry.active(KEY), registry.versions(KEY)) == (VERSION, [VERSION])
+    registry.load(KEY, VERSION)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ml_backend.store import Store
+from ml_backend.stored_registry import StoredRegistry
+from scripts.tiny_version import tiny_version
+
+class DyingStore(Store):
+    def upload(self, path, **options):
+        if path.name == "card.json":
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().upload(path, **options)
+
+url, folder, key, version = sys.argv[1:]
+registry = StoredRegistry(Path(folder) / "versions", DyingStore(url, Path(folder)))
+registry.add(key, *tiny_version(version, ("cell", "lesion")))
+"""
+
+
+def test_a_version_whose_worker_was_killed_before_its_card_is_not_there_and_is_made_again(
+    machine: Machine, url: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    command = [sys.executable, "-c", _KILLED, url, str(folder), KEY, VERSION]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    here, there = (StoredRegistry(tmp_path / name / "versions", machine(name)) for name in ("here", "there"))
+    assert machine("here").names(here.root / KEY) == [f"{VERSION}/weights.safetensors", f"{VERSION}/weights.sha256"]
+    for registry in (here, there):
+        assert registry.versions(KEY) == []
+        with pytest.raises(RegistryError, match=rf"{KEY} has no version '{VERSION}'; it has none"):
+            registry.load(KEY, VERSION)
+    card, network = tiny_version(VERSION, ("cell", "lesion"))
+    here.add(KEY, card, network)
+    assert there.load(KEY, VERSION)[1] == card
+
+
+# Images
+
+
+def test_an_image_that_one_machine_has_fetched_is_had_by_another_without_its_host(
+    machine: Machine, tmp_path: Path
+) -> None:
+    (image,) = phantom_images(1)
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "a.png").write_bytes(image)
+    with LabelStudioClient(NOWHERE, "0" * 40) as client, contextlib.ExitStack() as stack:
+        here, there = (
+            stack.enter_context(
+                ImageStore(
+                    cache_dir=tmp_path / name / "cache",
+                    client=client,
+                    allowed_hosts=AllowedHosts.parse("127.0.0.0/8"),
+                    store=machine(name),
+                )
+            )
+            for name in ("here", "there")
+        )
+        with image_server(tmp_path / "host") as host:
+            fetched = here.fetch(task_id=1, uri=f"{host}/a.png")
+        brought = there.fetch(task_id=2, uri=f"{host}/a.png")
+        assert (brought.sha256, brought.image_hw) == (fetched.sha256, fetched.image_hw)
+        assert brought.path == tmp_path / "there" / fetched.path.relative_to(tmp_path / "here")
+        assert brought.path.read_bytes() == image
+        brought.path.write_bytes(b"damaged")
+        assert there.fetch(task_id=2, uri=f"{host}/a.png").path.read_bytes() == image
+        brought.path.unlink()
+        assert there.at_hand(fetched.path) == brought.path
+        assert brought.path.read_bytes() == image
+        machine("here").write(fetched.path, b"damaged")  # in the store
+        brought.path.unlink()
+        with pytest.raises(ImageHostSilentError):
+            there.fetch(task_id=2, uri=f"{host}/a.png")
+
+
+# A store that is away
+
+
+def test_a_bucket_without_the_package_for_it_is_refused_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    bucket = settings(tmp_path, TSP_STORE_URL="s3://bucket", DATABASE_URL="postgresql://u@h/d")
+    with pytest.raises(SettingsError, match=r"pip install 'tsp-active-learning\[s3\]'"):
+        Service.connect(bucket)
+
+
+def test_a_server_that_is_away_is_told_without_credentials(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**s3.environment, "AWS_ENDPOINT_URL": f"http://me:{SECRET}@127.0.0.1:{free_port()}"}.items():
+        monkeypatch.setenv(name, value)
+    store = Store("s3://bucket/prefix", tmp_path)
+    (tmp_path / "a").write_bytes(b"1")
+    for ask in (store.read, store.upload):  # each takes seconds: the library tries again, too
+        with pytest.raises(StoreUnavailableError, match=r"the store does not answer for s3://bucket/prefix/a") as told:
+            ask(tmp_path / "a")
+        assert SECRET not in str(told.value)
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_a_bucket_that_is_missing_is_not_an_empty_one(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    store = Store("s3://no-such-bucket", tmp_path)
+    for ask in (store.read, store.names, store.download, store.upload_lines, store.download_lines):
+        with pytest.raises(StoreUnavailableError, match=r"bucket does not exist"):
+            ask(tmp_path / "a")
+
+
+def test_a_folder_that_is_not_mounted_is_not_an_empty_one(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/mount", tmp_path / "here")
+    for ask in (store.read, store.names, store.download, lambda path: store.write(path, b"")):
+        with pytest.raises(StoreUnavailableError, match=r"the folder is not there: create it, or mount it"):
+            ask(tmp_path / "here" / "a")
+    assert not (tmp_path / "mount").exists()
+
+
+def test_while_the_store_is_away_the_last_that_was_known_is_answered_where_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ml_backend.store._REST_SECONDS", 0.0)
+    (tmp_path / "shared").mkdir()
+    path, url = tmp_path / "here" / "pointer", f"file://{tmp_path / 'shared'}"
+    web, worker = Store(url, tmp_path / "here", remembers_seconds=1e-9), Store(url, tmp_path / "here")
+    worker.write(path, b"1")
+    assert (web.recall(path), worker.recall(path)) == (b"1", b"1")
+    (tmp_path / "shared").rename(tmp_path / "away")
+    assert web.recall(path) == b"1"
+    for ask in (lambda: worker.recall(path), lambda: web.recall(tmp_path / "here" / "other")):
+        with pytest.raises(StoreUnavailableError):
+            ask()
+    (tmp_path / "away").rename(tmp_path / "shared")
+    worker.write(path, b"2")
+    assert web.recall(path) == b"2"
