@@ -42,7 +42,7 @@ _ANSWER_SECONDS = 10.0  # for each line of the greeting
 _SEE_FILES_SECONDS = 60.0  # until a shared folder shows what another machine wrote
 _LONGEST_LINE = 1 << 20
 _SIOCGIFADDR = 0x8915  # the address of an interface
-_KEEP_ALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}  # a silent machine: 20 s
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a silent machine is gone after 20 s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,8 @@ class Connection:
         raw.settimeout(_ANSWER_SECONDS)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEP_ALIVE.items():
-            raw.setsockopt(socket.IPPROTO_TCP, option, value)
+            if hasattr(socket, option):  # not everywhere; the system's own times are longer
+                raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.raw = raw
         self._lines = raw.makefile("rb")
 
