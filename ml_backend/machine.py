@@ -11,8 +11,6 @@ import signal
 import sys
 from types import FrameType
 
-import torch
-
 from ml_backend.logs import start_logging
 from ml_backend.machines import meeting_of
 from ml_backend.settings import Settings
@@ -33,7 +31,6 @@ def main() -> None:
         sys.exit("TSP_MEETING_POINT is not set: expected host:port of the worker that leads the trainings")
     start_logging(settings)
     os.nice(settings.niceness)
-    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
     logger.info("ready to train with the worker at %s", meeting.address)
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ import hmac
 import json
 import logging
 import os
+import re
 import secrets
 import select
 import socket
@@ -26,10 +27,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, Self
-
-import torch
 
 from model.errors import InvalidInputError, TrainingProcessError
 
@@ -38,11 +38,15 @@ logger = logging.getLogger(__name__)
 Message = dict[str, Any]
 _ASK_EVERY_SECONDS = 1.0
 _AFTER_REFUSAL_SECONDS = 15.0
-_ANSWER_SECONDS = 10.0  # for each line of the greeting
+_ANSWER_SECONDS = 3.0  # for each line of the greeting
 _SEE_FILES_SECONDS = 60.0  # until a shared folder shows what another machine wrote
-_LONGEST_LINE = 1 << 20
+_LONGEST_LINE, _LONGEST_GREETING = 1 << 20, 4096  # bytes
+_NUMBER = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")  # used once, or a proof
+_PATIENCE_SECONDS = 30.0  # of those who follow: others may be greeted first
+_GRACE_SECONDS = 5.0
 _SIOCGIFADDR = 0x8915  # the address of an interface
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a silent machine is gone after 20 s
+# A machine without power or network is gone after 20 s.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,50 +80,54 @@ class Connection:
     """Lines of JSON to and from one other machine."""
 
     def __init__(self, raw: socket.socket) -> None:
-        raw.settimeout(_ANSWER_SECONDS)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEP_ALIVE.items():
             if hasattr(socket, option):  # not everywhere; the system's own times are longer
                 raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.raw = raw
-        self._lines = raw.makefile("rb")
+        self._heard = b""
 
     def say(self, message: Message) -> None:
         """OSError when the other one is gone."""
         self.raw.sendall(json.dumps(message).encode() + b"\n")
 
-    def hear(self) -> Message:
-        """The next message; OSError when none comes, or what comes is none."""
-        line = self._lines.readline(_LONGEST_LINE)
+    def hear(self, *, longest: int = _LONGEST_LINE, within: float | None = None) -> Message:
+        """The next message, of so many bytes at most, waited for so many seconds in all; OSError when none comes, or
+        what comes is none."""
+        until = None if within is None else time.monotonic() + within
+        while b"\n" not in self._heard[:longest]:
+            if len(self._heard) >= longest:
+                raise OSError("what came is no message")
+            self.raw.settimeout(None if until is None else max(0.01, until - time.monotonic()))
+            if not (more := self.raw.recv(1 << 16)):
+                raise OSError("the connection has ended")
+            self._heard += more
+        line, _, self._heard = self._heard.partition(b"\n")
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
-            raise OSError("the connection has ended" if not line else "what came is no message")
+            raise OSError("what came is no message")
         return message
 
     def is_open(self) -> bool:
         """Whether the other one is still there, as far as is known. Only while it has nothing to say."""
         return not select.select([self.raw], [], [], 0)[0]
 
-    def take_time(self) -> None:
-        """From now on, a message may take as long as it likes."""
-        self.raw.settimeout(None)
-
     def close(self) -> None:
         """Also for those who wait for a message in another thread."""
         with suppress(OSError):
             self.raw.shutdown(socket.SHUT_RDWR)
-        self._lines.close()
         self.raw.close()
 
 
 def release() -> str:
-    """What must be the same on all machines: torch, and every line of this package."""
+    """What must be the same on all machines: what reads and sees images, and every line of this package."""
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     code = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
-    return f"torch {torch.__version__.split('+')[0]}, model/ {code[:12]}"
+    packages = [f"{name} {version(name).split('+')[0]}" for name in ("torch", "torchvision", "numpy", "pillow")]
+    return ", ".join([*packages, f"model/ {code[:12]}"])
 
 
 # --- the machine that leads
@@ -175,12 +183,7 @@ def _admitted(listening: socket.socket, meeting: Meeting) -> Connection | None:
         return None
     other = Connection(raw)
     try:
-        nonce = secrets.token_hex(16)
-        other.say({"nonce": nonce})
-        greeting = other.hear()
-        trouble = _trouble_with(greeting, nonce, meeting)
-        if not trouble:
-            other.say({"proof": _proof(meeting.secret, "leads", str(greeting.get("nonce")), nonce)})
+        if not (trouble := _greeted(other, meeting)):
             return other
         logger.warning("a machine at %s is refused: %s", address, trouble)
         other.say({"refused": trouble})
@@ -190,18 +193,37 @@ def _admitted(listening: socket.socket, meeting: Meeting) -> Connection | None:
     return None
 
 
-def _trouble_with(greeting: Message, nonce: str, meeting: Meeting) -> str:
+def _greeted(other: Connection, meeting: Meeting) -> str:
     """Why a machine cannot take part; "" if it can. Strangers learn nothing but that they are."""
-    expected = _proof(meeting.secret, "follows", nonce, str(greeting.get("nonce")))
-    if not hmac.compare_digest(str(greeting.get("proof")).encode(), expected.encode()):
+    ours = secrets.token_hex(16)
+    other.say({"nonce": ours})
+    greeting = other.hear(longest=_LONGEST_GREETING, within=_ANSWER_SECONDS)
+    theirs = _number(greeting, "nonce")
+    if not hmac.compare_digest(_number(greeting, "proof"), _proof(meeting.secret, "follows", ours, theirs)):
         return "expected the secret of the machine that leads, got another: do both share a folder?"
-    wanted = {"release": release(), "folder": str(meeting.folder)}
+    other.say({"proof": _proof(meeting.secret, "leads", theirs, ours)})
+    about = other.hear(longest=_LONGEST_GREETING, within=_ANSWER_SECONDS)
     differing = [
-        f"{name}: expected {value!r}, as here, got {greeting.get(name)!r}"
-        for name, value in wanted.items()
-        if greeting.get(name) != value
+        f"{name}: expected {value!r}, as here, got {about.get(name)!r}"
+        for name, value in _about(meeting).items()
+        if about.get(name) != value
     ]
+    if not differing:
+        other.say({"welcome": True})
     return "; ".join(differing)
+
+
+def _about(meeting: Meeting) -> Message:
+    """What must be the same on both sides."""
+    return {"release": release(), "folder": str(meeting.folder)}
+
+
+def _number(message: Message, name: str) -> str:
+    """A number that a greeting must have; OSError when it has none."""
+    number = str(message.get(name))
+    if not _NUMBER.fullmatch(number):
+        raise OSError("what came is no greeting")
+    return number
 
 
 def _proof(secret: bytes, role: str, *nonces: str) -> str:
@@ -219,7 +241,6 @@ def follow(meeting: Meeting) -> NoReturn:
             with _admission(meeting) as leader:
                 said = ""
                 logger.info("there for the next training at %s", meeting.address)
-                leader.take_time()
                 _take_part(leader)
         except TrainingProcessError as error:
             logger.error("%s", error)
@@ -235,16 +256,20 @@ def follow(meeting: Meeting) -> NoReturn:
 def _admission(meeting: Meeting) -> Iterator[Connection]:
     """A connection to the machine that leads, which knows us and is known; TrainingProcessError when it refuses us."""
     leader = Connection(socket.create_connection((meeting.host, meeting.port), timeout=_ANSWER_SECONDS))
+
+    def answer() -> Message:
+        heard = leader.hear(longest=_LONGEST_GREETING, within=_PATIENCE_SECONDS)
+        if "refused" in heard:
+            raise TrainingProcessError(f"{meeting.address} refuses this machine: {heard['refused']}")
+        return heard
+
     try:
-        theirs, ours = str(leader.hear().get("nonce")), secrets.token_hex(16)
-        proof = _proof(meeting.secret, "follows", theirs, ours)
-        leader.say({"nonce": ours, "proof": proof, "release": release(), "folder": str(meeting.folder)})
-        answer = leader.hear()
-        if "refused" in answer:
-            raise TrainingProcessError(f"{meeting.address} refuses this machine: {answer['refused']}")
-        expected = _proof(meeting.secret, "leads", ours, theirs)
-        if not hmac.compare_digest(str(answer.get("proof")).encode(), expected.encode()):
+        theirs, ours = _number(answer(), "nonce"), secrets.token_hex(16)
+        leader.say({"nonce": ours, "proof": _proof(meeting.secret, "follows", theirs, ours)})
+        if not hmac.compare_digest(_number(answer(), "proof"), _proof(meeting.secret, "leads", ours, theirs)):
             raise TrainingProcessError(f"{meeting.address} does not know the secret: nothing it says is followed")
+        leader.say(_about(meeting))
+        answer()
         yield leader
     finally:
         leader.close()
@@ -269,18 +294,42 @@ def _take_part(leader: Connection) -> None:
             telling.join()
             leader.say({"ended": started.returncode})
     finally:
-        if started.stdin:
-            started.stdin.close()  # ends them
-        code = started.wait()
+        code = end(started)
         telling.join()
         logger.info("this machine's processes have ended with %d", code)
 
 
 def _tell(started: "subprocess.Popen[str]", leader: Connection) -> None:
     """Pass on what our processes say."""
-    with suppress(OSError), started.stdout or nullcontext(()) as lines:
+    with suppress(OSError):
+        for said in messages(started):
+            leader.say(said)
+
+
+def messages(started: "subprocess.Popen[str]") -> Iterator[Message]:
+    """What processes say on their stdout, to the end of it; what a library prints there is logged."""
+    with started.stdout or nullcontext(()) as lines:
         for line in lines:
-            leader.say(json.loads(line))
+            try:
+                said = json.loads(line)
+            except ValueError:
+                said = None
+            if isinstance(said, dict):
+                yield said
+            else:
+                logger.info("a training process says: %s", line.rstrip())
+
+
+def end(started: "subprocess.Popen[str]") -> int:
+    """End processes that we have started; their exit code. Those that train find that their stdin ends; torchrun, which
+    may still wait for other machines, does not look."""
+    if started.stdin:
+        started.stdin.close()
+    for stop in (started.terminate, started.kill):
+        with suppress(subprocess.TimeoutExpired):
+            return started.wait(timeout=_GRACE_SECONDS)
+        stop()
+    return started.wait()
 
 
 def command(order: Message) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from model.dataset import LabeledSet, read_coco, write_coco
 from model.distributed import Ranks
 from model.errors import InvalidInputError, TrainingProcessError, TSPError
 from model.files import read_tensors, write_json, write_tensors
-from model.machines import Connection, Meeting, command, environment, gathered, orders
+from model.machines import Connection, Meeting, command, end, environment, gathered, messages, orders
 from model.network import MaskRCNNWithScores
 from model.train import Progress, load_trained, train
 from model.types import FloatArray, LabeledImage
@@ -32,6 +32,7 @@ from model.types import FloatArray, LabeledImage
 logger = logging.getLogger(__name__)
 
 _MOST_STARTS = 3  # without a step in between
+_LAST_WORDS_SECONDS = 3.0  # of other machines
 
 
 def train_in_processes(
@@ -114,7 +115,7 @@ def _until_done(
         if starts >= _MOST_STARTS:
             raise TrainingProcessError(
                 f"one of {processes} training processes ended {starts} times without a step (exit code {code}); its "
-                "own messages stand above. Was memory short? The checkpoint is as it was."
+                "own messages stand above, or where its machine logs. Was memory short? The checkpoint is as it was."
             )
         logger.warning("one of %d training processes ended with %d; all go on from the checkpoint", processes, code)
 
@@ -134,7 +135,6 @@ def _run(
         ours, *theirs = orders(meeting, job=job, processes=processes)
         try:
             for other, order in zip(others, theirs, strict=True):
-                other.take_time()
                 other.say(order)
         except OSError:
             return None, newest
@@ -147,7 +147,7 @@ def _run(
             if on_step:
                 on_step(newest)
         code = started.wait()
-        return (None if lost else code), newest
+        return (None if lost and code else code), newest
 
 
 @contextmanager
@@ -158,9 +158,7 @@ def _started(command: list[str], environment: dict[str, str] | None) -> Iterator
     try:
         yield started
     finally:
-        if started.stdin:
-            started.stdin.close()
-        started.wait()
+        end(started)
 
 
 def _said(
@@ -171,26 +169,33 @@ def _said(
     words: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
 
     def hear_ours() -> None:
-        with started.stdout or nullcontext(()) as lines:
-            for line in lines:
-                words.put(json.loads(line))
-        words.put(None)
+        try:
+            for said in messages(started):
+                words.put(said)
+        finally:
+            words.put(None)
 
     def hear(other: Connection) -> None:
         try:
             while "ended" not in (said := other.hear()):
                 words.put(said)
-        except (OSError, ValueError):  # the latter when it is closed here, at the end
+        except OSError:  # also when it is closed here, at the end
             if started.poll() is None:
                 lost.append(other)
-        if started.stdin:
-            started.stdin.close()
+        end(started)
 
     threading.Thread(target=hear_ours, daemon=True).start()
-    for other in others:
-        threading.Thread(target=hear, args=(other,), daemon=True).start()
+    listening = [threading.Thread(target=hear, args=(other,), daemon=True) for other in others]
+    for thread in listening:
+        thread.start()
     while (said := words.get()) is not None:
         yield said
+    if started.wait():  # perhaps because of an error that another machine is about to tell
+        for thread in listening:
+            thread.join(_LAST_WORDS_SECONDS)
+        while not words.empty():
+            if said := words.get():
+                yield said
 
 
 def main() -> None:

@@ -155,7 +155,7 @@ def test_after_the_death_of_a_process_all_are_started_again(images, by_two, tmp_
     def on_step(progress):
         steps.append(progress.step)
         if steps == [1, 2, 3]:
-            os.kill(processes_of("model.together")[-1], signal.SIGKILL)
+            os.kill(processes_of(tmp_path)[-1], signal.SIGKILL)
 
     config = TrainingConfig(**TRAINING, milestones=(2, 4))
     train_in_processes(network, images, config, processes=2, checkpoint=tmp_path / "c.safetensors", on_step=on_step)
@@ -170,29 +170,29 @@ def test_what_a_process_reports_is_raised_here(images, tmp_path):
     options = {"processes": 2, "checkpoint": tmp_path / "c.safetensors"}
     with pytest.raises(ImageFileError, match=r"missing\.png: expected an image"):
         train_in_processes(tiny_network(), [broken, *images[1:]], TrainingConfig(**TRAINING), **options)
-    assert processes_of("model.together") == []
+    assert processes_of(tmp_path) == []
 
 
 def test_the_processes_end_with_the_one_that_started_them_however_that_ends(place, tmp_path):
     command = [sys.executable, "-m", "tests.model.starts_others", str(place / "coco.json"), str(tmp_path / "c")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
         assert started.stdout.readline() == "step 1\n"
-        assert len(processes_of("model.together")) == 2
+        assert len(processes_of(tmp_path)) == 2
         started.kill()
     until = time.monotonic() + 60
-    while processes_of("model.together"):
+    while processes_of(tmp_path):
         assert time.monotonic() < until
         time.sleep(0.1)
 
 
-def processes_of(module):
-    """Ids of our descendants that run a module, but not of torchrun itself."""
+def processes_of(folder):
+    """Ids of the processes, but not of torchrun itself, that train with a checkpoint in a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            command = (process / "cmdline").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes()
         except OSError:  # it has ended meanwhile
             continue
-        if module.encode() in command and b"torch.distributed.run" not in command:
+        if f"{folder}/together-".encode() in command and b"torch.distributed.run" not in command:
             found.append(int(process.name))
     return sorted(found)

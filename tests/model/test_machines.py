@@ -1,6 +1,7 @@
 """Training on several machines: here each is a process of its own, and they meet at 127.0.0.1."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from model.config import TrainingConfig
 from model.errors import InvalidInputError, TrainingProcessError
-from model.machines import Connection, Meeting, environment, gathered
+from model.machines import Connection, Meeting, end, environment, gathered, messages
 from model.together import train_in_processes
 from scripts.label_studio_server import free_port
 from tests.model.examples import tiny_network
@@ -78,7 +79,7 @@ def test_two_machines_train_as_one_with_two_processes(images, on_one_machine, me
     for name, tensor in on_one_machine[1].items():
         assert torch.equal(weights[name], tensor), name
     assert set(reasons) == {f"1 of 2 machines to train together are missing at {meeting.address}"}
-    assert processes_of("model.together") == []
+    assert processes_of(meeting.folder) == []
 
 
 def test_when_a_machine_dies_the_training_waits_for_another_and_goes_on(images, on_one_machine, meeting):
@@ -89,9 +90,9 @@ def test_when_a_machine_dies_the_training_waits_for_another_and_goes_on(images, 
         def on_step(progress):
             steps.append(progress.step)
             if steps == [1, 2, 3]:
-                children = processes_of("model.together")
+                children = processes_of(meeting.folder)
                 victim.kill()
-                wait(lambda: processes_of("model.together") != children)  # it ends them with itself
+                wait(lambda: processes_of(meeting.folder) != children)  # it ends them with itself
 
         def on_wait(reason):
             reasons.append(reason)
@@ -141,7 +142,7 @@ def test_a_machine_with_another_secret_or_another_folder_is_refused_and_told(ima
 def test_a_machine_follows_nobody_who_does_not_know_the_secret(meeting):
     with socket.create_server((meeting.host, meeting.port)) as listening, another_machine(meeting) as (_, log):
         impostor = Connection(listening.accept()[0])
-        impostor.say({"nonce": "1"})
+        impostor.say({"nonce": "1" * 32})
         impostor.hear()
         impostor.say({"proof": "0" * 64})
         impostor.say({"job": "/tmp", "rank": 1, "machines": 2, "processes": 1, "host": "127.0.0.1", "port": 1})
@@ -149,7 +150,19 @@ def test_a_machine_follows_nobody_who_does_not_know_the_secret(meeting):
         impostor.close()
 
 
-@pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"proof": 7}\n', b"\xff" * 100 + b"\n"])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[]\n",
+        b'{"proof": 7}\n',
+        b"\xff" * 100 + b"\n",
+        b"[" * 200_000 + b"\n",
+        b'{"nonce": "\\ud800", "proof": "0"}\n',
+        b"x" * 5000,
+    ],
+)
 def test_what_strangers_send_disturbs_nobody(meeting, noise):
     def on_wait(reason):
         reasons.append(reason)
@@ -163,6 +176,18 @@ def test_what_strangers_send_disturbs_nobody(meeting, noise):
     with pytest.raises(KeyboardInterrupt), gathered(meeting, on_wait):
         pass
     assert all("1 of 2 machines" in reason for reason in reasons)
+
+
+def test_what_a_library_prints_is_no_message_and_stops_nothing(tmp_path):
+    program = "print('NCCL version 2'); print('{\"step\": 1}'); print('[' * 9)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as started:
+        assert list(messages(started)) == [{"step": 1}]
+
+
+def test_processes_that_do_not_look_at_their_stdin_are_ended(tmp_path):
+    program = "import time; time.sleep(600)"
+    started = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, text=True)
+    assert end(started) == -signal.SIGTERM
 
 
 def test_an_address_that_another_training_uses_is_waited_for(meeting):
