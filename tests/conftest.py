@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import POLYGON_CONFIG, prepared_server
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # machines are busy
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -83,7 +83,7 @@ def test_two_machines_train_as_one_with_two_processes(images, on_one_machine, me
 
 
 def test_when_a_machine_dies_the_training_waits_for_another_and_goes_on(images, on_one_machine, meeting):
-    """Checkpoints are at 2, 4 and 6: after the death in step 3, step 3 is done again, and no other."""
+    """Checkpoints are at 2, 4 and 6: when we hear of step 3, the processes may be in step 4, or have kept it."""
     steps, reasons = [], []
     with another_machine(meeting) as (victim, _):
 
@@ -103,7 +103,9 @@ def test_when_a_machine_dies_the_training_waits_for_another_and_goes_on(images, 
         with ExitStack() as ends:
             weights = train(images, meeting, on_step=on_step, on_wait=on_wait)
     assert steps[:3] == [1, 2, 3]
-    assert steps[-4:] == [3, 4, 5, 6]
+    assert steps[-2:] == [5, 6]
+    assert {step for step in steps if steps.count(step) > 1} <= {3, 4}
+    assert any("1 of 2 machines" in reason for reason in reasons)
     for name, tensor in on_one_machine[1].items():
         assert torch.equal(weights[name], tensor), name
 
