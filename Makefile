@@ -32,7 +32,7 @@ test: install
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy --num-workers 2
+	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
 # Asks PyPI for known vulnerabilities of every release we pin. --strict: a package it cannot ask for is a failure, too.
