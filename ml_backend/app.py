@@ -7,6 +7,7 @@
 import gc
 import logging
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from ml_backend.errors import (
     LabelConfigError,
     LabelStudioAuthError,
     LabelStudioUnavailableError,
+    SettingsError,
     StoreUnavailableError,
 )
 from ml_backend.forget import forgotten_projects
@@ -236,10 +238,24 @@ def _keep_out_of_collections() -> None:
     gc.freeze()
 
 
+def _refuse_taken_port(settings: Settings) -> None:
+    """SettingsError when nobody can listen at TSP_HOST and PORT."""
+    host, port = settings.host, settings.port
+    try:
+        for family, *_ in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise SettingsError(
+            f"TSP_HOST and PORT: cannot listen at {host}, port {port} ({error.strerror}): choose others, or stop what "
+            "listens there"
+        ) from error
+
+
 def main() -> None:
     """Serve with the settings of the environment."""
     try:
         settings = Settings.from_environment()
+        _refuse_taken_port(settings)
         app = create_app(settings, after_first_load=_keep_out_of_collections)
     except TSPError as error:
         sys.exit(str(error))

@@ -86,7 +86,8 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     for name, part in split.items():
         write_coco(folder / f"{name}.json", part)
     freeze_tasks(folder, {image.image_id: task for task, image in read.images.items()})
-    _mark_used(service, project_key, number, read)
+    # A batch that is not full yet counts on when all of it is for validation.
+    _mark_used(service, project_key, number, read, may_count_on=not split["training"].images)
     count = len(read.tasks) + len(read.away)
     log.facts(
         {
@@ -100,7 +101,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
     if not split["training"].images:
         raise TSPError(
             f"none of the {count} annotated tasks can be trained on ({len(split['validation'].images)} are for "
-            f"validation, {len(read.problems)} have problems): annotate more images or lower TSP_VALIDATION_FRACTION"
+            f"validation, {len(read.problems)} have problems): annotate more images or lower TSP_VALIDATION_FRACTION."
         )
     version = _freeze_recipe(service, project_key, number, folder, split["training"])
     share_snapshot(service, project_key, number)
@@ -327,10 +328,13 @@ _MEND_OUTDATED = (
 _MEND_SHAPES = "Open the task and draw polygons; without any region it would say that nothing is there."
 
 
-def _mark_used(service: Service, project_key: str, number: int, read: _Annotations) -> None:
+def _mark_used(service: Service, project_key: str, number: int, read: _Annotations, *, may_count_on: bool) -> None:
+    """`may_count_on`: fewer tasks than a batch are left as they are, but for those with problems."""
     known, now = used_tasks(service.database, project_key), service.database.now()
+    new = [task_id for task_id in read.tasks if task_id not in known]
+    if may_count_on and len(new) < service.settings.batch_size:
+        new = [task_id for task_id in new if task_id not in read.images]
     with service.database.session() as session:
-        new = [task_id for task_id in read.tasks if task_id not in known]
         session.add_all(UsedTaskRow(project_key=project_key, task_id=t, first_cycle=number) for t in new)
         postpone(session, project_key, read.away, now=now)
         session.get_one(ProjectRow, project_key).new_annotated = 0  # until the next look counts those that came since

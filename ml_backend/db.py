@@ -134,13 +134,14 @@ def is_forgotten(database: "Database", project_key: str) -> bool:
 
 
 class UnfinishedWork(NamedTuple):
-    """A cycle or an activation that is planned or running."""
+    """A cycle or an activation that is planned or running, and its version (of a cycle: once there is one)."""
 
     what: Literal["cycle", "activation"]
     number: int
+    version: str | None
 
     def __str__(self) -> str:
-        return f"{self.what} {self.number}"
+        return f"{self.what} {self.number}" + (f" ({self.version})" if self.version else "")
 
 
 def unfinished_works(database: "Database", project_key: str) -> list[UnfinishedWork]:
@@ -152,10 +153,12 @@ def unfinished_works(database: "Database", project_key: str) -> list[UnfinishedW
     )
     with database.session() as session:
         return [
-            UnfinishedWork(what, number)
+            UnfinishedWork(what, number, version)
             for table, what in kinds
-            for number in session.scalars(
-                select(table.number).where(table.project_key == project_key, table.status.in_(UNFINISHED))
+            for number, version in session.execute(
+                select(table.number, table.version).where(
+                    table.project_key == project_key, table.status.in_(UNFINISHED)
+                )
             )
         ]
 

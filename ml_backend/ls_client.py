@@ -102,8 +102,11 @@ class LabelStudioClient:
     # Projects
 
     def whoami(self) -> str:
-        """The e-mail address of the token's owner; the cheapest way to try a token."""
-        return str(self._sdk.users.whoami().email)
+        """The e-mail address of the token's owner; the cheapest way to try address and token."""
+        try:
+            return str(self._sdk.users.whoami().email)
+        except NotFoundError as error:  # each Label Studio has this page
+            raise LabelStudioError(f"{error}; is {self.url} really Label Studio's address?") from error
 
     def project(self, project_id: int) -> Project:
         return project_of(self._sdk.projects.get(project_id))

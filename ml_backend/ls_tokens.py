@@ -11,6 +11,7 @@ from typing import Any
 from ml_backend.errors import LabelStudioAuthError
 
 _RENEW_BEFORE_SECONDS = 30.0
+_LEGACY_LENGTH = 40  # characters
 
 _Exchange = Callable[[str], str]  # a refresh token -> an access token
 
@@ -39,10 +40,11 @@ class Credentials:
                 "Settings > Personal Access Token) and set LABEL_STUDIO_API_KEY to it, or switch legacy tokens on "
                 "(Organization > API Tokens Settings)."
             )
+        length = len(self._token)
+        doubt = "" if length == _LEGACY_LENGTH else f" but has {length} characters instead of {_LEGACY_LENGTH}"
         return (
-            f"{url}: Label Studio refused the token, which looks like a legacy token ({len(self._token)} characters; "
-            f"theirs have 40). Copy it again from Account & Settings, or set LABEL_STUDIO_API_KEY to a personal access "
-            f"token. Label Studio said: {answer}"
+            f"{url}: Label Studio refused the token, which looks like a legacy token{doubt}. Copy it again from "
+            f"Account & Settings, or set LABEL_STUDIO_API_KEY to a personal access token. Label Studio said: {answer}"
         )
 
     def scrub(self, text: str) -> str:

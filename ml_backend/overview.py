@@ -48,7 +48,10 @@ def _storage_problems(service: Service, *, is_silent: bool) -> list[str]:
 
 def _problems(rows: Sequence[WorkerRow], silent: Set[str]) -> list[str]:
     if not rows:
-        return ["The worker was never here: start `python -m ml_backend.worker` with the same environment."]
+        return [
+            "No worker is here. One that was just started needs a few seconds; if there is none, start "
+            "`python -m ml_backend.worker` with the same environment."
+        ]
     if len(silent) == len(rows):
         last = max(row.seen_at for row in rows)
         return [f"The worker gave no sign of life since {last[:19]} UTC: start it again, its log says why."]

@@ -203,7 +203,9 @@ class Settings(BaseSettings):
     )
     gradient_clip: float = _env("TSP_GRADIENT_CLIP", 5.0, "largest gradient norm; 0: gradients are not clipped", ge=0)
     images_per_step: int = _env("TSP_IMAGES_PER_STEP", 2, "annotated images in a training step", ge=1)
-    checkpoint_steps: int = _env("TSP_CHECKPOINT_STEPS", 50, "training steps between checkpoints", ge=1)
+    checkpoint_steps: int = _env(
+        "TSP_CHECKPOINT_STEPS", 50, "training steps between checkpoints, repeated at most when one is cut off", ge=1
+    )
     seed: int = _env("TSP_SEED", 0, "seed of everything random in training", ge=0)
     device: str = _env("TSP_DEVICE", "auto", "cpu, cuda, cuda:1, mps, xpu; auto: cuda where there is one")
     precision: Literal["float32", "bfloat16"] = _env(
@@ -500,4 +502,6 @@ def _described(problem: Mapping[str, Any]) -> str:
     """One problem with one variable: what was expected, and what came unless it may be or hold a secret."""
     name = ".".join(map(str, problem["loc"]))
     expected = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {expected}" if name in _MAY_HOLD_SECRETS else f"{name}: {expected}, got {problem['input']!r}"
+    is_secret = name in _MAY_HOLD_SECRETS
+    came = "something else, not shown because it may hold a secret" if is_secret else repr(problem["input"])
+    return f"{name}: {expected}, got {came}"

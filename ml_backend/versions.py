@@ -10,14 +10,15 @@ dashboard only write down what is wanted; the worker does it, goes on after a cr
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, make_url, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from ml_backend import inbox
-from ml_backend.db import ActivationRow, CycleRow, ProjectRow, unfinished_work
+from ml_backend.db import ActivationRow, CycleRow, ProjectRow, is_forgotten, unfinished_work
 from ml_backend.forget import FORGOTTEN, forget
 from ml_backend.service import Service
 from ml_backend.settings import Settings
@@ -96,7 +97,9 @@ def main() -> None:
     forgetting.add_argument("--delete-data", action="store_true", help="also remove its versions, scores and history")
     arguments = parser.parse_args()
     try:
-        service = Service.connect(Settings.from_environment())
+        settings = Settings.from_environment()
+        _refuse_new_place(settings)
+        service = Service.connect(settings)
         project_key = _key_of(service, arguments.project)
         if arguments.command == "list":
             _print_versions(service, project_key)
@@ -110,7 +113,19 @@ def main() -> None:
         sys.exit(str(error))
 
 
+def _refuse_new_place(settings: Settings) -> None:
+    """InvalidInputError when nothing was ever kept where the settings say; it would be made, and be empty."""
+    address = make_url(settings.database)
+    if address.get_backend_name() == "sqlite" and address.database and not Path(address.database).exists():
+        raise InvalidInputError(
+            f"expected a project's state in {address.database}, but no such file exists: set MODEL_DIR or DATABASE_URL "
+            "as they are set for the worker"
+        )
+
+
 def _print_versions(service: Service, project_key: str) -> None:
+    if is_forgotten(service.database, project_key):
+        print(f"{project_key} is forgotten: connected to Label Studio again, it goes on where it was.")
     for version in versions_overview(service, project_key):
         map_50 = "" if version["map_50"] is None else f"mask mAP@0.5 {version['map_50']:.3f}"
         active = "active" if version["is_active"] else ""

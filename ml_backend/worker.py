@@ -104,8 +104,8 @@ class DurableCycles(DBOSConfiguredInstance):
             self.choose(project_key, number, version)
             self.publish(project_key, number, version)
         except Exception as error:  # whatever it was, people must see it
-            logger.exception("project %s: cycle %d failed", project_key, number)
-            self.finish(project_key, number, "failed", f"{_in_words(error)} {_TRY_AGAIN}")
+            _log_failure(error, project_key, f"cycle {number}")
+            self.finish(project_key, number, "failed", f"{_as_sentence(error)} {_TRY_AGAIN}")
         else:
             self.finish(project_key, number, "done", "")
 
@@ -115,8 +115,8 @@ class DurableCycles(DBOSConfiguredInstance):
         try:
             self.switch(project_key, number)
         except Exception as error:  # whatever it was, people must see it
-            logger.exception("project %s: activation %d failed", project_key, number)
-            message = f"{_in_words(error)} Choose a version on the dashboard to try again."
+            _log_failure(error, project_key, f"activation {number}")
+            message = f"{_as_sentence(error)} Choose a version on the dashboard to try again."
             self.finish_activation(project_key, number, "failed", message)
         else:
             self.finish_activation(project_key, number, "done", "")
@@ -190,7 +190,7 @@ class DurableCycles(DBOSConfiguredInstance):
             if _is_worth_waiting(error):
                 logger.warning("project %s, number %d waits: %s", project_key, number, error)
                 with suppress(OperationalError):  # the database may be what is waited for
-                    log.wait(_in_words(error) + (_GOES_ON if isinstance(error, LabelStudioAuthError) else ""))
+                    log.wait(_as_sentence(error) + (_GOES_ON if isinstance(error, LabelStudioAuthError) else ""))
                 free_frames(error)
             raise
         log.go_on()
@@ -407,6 +407,18 @@ def free_frames(error: BaseException) -> None:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
+
+
+def _log_failure(error: Exception, project_key: str, what: str) -> None:
+    """With the way to it, unless it is one of ours: these say what to do."""
+    is_ours = isinstance(error, TSPError)
+    logger.error("project %s: %s failed: %s", project_key, what, _in_words(error), exc_info=not is_ours)
+
+
+def _as_sentence(error: Exception) -> str:
+    """In words that others may follow."""
+    words = _in_words(error)
+    return words if words.endswith((".", "!", "?")) else f"{words}."
 
 
 def _in_words(error: Exception) -> str:

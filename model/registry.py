@@ -77,7 +77,8 @@ class Registry:
         """The card of a version."""
         path = self._folder(project, version) / "card.json"
         if not path.exists():
-            raise RegistryError(f"{project} has no version {version!r}; it has {self.versions(project) or 'none'}")
+            known = ", ".join(self.versions(project)) or "none"
+            raise RegistryError(f"{project} has no version {version!r}; it has {known}")
         try:
             card = json.loads(path.read_text())
             return ModelCard(**{**card, "class_names": tuple(card["class_names"])})

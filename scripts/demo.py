@@ -219,7 +219,8 @@ def _explain(
   dashboard      {backend.url}/ui
 
   Press "Label All Tasks" and label. After {options.batch_size} images the model trains by itself (watch the dashboard);
-  then new tasks open with its polygons, the most uncertain image first. Ctrl-C stops everything and keeps it.
+  then new tasks open with its polygons, the most uncertain image first. To train at once: project settings > Model,
+  "..." of the backend, Start Training, and confirm. Ctrl-C stops everything and keeps it.
 """,
         flush=True,
     )
@@ -312,6 +313,9 @@ class _Status:
         for cycle in reversed(self.cycles()):
             facts = cycle["facts"]
             metrics = facts.get("metrics", {})
+            if cycle["status"] == "failed":
+                print(f"  {cycle['number']:>5} {facts.get('annotated', ''):>10} failed: {cycle['error']}")
+                continue
             print(
                 f"  {cycle['number']:>5} {facts.get('annotated', ''):>10} {facts.get('pseudo_labeled', ''):>16} "
                 f"{_figure(metrics.get('map_50')):>13} {_figure(metrics.get('map_50_95')):>13}"
@@ -319,7 +323,8 @@ class _Status:
         print(flush=True)
 
     def _described(self, cycle: dict[str, Any]) -> str:
-        share = f", {10 * (10 * cycle['done'] // cycle['total'])} %" if cycle["total"] else ""
+        is_going_on = cycle["total"] and cycle["status"] in UNFINISHED
+        share = f", {10 * (10 * cycle['done'] // cycle['total'])} %" if is_going_on else ""
         return f"cycle {cycle['number']}: {cycle['stage']}{share}"
 
 

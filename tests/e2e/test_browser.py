@@ -375,8 +375,8 @@ def test_without_detections_there_is_no_plot(page: Page) -> None:
 
 
 def test_the_dashboard_tells_that_the_worker_is_missing(page: Page) -> None:
-    _show(page, [], worker={"problem": "The worker was never here"})
-    assert "The worker was never here" in page.locator(".problem").inner_text()
+    _show(page, [], worker={"problem": "No worker is here."})
+    assert "No worker is here." in page.locator(".problem").inner_text()
 
 
 def _show(page: Page, projects: list[dict[str, Any]], worker: dict[str, Any] | None = None) -> None:

@@ -22,6 +22,8 @@ from ml_backend.db import UsedTaskRow
 from ml_backend.errors import LabelConfigError
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
+from ml_backend.overview import overview
+from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from model.calibration import reliability, true_ious
 from model.comparison import compare
@@ -206,6 +208,26 @@ def test_a_snapshot_with_nothing_to_train_on_says_so(
     with pytest.raises(TSPError, match=rf"none of the {annotated} annotated tasks can be trained on \({annotated} are"):
         snapshot(service, key, 1, log)
     assert cycle_row(service, key).facts["validation"] == annotated
+
+
+@pytest.mark.parametrize(("batch", "counted"), [(3, 2), (2, 0)], ids=["a batch that goes on", "a full batch"])
+def test_what_is_for_validation_alone_counts_on_until_the_batch_is_full(
+    service: Service,
+    client: LabelStudioClient,
+    project: Project,
+    key: str,
+    log: CycleLog,
+    tmp_path: Path,
+    batch: int,
+    counted: int,
+) -> None:
+    annotate(client, project, grey_images(2, validation=True))
+    with another_service(service, tmp_path, TSP_BATCH_SIZE=batch) as ours, pytest.raises(TSPError, match="none of"):
+        snapshot(ours, key, 1, log)
+    log.finish("failed")
+    assert len(used_tasks(service)) == 2 - counted
+    assert not reconcile(service, key).start
+    assert overview(service)[0]["new_annotated"] == counted
 
 
 def test_a_snapshot_of_a_project_without_polygons_says_so(

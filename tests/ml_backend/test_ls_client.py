@@ -143,6 +143,13 @@ def test_a_wrong_token_is_named_by_its_kind_and_never_shown(
     assert token not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("length", "told"), [(40, "like a legacy token. Copy"), (39, "token but has 39 characters instead of 40. Copy")]
+)
+def test_a_refused_token_of_another_length_than_theirs_is_told_so(length: int, told: str) -> None:
+    assert told in ls_tokens.read_credentials("a" * length).refusal("http://localhost", "no")
+
+
 @pytest.mark.label_studio
 def test_a_legacy_token_in_an_organisation_that_switched_them_off_is_told_so(
     label_studio: LabelStudioServer, client: LabelStudioClient, access_token: str
@@ -343,6 +350,14 @@ def test_a_strange_answer_says_what_came(answer: Answer, explanation: str) -> No
         pytest.raises(LabelStudioError, match=explanation),
     ):
         client.model_versions(1)
+
+
+def test_a_server_without_the_page_that_each_label_studio_has_is_doubted() -> None:
+    with (
+        scripted({WHOAMI: [says(404, {"detail": "Not Found"})]}) as (client, _),
+        pytest.raises(LabelStudioError, match=rf"is {client.url} really Label Studio's address\?"),
+    ):
+        client.whoami()
 
 
 def test_an_error_that_repeats_our_token_is_scrubbed() -> None:

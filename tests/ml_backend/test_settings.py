@@ -197,7 +197,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("LABEL_STUDIO_URL", "localhost:8080", "expected an address like http://localhost:8080"),
+        ("LABEL_STUDIO_URL", "localhost:8080", "like http://localhost:8080, got something else, not shown"),
         ("LABEL_STUDIO_URL", f"ftp://studio:{SECRET}@host", "expected an address like"),
         ("LABEL_STUDIO_URL", "http://[::1", "Invalid IPv6 URL"),
         ("PORT", "http", "valid integer"),

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,23 @@ PREDICT = {
     "project": UID,
     "label_config": POLYGON_CONFIG,
 }
+
+
+def test_a_taken_port_is_named_before_anything_else(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        environment = {"PATH": os.environ["PATH"], "MODEL_DIR": str(tmp_path / "models"), "PORT": str(port)}
+        web = subprocess.run(
+            [sys.executable, "-m", "ml_backend.app"],
+            env=environment | {"LABEL_STUDIO_API_KEY": "0" * 40},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert web.returncode == 1
+    assert web.stderr.startswith(f"TSP_HOST and PORT: cannot listen at 127.0.0.1, port {port} (Address already in use")
+    assert len(web.stderr.splitlines()) == 1
 
 
 def test_nothing_heavy_is_loaded_before_there_is_a_version(tmp_path: Path) -> None:

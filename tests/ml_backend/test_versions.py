@@ -1,6 +1,7 @@
 """Wishes for another version and forgotten projects: what is refused and what is written down."""
 
 import sys
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -54,7 +55,7 @@ def wishes(service: Service) -> list[ActivationRow]:
 
 def test_a_wish_is_written_down_once_and_nothing_else_changes(service: Service) -> None:
     assert request_activation(service, KEY, VERSION, "why not") == 1
-    with pytest.raises(TSPError, match="activation 1 is not finished yet"):
+    with pytest.raises(TSPError, match=rf"activation 1 \({VERSION}\) is not finished yet"):
         request_activation(service, KEY, VERSION, "a second click")
     (wish,) = wishes(service)
     assert (wish.version, wish.status, wish.reason) == (VERSION, "planned", "why not")
@@ -66,7 +67,7 @@ def test_a_wish_is_written_down_once_and_nothing_else_changes(service: Service) 
 @pytest.mark.parametrize(
     ("key", "version", "told"),
     [
-        pytest.param(KEY, "tsp-9-00000000", f"it has ['{VERSION}', '{SECOND}']", id="no"),
+        pytest.param(KEY, "tsp-9-00000000", f"it has {VERSION}, {SECOND}", id="no"),
         pytest.param(KEY, "../../etc", "expected a name of letters", id="a path"),
         pytest.param(KEY, "", "expected a name of letters", id="nothing"),
         pytest.param("8-1700000000", VERSION, "has no version", id="another project"),
@@ -142,7 +143,7 @@ def test_the_button_writes_a_wish_down_and_the_dashboard_shows_it(web: TestClien
     assert f"{VERSION}, asked for on the dashboard" in web.get("/ui").text
     again = web.post(f"/projects/{KEY}/activate", data={"version": VERSION, "token": token})
     assert again.status_code == 422
-    assert "activation 1 is not finished yet" in again.text
+    assert f"activation 1 ({VERSION}) is not finished yet" in again.text
     (told,) = web.get("/status").json()["projects"]
     assert [wish["version"] for wish in told["activations"]] == [VERSION]
     assert [(v["version"], v["is_active"]) for v in told["versions"]] == [(SECOND, True), (VERSION, False)]
@@ -214,8 +215,8 @@ def test_work_for_a_forgotten_project_ends_and_its_data_goes_only_when_asked(ser
 # The command
 
 
-def run(monkeypatch: pytest.MonkeyPatch, service: Service, *arguments: str) -> None:
-    monkeypatch.setenv("MODEL_DIR", str(service.settings.model_dir))
+def run(monkeypatch: pytest.MonkeyPatch, service: Service, *arguments: str, model_dir: Path | None = None) -> None:
+    monkeypatch.setenv("MODEL_DIR", str(model_dir or service.settings.model_dir))
     monkeypatch.setenv("LABEL_STUDIO_API_KEY", service.settings.require_api_key())
     monkeypatch.setenv("LABEL_STUDIO_URL", NOWHERE)
     monkeypatch.setattr(sys, "argv", ["versions", *arguments])
@@ -234,6 +235,19 @@ def test_the_command_does_what_the_buttons_do(
     assert [wish.version for wish in wishes(service)] == [VERSION]
     run(monkeypatch, service, "forget", name)
     assert forgotten_projects(service) == [KEY]
+    capsys.readouterr()
+    run(monkeypatch, service, "list", name)
+    assert capsys.readouterr().out.startswith(f"{KEY} is forgotten")
+
+
+def test_the_command_makes_no_place_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, service: Service, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"{elsewhere / 'state.sqlite3'}, but no such file exists: set MODEL_DIR"):
+        run(monkeypatch, service, "list", "7", model_dir=elsewhere)
+    assert not elsewhere.exists()
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,10 @@ def test_a_loss_that_is_not_finite_fails_the_cycle_with_its_reason_and_the_old_m
         (cycle,) = running.wait(lambda project: project["cycles"] and project["cycles"][0]["finished_at"])["cycles"]
         assert cycle["status"] == "failed"
         assert "Lower the learning rate" in cycle["error"]
-        assert "Press Start Training in Label Studio to try again" in cycle["error"]
+        assert ". Press Start Training in Label Studio to try again" in cycle["error"]
+        log = running.log.read_text()
+        assert "cycle 1 failed" in log
+        assert "Traceback" not in log
         wait(lambda: client.model_versions(project.id) == {VERSION: 2}, running.status)  # it goes on serving
         status = running.wait(lambda _: client.project(project.id).model_version == VERSION)
         assert status["active_version"] == VERSION
