@@ -99,9 +99,13 @@ def create_app(settings: Settings | None = None, *, after_first_load: Callable[[
     for kind, code in _STATUS_OF.items():
         app.add_exception_handler(kind, _answer_with(code))
 
-    @app.get("/")
-    def root() -> RedirectResponse:
-        return RedirectResponse("/ui")
+    _answer_label_studio(app, service, predictor, recorder)
+    _answer_people(app, service, access, recorder)
+    return app
+
+
+def _answer_label_studio(app: FastAPI, service: Service, predictor: Predictor, recorder: EventRecorder) -> None:
+    """Add the routes that Label Studio calls."""
 
     @app.get("/health")
     def health() -> Json:
@@ -113,7 +117,7 @@ def create_app(settings: Settings | None = None, *, after_first_load: Callable[[
     def setup(request: SetupRequest) -> Json:
         """Remember the project; refuse a labelling configuration that nothing can be drawn with."""
         name = _project_name(request.project)
-        parse_label_config(request.label_config, from_name=settings.from_name)
+        parse_label_config(request.label_config, from_name=service.settings.from_name)
         inbox.remember_project(service.database, name, connected=True)
         return {"model_version": predictor.version(name.key)}
 
@@ -140,6 +144,14 @@ def create_app(settings: Settings | None = None, *, after_first_load: Callable[[
         await recorder.record(project, request.action, size=content_length)
         return {}
 
+
+def _answer_people(app: FastAPI, service: Service, access: Access, recorder: EventRecorder) -> None:
+    """Add the dashboard, and what it shows as JSON."""
+
+    @app.get("/")
+    def root() -> RedirectResponse:
+        return RedirectResponse("/ui")
+
     @app.get("/versions")
     def versions(project: str | None = None) -> Json:
         """The model versions of a project, the oldest first."""
@@ -163,16 +175,9 @@ def create_app(settings: Settings | None = None, *, after_first_load: Callable[[
     def ui() -> Response:
         """The dashboard."""
         page = pages.get_template("ui.html").render(
-            worker=worker_overview(service),
-            events={"problem": recorder.problem},
-            refused=access.overview(),
-            projects=overview(service),
-            forgotten=forgotten_projects(service),
-            token=form_token(settings),
+            **status(), forgotten=forgotten_projects(service), token=form_token(service.settings)
         )
         return HTMLResponse(page, headers=NO_FRAMES)
-
-    return app
 
 
 _STATUS_OF: dict[type[Exception], int] = {
