@@ -84,13 +84,23 @@ def write_coco(path: Path, dataset: LabeledSet) -> None:
         if image.triplets is not None:
             images[-1]["triplets"] = image.triplets.tolist()
         for label, rle in zip(image.labels.tolist(), image.rles, strict=True):
-            area, bbox = float(coco_mask.area(dict(rle))), coco_mask.toBbox(dict(rle)).tolist()
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": label, "segmentation": rle,
-                 "area": area, "bbox": bbox, "iscrowd": 0}
-            )  # fmt: skip
+            annotations.append(coco_annotation(rle, number=len(annotations) + 1, image_id=number, category_id=label))
     categories = [{"id": label, "name": name} for label, name in enumerate(dataset.class_names, start=1)]
     write_json(path, {"images": images, "annotations": annotations, "categories": categories})
+
+
+def coco_annotation(rle: Rle, *, number: int, image_id: int, category_id: int) -> dict[str, Any]:
+    """An instance as COCO files have it: its mask, and area and box [x, y, width, height] in pixels."""
+    area, bbox = float(coco_mask.area(dict(rle))), coco_mask.toBbox(dict(rle)).tolist()
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "segmentation": rle,
+        "area": area,
+        "bbox": bbox,
+        "iscrowd": 0,
+    }
 
 
 def load_image(path: Path) -> NDArray[np.uint8]:

@@ -17,9 +17,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from model.dataset import coco_annotation
 from model.errors import DatasetError, InvalidInputError
 from model.files import write_json
-from model.geometry import mask_to_rle, rle_area, rle_to_box_xyxy
+from model.geometry import mask_to_rle
 from model.types import BoolArray, FloatArray
 
 CLASS_NAMES = ("haemorrhage", "oedema", "calcification")
@@ -80,7 +81,11 @@ def make_phantoms(out: Path, *, images: int, size: int, seed: int, empty_fractio
         drawn = phantom((seed, index), size, empty_fraction=empty_fraction)
         (out / "images" / name).write_bytes(cv2.imencode(".png", drawn.image)[1].tobytes())
         coco["images"].append({"id": index + 1, "file_name": name, "width": size, "height": size})
-        coco["annotations"] += _coco_annotations(drawn, image_id=index + 1, first_id=len(coco["annotations"]) + 1)
+        for label, mask in zip(drawn.labels.tolist(), drawn.masks, strict=True):
+            number = len(coco["annotations"]) + 1
+            coco["annotations"].append(
+                coco_annotation(mask_to_rle(mask), number=number, image_id=index + 1, category_id=label)
+            )
     write_json(annotations, coco)  # last: its presence says that the set is complete
 
 
@@ -211,25 +216,6 @@ def _claim(out: Path, parameters: Parameters) -> None:
         raise DatasetError(f"{out} holds other files: expected an empty folder, choose another one")
     out.mkdir(parents=True, exist_ok=True)
     write_json(marker, asdict(parameters))
-
-
-def _coco_annotations(drawn: Phantom, *, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    annotations = []
-    for offset, (label, mask) in enumerate(zip(drawn.labels.tolist(), drawn.masks, strict=True)):
-        rle = mask_to_rle(mask)
-        x0, y0, x1, y1 = rle_to_box_xyxy(rle).tolist()
-        annotations.append(
-            {
-                "id": first_id + offset,
-                "image_id": image_id,
-                "category_id": label,
-                "segmentation": rle,
-                "area": rle_area(rle),
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "iscrowd": 0,
-            }
-        )
-    return annotations
 
 
 def main(arguments: list[str] | None = None) -> int:

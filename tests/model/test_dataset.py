@@ -26,11 +26,11 @@ from model.errors import DatasetError, InvalidInputError
 from model.geometry import mask_to_rle, rle_to_box_xyxy, rle_to_mask
 from model.types import LabeledImage
 from tests.model.examples import TINY, ellipse, labeled_image, rectangle
+from tests.real_sets import annotations_of
 
 CONFIG = NetworkConfig.for_profile("efficientnet_lite0_fpn", 3, **TINY)
 HW = (20, 30)
 MASK = rectangle(4, 5, 14, 12, hw=HW)
-REAL_SETS = Path(__file__).parents[2].parent / "shared" / "data"
 
 POLYGON = [[4, 5, 14, 5, 14, 12, 4, 12]]
 COMPRESSED = mask_to_rle(MASK)
@@ -501,9 +501,7 @@ def test_there_is_nothing_to_train_on_without_annotated_images(pictures):
 
 @pytest.mark.parametrize("name", ["animals6", "chiu_dme_oct", "dsb2018", "phe_sich_ct"])
 def test_real_sets_are_read_whole(name):
-    path = REAL_SETS / name / "annotations.json"
-    if not path.exists():
-        pytest.skip(f"the real image sets are not installed here ({path} is missing)")
+    path = annotations_of(name)
     test, everything = read_coco(path, split="test"), read_coco(path)
     assert 0 < len(test.images) < len(everything.images)
     content = json.loads(path.read_text())
