@@ -35,7 +35,10 @@ from model.errors import InvalidInputError, TrainingProcessError
 
 logger = logging.getLogger(__name__)
 
+ADDRESS = "expected host:port, like 10.0.0.5:29400, where the machine that leads is reached by the others"
+
 Message = dict[str, Any]
+_ADDRESS = re.compile(r"([^\s:/]+):([0-9]{1,5})")
 _ASK_EVERY_SECONDS = 1.0
 _AFTER_REFUSAL_SECONDS = 15.0
 _ANSWER_SECONDS = 3.0  # for each line of the greeting
@@ -65,15 +68,20 @@ class Meeting:
     @classmethod
     def at(cls, address: str, *, machines: int, secret: bytes, folder: Path) -> Self:
         """With an `address` like "10.0.0.5:29400"; raises InvalidInputError for anything else."""
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise InvalidInputError(f"expected an address like 10.0.0.5:29400, got {address!r}")
-        return cls(host=host, port=int(port), machines=machines, secret=secret, folder=folder.resolve())
+        if not (place := host_and_port(address)):
+            raise InvalidInputError(f"{ADDRESS}, got {address!r}")
+        return cls(host=place[0], port=place[1], machines=machines, secret=secret, folder=folder.resolve())
 
     @property
     def address(self) -> str:
         """As it is written into the settings."""
         return f"{self.host}:{self.port}"
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Of a name or an IPv4 address and a port, as in "10.0.0.5:29400"; None when it is something else."""
+    found = _ADDRESS.fullmatch(address)
+    return (found[1], int(found[2])) if found and 0 < int(found[2]) < 65536 else None
 
 
 class Connection:

@@ -207,9 +207,12 @@ def test_an_address_that_another_training_uses_is_waited_for(meeting):
     assert "another program listens at" in reasons[0]
 
 
-@pytest.mark.parametrize("address", ["", "host", ":1", "host:", "host:x", "host:0", "host:65536"])
+@pytest.mark.parametrize(
+    "address",
+    ["", "host", ":1", "host:", "host:x", "host:0", "host:65536", "host:²", "a b:1", "http://host:1", "[::1]:1"],
+)
 def test_what_is_no_address_is_told(address, tmp_path):
-    with pytest.raises(InvalidInputError, match="expected an address like 10"):
+    with pytest.raises(InvalidInputError, match="expected host:port, like 10.*got '"):
         Meeting.at(address, machines=2, secret=b"", folder=tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 PARENT = """
 import subprocess, sys, time
-from scripts.end_with_parent import end_with_parent
+from model.end_with_parent import end_with_parent
 child = subprocess.Popen(["sleep", "600"], preexec_fn=end_with_parent, start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(600)
