@@ -56,7 +56,8 @@ _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USE
 class Meeting:
     """`machines` train together, the one that leads included; they meet at `host`:`port`, an address of that one.
 
-    All share a secret, and a folder, at the same path on each, in which checkpoint and images lie.
+    All share a secret, and a folder, at the same path on each, in which checkpoint and images lie. One that the others
+    wait for in vain, for `silent_seconds`, stands still: they begin again when it is there.
     """
 
     host: str
@@ -64,6 +65,7 @@ class Meeting:
     machines: int
     secret: bytes
     folder: Path
+    silent_seconds: float = 600.0
 
     @classmethod
     def at(cls, address: str, *, machines: int, secret: bytes, folder: Path) -> Self:
@@ -85,14 +87,14 @@ def host_and_port(address: str) -> tuple[str, int] | None:
 
 
 class Connection:
-    """Lines of JSON to and from one other machine."""
+    """Lines of JSON to and from one other machine, of which messages speak by a `name`."""
 
-    def __init__(self, raw: socket.socket) -> None:
+    def __init__(self, raw: socket.socket, name: str = "another machine") -> None:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEP_ALIVE.items():
             if hasattr(socket, option):  # not everywhere; the system's own times are longer
                 raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self.raw = raw
+        self.raw, self.name = raw, name
         self._heard = b""
 
     def say(self, message: Message) -> None:
@@ -128,6 +130,22 @@ class Connection:
         with suppress(OSError):
             self.raw.shutdown(socket.SHUT_RDWR)
         self.raw.close()
+
+
+class Roll:
+    """Which machines stand still, by how often each process has come to where all of them meet."""
+
+    def __init__(self, *, machines: int, processes: int) -> None:
+        self._met = [0] * (machines * processes)
+        self._processes = processes
+
+    def met(self, rank: int) -> None:
+        """A process has come to a meeting, and goes on when all others have."""
+        self._met[rank] += 1
+
+    def behind(self) -> list[int]:
+        """The machines, from 0 on, of the processes that others wait for."""
+        return sorted({rank // self._processes for rank, met in enumerate(self._met) if met < max(self._met)})
 
 
 def release() -> str:
@@ -189,11 +207,11 @@ def _admitted(listening: socket.socket, meeting: Meeting) -> Connection | None:
         raw, (address, *_) = listening.accept()
     except TimeoutError:
         return None
-    other = Connection(raw)
+    other = Connection(raw, f"the machine at {address}")
     try:
         if not (trouble := _greeted(other, meeting)):
             return other
-        logger.warning("a machine at %s is refused: %s", address, trouble)
+        logger.warning("%s is refused: %s", other.name, trouble)
         other.say({"refused": trouble})
     except OSError as error:
         logger.debug("somebody at %s asked, and then: %s", address, error)
@@ -329,8 +347,7 @@ def messages(started: "subprocess.Popen[str]") -> Iterator[Message]:
 
 
 def end(started: "subprocess.Popen[str]") -> int:
-    """End processes that we have started; their exit code. Those that train find that their stdin ends; torchrun, which
-    may still wait for other machines, does not look."""
+    """End processes that we have started, which find that their stdin ends (`model.agent`); their exit code."""
     if started.stdin:
         started.stdin.close()
     for stop in (started.terminate, started.kill):
@@ -342,18 +359,7 @@ def end(started: "subprocess.Popen[str]") -> int:
 
 def command(order: Message) -> list[str]:
     """How a machine starts its processes."""
-    place = (
-        ["--standalone"]
-        if order["machines"] == 1
-        else [
-            f"--nnodes={order['machines']}",
-            f"--node-rank={order['rank']}",
-            f"--master-addr={order['host']}",
-            f"--master-port={order['port']}",
-        ]
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *place, f"--nproc-per-node={order['processes']}"]
-    return [*torchrun, "-m", "model.together", str(order["job"])]
+    return [sys.executable, "-m", "model.agent", json.dumps(order)]
 
 
 def environment(host: str) -> dict[str, str]:

@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from ml_backend.errors import SettingsError
 from ml_backend.machines import meeting_of
 from tests.ml_backend.examples import settings
 
@@ -41,5 +38,3 @@ def test_who_shares_the_folder_shares_the_secret(tmp_path: Path) -> None:
     assert len(ours.secret) == 64
     assert stat.S_IMODE((tmp_path / "models" / "machines-secret").stat().st_mode) == 0o600
     assert meeting_of(settings(tmp_path / "other")) is None
-
-

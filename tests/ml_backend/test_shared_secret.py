@@ -49,7 +49,7 @@ def test_a_secret_that_stays_open_to_others_is_refused(tmp_path: Path, monkeypat
     shared_secret(path, of="the tests")
     path.chmod(0o644)
     monkeypatch.setattr(os, "fchmod", lambda descriptor, mode: None)
-    with pytest.raises(SettingsError, match="expected a file that its owner alone may read.*got mode 644.*mount"):
+    with pytest.raises(SettingsError, match=r"expected a file that its owner alone may read.*got mode 644.*mount"):
         shared_secret(path, of="the tests")
 
 
