@@ -65,7 +65,7 @@ class Meeting:
     machines: int
     secret: bytes
     folder: Path
-    silent_seconds: float = 600.0
+    silent_seconds: float = 480.0  # before torchrun and NCCL give up, after 600 s, and do not say on whom
 
     @classmethod
     def at(cls, address: str, *, machines: int, secret: bytes, folder: Path) -> Self:
