@@ -19,6 +19,7 @@ from ml_backend.foreign_hosts import AllowedHosts
 from model.config import STRATEGY_NAMES, NetworkConfig, Profile, PseudoLabelConfig, TrainingConfig
 from model.empty_images import EmptyImagePolicy
 from model.errors import InvalidInputError
+from model.machines import ADDRESS, host_and_port
 
 _DEVICES = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")  # of torch, which takes seconds to ask
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
@@ -335,6 +336,13 @@ class Settings(BaseSettings):
                 f"expected at most TSP_IMAGES_PER_STEP ({images}) in all: each needs an image in every step"
             )
         return machines
+
+    @field_validator("meeting_point")
+    @classmethod
+    def _an_address(cls, address: str) -> str:
+        if address and not host_and_port(address):
+            raise ValueError(ADDRESS)
+        return address
 
     @field_validator("device")
     @classmethod

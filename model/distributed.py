@@ -6,7 +6,7 @@ share, and for batch norms that are not frozen, which see their own share.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,13 +20,17 @@ from model.losses import Mean
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process, `rank` of 0 to `size` - 1, among those that train together."""
+    """This process, `rank` of 0 to `size` - 1, among those that train together.
+
+    `on_meeting` is called whenever it comes to where it has to wait for all others.
+    """
 
     rank: int
     size: int
+    on_meeting: Callable[[], None] = lambda: None
 
     @classmethod
-    def join(cls, *, device: str = "cpu") -> Self:
+    def join(cls, *, device: str = "cpu", on_meeting: Callable[[], None] = lambda: None) -> Self:
         """Meet the others: by gloo on the CPU, by NCCL on GPUs. Raises InvalidInputError outside of torchrun."""
         if not torch.distributed.is_torchelastic_launched():
             raise InvalidInputError(
@@ -35,8 +39,10 @@ class Ranks:
             )
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
+        on_meeting()
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        return cls(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size())
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return cls(rank=rank, size=size, on_meeting=on_meeting)
 
     @staticmethod
     def local_device(device: str) -> str:
@@ -50,6 +56,7 @@ class Ranks:
     def start_alike(self, network: nn.Module, first: int) -> None:
         """Give every process the weights of the first one. RuntimeError unless all go on at the same step, `first`."""
         steps = torch.tensor([first, -first], device=next(network.parameters()).device)
+        self.on_meeting()
         torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
         latest, earliest = int(steps[0]), -int(steps[1])
         if latest != earliest:
@@ -72,6 +79,7 @@ class Ranks:
             if name in losses:
                 value, samples = losses[name]
                 row[:] = torch.stack([row.new_ones(()), row.new_tensor(samples), samples * value.detach()])
+        self.on_meeting()
         torch.distributed.all_reduce(table)
         rows = dict(zip(names, table.tolist(), strict=True))
         whole = {name: summed / max(samples, 1) for name, (is_there, samples, summed) in rows.items() if is_there}
@@ -82,6 +90,7 @@ class Ranks:
         """Replace the gradient of each parameter by the sum over all processes; all have the same afterwards."""
         known = list(parameters)
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in known])
+        self.on_meeting()
         torch.distributed.all_reduce(flat)
         for parameter, gradient in zip(known, torch.split(flat, [p.numel() for p in known]), strict=True):
             parameter.grad = gradient.view_as(parameter)

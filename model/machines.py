@@ -35,7 +35,10 @@ from model.errors import InvalidInputError, TrainingProcessError
 
 logger = logging.getLogger(__name__)
 
+ADDRESS = "expected host:port, like 10.0.0.5:29400, where the machine that leads is reached by the others"
+
 Message = dict[str, Any]
+_ADDRESS = re.compile(r"([^\s:/]+):([0-9]{1,5})")
 _ASK_EVERY_SECONDS = 1.0
 _AFTER_REFUSAL_SECONDS = 15.0
 _ANSWER_SECONDS = 3.0  # for each line of the greeting
@@ -53,7 +56,8 @@ _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USE
 class Meeting:
     """`machines` train together, the one that leads included; they meet at `host`:`port`, an address of that one.
 
-    All share a secret, and a folder, at the same path on each, in which checkpoint and images lie.
+    All share a secret, and a folder, at the same path on each, in which checkpoint and images lie. One that the others
+    wait for in vain, for `silent_seconds`, stands still: they begin again when it is there.
     """
 
     host: str
@@ -61,14 +65,14 @@ class Meeting:
     machines: int
     secret: bytes
     folder: Path
+    silent_seconds: float = 480.0  # before torchrun and NCCL give up, after 600 s, and do not say on whom
 
     @classmethod
     def at(cls, address: str, *, machines: int, secret: bytes, folder: Path) -> Self:
         """With an `address` like "10.0.0.5:29400"; raises InvalidInputError for anything else."""
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise InvalidInputError(f"expected an address like 10.0.0.5:29400, got {address!r}")
-        return cls(host=host, port=int(port), machines=machines, secret=secret, folder=folder.resolve())
+        if not (place := host_and_port(address)):
+            raise InvalidInputError(f"{ADDRESS}, got {address!r}")
+        return cls(host=place[0], port=place[1], machines=machines, secret=secret, folder=folder.resolve())
 
     @property
     def address(self) -> str:
@@ -76,15 +80,21 @@ class Meeting:
         return f"{self.host}:{self.port}"
 
 
-class Connection:
-    """Lines of JSON to and from one other machine."""
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Of a name or an IPv4 address and a port, as in "10.0.0.5:29400"; None when it is something else."""
+    found = _ADDRESS.fullmatch(address)
+    return (found[1], int(found[2])) if found and 0 < int(found[2]) < 65536 else None
 
-    def __init__(self, raw: socket.socket) -> None:
+
+class Connection:
+    """Lines of JSON to and from one other machine, of which messages speak by a `name`."""
+
+    def __init__(self, raw: socket.socket, name: str = "another machine") -> None:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEP_ALIVE.items():
             if hasattr(socket, option):  # not everywhere; the system's own times are longer
                 raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self.raw = raw
+        self.raw, self.name = raw, name
         self._heard = b""
 
     def say(self, message: Message) -> None:
@@ -120,6 +130,22 @@ class Connection:
         with suppress(OSError):
             self.raw.shutdown(socket.SHUT_RDWR)
         self.raw.close()
+
+
+class Roll:
+    """Which machines stand still, by how often each process has come to where all of them meet."""
+
+    def __init__(self, *, machines: int, processes: int) -> None:
+        self._met = [0] * (machines * processes)
+        self._processes = processes
+
+    def met(self, rank: int) -> None:
+        """A process has come to a meeting, and goes on when all others have."""
+        self._met[rank] += 1
+
+    def behind(self) -> list[int]:
+        """The machines, from 0 on, of the processes that others wait for."""
+        return sorted({rank // self._processes for rank, met in enumerate(self._met) if met < max(self._met)})
 
 
 def release() -> str:
@@ -181,11 +207,11 @@ def _admitted(listening: socket.socket, meeting: Meeting) -> Connection | None:
         raw, (address, *_) = listening.accept()
     except TimeoutError:
         return None
-    other = Connection(raw)
+    other = Connection(raw, f"the machine at {address}")
     try:
         if not (trouble := _greeted(other, meeting)):
             return other
-        logger.warning("a machine at %s is refused: %s", address, trouble)
+        logger.warning("%s is refused: %s", other.name, trouble)
         other.say({"refused": trouble})
     except OSError as error:
         logger.debug("somebody at %s asked, and then: %s", address, error)
@@ -321,8 +347,7 @@ def messages(started: "subprocess.Popen[str]") -> Iterator[Message]:
 
 
 def end(started: "subprocess.Popen[str]") -> int:
-    """End processes that we have started; their exit code. Those that train find that their stdin ends; torchrun, which
-    may still wait for other machines, does not look."""
+    """End processes that we have started, which find that their stdin ends (`model.agent`); their exit code."""
     if started.stdin:
         started.stdin.close()
     for stop in (started.terminate, started.kill):
@@ -334,18 +359,7 @@ def end(started: "subprocess.Popen[str]") -> int:
 
 def command(order: Message) -> list[str]:
     """How a machine starts its processes."""
-    place = (
-        ["--standalone"]
-        if order["machines"] == 1
-        else [
-            f"--nnodes={order['machines']}",
-            f"--node-rank={order['rank']}",
-            f"--master-addr={order['host']}",
-            f"--master-port={order['port']}",
-        ]
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *place, f"--nproc-per-node={order['processes']}"]
-    return [*torchrun, "-m", "model.together", str(order["job"])]
+    return [sys.executable, "-m", "model.agent", json.dumps(order)]
 
 
 def environment(host: str) -> dict[str, str]:

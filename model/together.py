@@ -3,16 +3,17 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,12 @@ from model import errors
 from model.config import NetworkConfig, PseudoLabelConfig, TrainingConfig
 from model.dataset import LabeledSet, read_coco, write_coco
 from model.distributed import Ranks
+from model.end_with_parent import end_with_parent, end_with_stdin
 from model.errors import InvalidInputError, TrainingProcessError, TSPError
 from model.files import read_tensors, write_json, write_tensors
-from model.machines import Connection, Meeting, command, end, environment, gathered, messages, orders
+from model.machines import Connection, Meeting, Roll, command, end, environment, gathered, messages, orders
 from model.network import MaskRCNNWithScores
-from model.train import Progress, load_trained, train
+from model.train import Progress, is_trained, load_trained, train
 from model.types import FloatArray, LabeledImage
 
 logger = logging.getLogger(__name__)
@@ -52,9 +54,10 @@ def train_in_processes(
     """`model.train.train` by so many processes, on "cuda" each on a GPU of its own; see there and `model.distributed`.
 
     With a `meeting`, on each of several machines (`model.machines`); `on_wait` is told once a second which are missing.
-    A process, or a machine, that dies ends the others; all are started again and go on from the checkpoint. Raises what
-    `train` raises, InvalidInputError for more processes than images in a step, and TrainingProcessError when processes
-    die again and again.
+    A process, or a machine, that dies ends the others, and so does a machine that stands still; all are started again
+    and go on from the checkpoint. When that is complete, nobody is waited for and None returned. Raises what `train`
+    raises, InvalidInputError for more processes than images in a step, and TrainingProcessError when processes die
+    again and again.
     """
     in_all = processes * (meeting.machines if meeting else 1)
     if in_all > config.batch_size:
@@ -65,7 +68,16 @@ def train_in_processes(
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix="together-") as place:
         job = Path(place)
         _hand_over(job, network, images, config, pseudo, class_thresholds, checkpoint, device, processes)
-        progress = _until_done(partial(_run, job, processes, on_step, meeting, on_wait), in_all)
+        is_done = partial(
+            is_trained,
+            network,
+            read_coco(job / "images.json", Path("/")).images,  # as the processes see them
+            config,
+            checkpoint=checkpoint,
+            pseudo=pseudo,
+            class_thresholds=class_thresholds,
+        )
+        progress = _until_done(partial(_run, job, processes, on_step, meeting, on_wait), is_done, in_all)
     load_trained(network.to(device), checkpoint)
     return progress
 
@@ -98,26 +110,37 @@ def _hand_over(
     write_json(job / "job.json", described)
 
 
-def _until_done(
-    run: Callable[[Progress | None], tuple[int | None, Progress | None]], processes: int
-) -> Progress | None:
+@dataclass(frozen=True)
+class _Attempt:
+    """How one start of the processes ended: torchrun's exit code, the newest progress, this attempt's or an earlier
+    one's, and what is said of the machines that were lost; then the code says nothing."""
+
+    code: int = 0
+    newest: Progress | None = None
+    lost: tuple[str, ...] = ()
+
+
+def _until_done(run: Callable[[_Attempt], _Attempt], is_done: Callable[[], bool], processes: int) -> Progress | None:
     """Start the processes until they have come to the end, however often a machine is lost."""
-    starts, newest = 0, None
-    while True:
-        before = newest
-        code, newest = run(newest)
-        if code == 0:
-            return newest
-        if code is None:
-            logger.warning("a machine that trained with this one is gone; the training goes on when there is another")
+    starts, last = 0, _Attempt()
+    while not is_done():
+        before, last = last, run(last)
+        if last.lost:
+            logger.warning("%s; the training goes on from the checkpoint when all are there", "; ".join(last.lost))
             continue
-        starts = 1 if newest != before else starts + 1
+        if last.code == 0:
+            break
+        starts = 1 if last.newest != before.newest else starts + 1
         if starts >= _MOST_STARTS:
             raise TrainingProcessError(
-                f"one of {processes} training processes ended {starts} times without a step (exit code {code}); its "
-                "own messages stand above, or where its machine logs. Was memory short? The checkpoint is as it was."
+                f"one of {processes} training processes ended {starts} times without a step (exit code {last.code}); "
+                "its own messages stand above, or where its machine logs. Was memory short? The checkpoint is as it "
+                "was."
             )
-        logger.warning("one of %d training processes ended with %d; all go on from the checkpoint", processes, code)
+        logger.warning(
+            "one of %d training processes ended with %d; all go on from the checkpoint", processes, last.code
+        )
+    return last.newest
 
 
 def _run(
@@ -126,28 +149,29 @@ def _run(
     on_step: Callable[[Progress], None] | None,
     meeting: Meeting | None,
     on_wait: Callable[[str], None],
-    newest: Progress | None,
-) -> tuple[int | None, Progress | None]:
-    """Start the processes once; the exit code, None when a machine was lost, and the newest progress. Raises the error
-    that one of them reports."""
+    before: _Attempt,
+) -> _Attempt:
+    """Start the processes once, after an attempt `before`. Raises the error that one of them reports."""
+    newest = before.newest
     with ExitStack() as ends:
-        others = ends.enter_context(gathered(meeting, on_wait)) if meeting else []
+        wait = on_wait if not before.lost else lambda reason: on_wait("; ".join([reason, *before.lost]))
+        others = ends.enter_context(gathered(meeting, wait)) if meeting else []
         ours, *theirs = orders(meeting, job=job, processes=processes)
-        try:
-            for other, order in zip(others, theirs, strict=True):
+        for other, order in zip(others, theirs, strict=True):
+            try:
                 other.say(order)
-        except OSError:
-            return None, newest
+            except OSError:
+                return _Attempt(newest=newest, lost=(f"{other.name} is gone",))
         started = ends.enter_context(_started(command(ours), environment(meeting.host) if meeting else None))
-        lost: list[Connection] = []
-        for said in _said(started, others, lost):
+        words = _Words(started, others, meeting, processes)
+        for said in words:
             if "error" in said:
                 raise getattr(errors, said["error"])(said["message"])
             newest = Progress(**said)
             if on_step:
                 on_step(newest)
         code = started.wait()
-        return (None if lost and code else code), newest
+        return _Attempt(code, newest, tuple(words.lost) if code else ())
 
 
 @contextmanager
@@ -161,52 +185,82 @@ def _started(command: list[str], environment: dict[str, str] | None) -> Iterator
         end(started)
 
 
-def _said(
-    started: "subprocess.Popen[str]", others: Sequence[Connection], lost: list[Connection]
-) -> Iterator[dict[str, Any]]:
+class _Words:
     """What processes say, ours and those of other machines, until ours end: they do when those of another machine have
-    ended, or it is `lost`, which it is added to."""
-    words: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    ended, or it is `lost`, which says which and why."""
 
-    def hear_ours() -> None:
+    def __init__(
+        self,
+        started: "subprocess.Popen[str]",
+        others: Sequence[Connection],
+        meeting: Meeting | None,
+        processes: int,
+    ) -> None:
+        self.lost: list[str] = []
+        self._started, self._meeting = started, meeting
+        self._names = [f"this machine ({meeting.host})" if meeting else "this machine", *(o.name for o in others)]
+        self._roll = Roll(machines=len(self._names), processes=processes)
+        self._words: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._listening = [threading.Thread(target=self._hear, args=(other,), daemon=True) for other in others]
+        for thread in [threading.Thread(target=self._hear_ours, daemon=True), *self._listening]:
+            thread.start()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while (said := self._next()) is not None:
+            if "met" in said:
+                self._roll.met(said["met"])
+            else:
+                yield said
+        if self._started.wait():  # perhaps because of an error that another machine is about to tell
+            for thread in self._listening:
+                thread.join(_LAST_WORDS_SECONDS)
+            while not self._words.empty():
+                if (said := self._words.get()) and "met" not in said:
+                    yield said
+
+    def _next(self) -> dict[str, Any] | None:
+        """None when our processes have ended, also because another machine stands still."""
+        silent = 0  # counted, not measured: while we ourselves stand still, nobody can be heard
+        while True:
+            try:
+                return self._words.get(timeout=1.0)
+            except Empty:
+                silent += 1
+            if self._meeting and silent >= self._meeting.silent_seconds and (behind := self._roll.behind()):
+                self.lost += [
+                    f"{self._names[machine]} stands still: the others have waited for it for {silent} s"
+                    for machine in behind
+                ]
+                end(self._started)
+                return None
+
+    def _hear_ours(self) -> None:
         try:
-            for said in messages(started):
-                words.put(said)
+            for said in messages(self._started):
+                self._words.put(said)
         finally:
-            words.put(None)
+            self._words.put(None)
 
-    def hear(other: Connection) -> None:
+    def _hear(self, other: Connection) -> None:
         try:
             while "ended" not in (said := other.hear()):
-                words.put(said)
+                self._words.put(said)
         except OSError:  # also when it is closed here, at the end
-            if started.poll() is None:
-                lost.append(other)
-        end(started)
-
-    threading.Thread(target=hear_ours, daemon=True).start()
-    listening = [threading.Thread(target=hear, args=(other,), daemon=True) for other in others]
-    for thread in listening:
-        thread.start()
-    while (said := words.get()) is not None:
-        yield said
-    if started.wait():  # perhaps because of an error that another machine is about to tell
-        for thread in listening:
-            thread.join(_LAST_WORDS_SECONDS)
-        while not words.empty():
-            if said := words.get():
-                yield said
+            if self._started.poll() is None:
+                self.lost.append(f"{other.name} is gone")
+        end(self._started)
 
 
 def main() -> None:
     """One of the processes, started by torchrun: `python -m model.together <folder>`."""
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    end_with_stdin()
+    end_with_parent(signal.SIGKILL)  # also of a process that stands still
     job = Path(sys.argv[1])
     described = json.loads((job / "job.json").read_text())
     torch.set_num_threads(described["threads"])
     list(Path(described["checkpoint"]).parent.iterdir())  # so that a network file system looks again what is there
     device = Ranks.local_device(described["device"])
-    ranks = Ranks.join(device=device)
+    ranks = Ranks.join(device=device, on_meeting=partial(_say, {"met": int(os.environ["RANK"])}))
     try:
         _train(job, described, ranks, device)
     except TSPError as error:
@@ -237,13 +291,6 @@ def _train(job: Path, described: dict[str, Any], ranks: Ranks, device: str) -> N
 def _say(words: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(words) + "\n")  # in one piece: other processes write to the same pipe
     sys.stdout.flush()
-
-
-def _end_with_stdin() -> None:
-    """The process that started us keeps the other end of the pipe: it closes when that one ends, however it does."""
-    while os.read(0, 1):  # not sys.stdin, whose lock Python wants back when it ends
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

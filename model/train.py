@@ -218,6 +218,24 @@ def _optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> 
     )
 
 
+def is_trained(
+    network: MaskRCNNWithScores,
+    images: Sequence[LabeledImage],
+    config: TrainingConfig,
+    *,
+    checkpoint: Path,
+    pseudo: PseudoLabelConfig | None = None,
+    class_thresholds: FloatArray | None = None,
+) -> bool:
+    """Whether a `train` with these arguments has come to its end, as the checkpoint says. Raises CheckpointError and
+    DatasetError as `train` does."""
+    if not checkpoint.exists():
+        return False
+    teaching = (pseudo, class_thresholds) if config.ema_decay else (None, None)
+    _, done = _read_checkpoint(checkpoint, _fingerprint(network, images, config, teaching))
+    return done == len(TrainingSteps(images, network=network.config, training=config))
+
+
 def load_trained(network: MaskRCNNWithScores, checkpoint: Path) -> None:
     """Load what a finished `train` left in its network from its checkpoint: the teacher's weights if there was one."""
     tensors, _ = read_tensors(checkpoint)
@@ -344,14 +362,7 @@ def _resume(
     """Load the checkpoint, if there is one; returns the number of steps that are done."""
     if not path.exists():
         return 0
-    try:
-        tensors, metadata = read_tensors(path)
-    except ValueError as error:
-        raise CheckpointError(f"{error}. Delete the file to train from the start.") from error
-    if metadata.get("run") != run:
-        raise CheckpointError(
-            f"{path} belongs to another run (other settings, network or labels). Delete it to train from the start."
-        )
+    tensors, done = _read_checkpoint(path, run)
     for prefix, part in (("network.", network), ("teacher.", teacher.network if teacher else None)):
         if part is not None:
             part.load_state_dict(
@@ -365,4 +376,17 @@ def _resume(
             device = "cpu" if field == "step" else parameters[int(index)].device
             # A copy: what was read is the file, mapped into memory, whose space would stay taken once it is replaced.
             optimizer.state[parameters[int(index)]][field] = tensor.to(device, copy=True)
-    return int(metadata["step"])
+    return done
+
+
+def _read_checkpoint(path: Path, run: str) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a checkpoint and the number of steps that are done; CheckpointError unless it is this run's."""
+    try:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise CheckpointError(f"{error}. Delete the file to train from the start.") from error
+    if metadata.get("run") != run:
+        raise CheckpointError(
+            f"{path} belongs to another run (other settings, network or labels). Delete it to train from the start."
+        )
+    return tensors, int(metadata["step"])

@@ -11,7 +11,7 @@ from typing import Self
 
 import httpx
 
-from scripts.end_with_parent import end_with_parent
+from model.end_with_parent import end_with_parent
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SSL_CERT_FILE", "CUDA_VISIBLE_DEVICES")
 _START_SECONDS = 120.0

@@ -16,7 +16,7 @@ from typing import IO, Self
 
 import httpx
 
-from scripts.end_with_parent import end_with_parent
+from model.end_with_parent import end_with_parent
 
 EXECUTABLE = Path(__file__).resolve().parent.parent / ".venv-label-studio" / "bin" / "label-studio"
 HOST = "127.0.0.1"

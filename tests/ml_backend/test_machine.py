@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from ml_backend.errors import SettingsError
 from ml_backend.machines import meeting_of
 from tests.ml_backend.examples import settings
 
@@ -28,7 +25,8 @@ def test_without_a_meeting_point_it_says_what_it_needs(tmp_path: Path) -> None:
 def test_a_meeting_point_that_is_none_is_told(tmp_path: Path) -> None:
     done = started(tmp_path, TSP_MEETING_POINT="somewhere")
     assert done.returncode == 1
-    assert "TSP_MEETING_POINT: expected an address like 10.0.0.5:29400, got 'somewhere'" in done.stderr
+    assert "TSP_MEETING_POINT: expected host:port, like 10.0.0.5:29400, " in done.stderr
+    assert done.stderr.count("got 'somewhere'") == 1
 
 
 def test_who_shares_the_folder_shares_the_secret(tmp_path: Path) -> None:
@@ -40,10 +38,3 @@ def test_who_shares_the_folder_shares_the_secret(tmp_path: Path) -> None:
     assert len(ours.secret) == 64
     assert stat.S_IMODE((tmp_path / "models" / "machines-secret").stat().st_mode) == 0o600
     assert meeting_of(settings(tmp_path / "other")) is None
-
-
-def test_a_damaged_secret_is_told(tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "machines-secret").write_text("short")
-    with pytest.raises(SettingsError, match="expected 64 hexadecimal digits"):
-        meeting_of(settings(tmp_path, TSP_MEETING_POINT="10.0.0.5:29400"))

@@ -233,6 +233,8 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("TSP_PROCESSES", "3", r"expected at most TSP_IMAGES_PER_STEP \(2\)"),
         ("TSP_MACHINES", "3", r"expected at most TSP_IMAGES_PER_STEP \(2\) in all"),
         ("TSP_MACHINES", "2", "set TSP_MEETING_POINT to host:port of the worker's machine"),
+        ("TSP_MEETING_POINT", "abc", "TSP_MEETING_POINT: expected host:port, like 10.0.0.5:29400, .*got 'abc'"),
+        ("TSP_MEETING_POINT", "10.0.0.5:0", "expected host:port"),
         ("TSP_SCORING_CHUNK", "0", "greater than or equal to 1"),
         ("TSP_NICENESS", "-5", "greater than or equal to 0"),
         ("TSP_RECONCILE_SECONDS", "0", "greater than 0"),

@@ -186,13 +186,13 @@ def test_the_processes_end_with_the_one_that_started_them_however_that_ends(plac
 
 
 def processes_of(folder):
-    """Ids of the processes, but not of torchrun itself, that train with a checkpoint in a folder."""
+    """Ids of the processes, but not of those that start them, that train with a checkpoint in a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
         except OSError:  # it has ended meanwhile
             continue
-        if f"{folder}/together-".encode() in command and b"torch.distributed.run" not in command:
+        if f"{folder}/together-".encode() in command and b"model.agent" not in command:
             found.append(int(process.name))
     return sorted(found)

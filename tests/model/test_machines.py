@@ -1,18 +1,21 @@
 """Training on several machines: here each is a process of its own, and they meet at 127.0.0.1."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from model.config import TrainingConfig
-from model.errors import InvalidInputError, TrainingProcessError
+from model.errors import CheckpointError, InvalidInputError, TrainingProcessError
 from model.machines import Connection, Meeting, end, environment, gathered, messages
 from model.together import train_in_processes
 from scripts.label_studio_server import free_port
@@ -61,12 +64,12 @@ def train(images, meeting, *, on_step=None, on_wait=lambda reason: None):
 
 @pytest.fixture(scope="module")
 def on_one_machine(images, tmp_path_factory):
-    """The losses by step, and the weights, of two processes on one machine."""
+    """The losses by step, the weights and the checkpoint of two processes on one machine."""
     losses, network = [], tiny_network(frozen_batch_norm=True)
     checkpoint = tmp_path_factory.mktemp("one") / "c.safetensors"
     options = {"processes": 2, "checkpoint": checkpoint, "on_step": lambda progress: losses.append(progress.loss)}
     train_in_processes(network, images, CONFIG, **options)
-    return losses, network.state_dict()
+    return losses, network.state_dict(), checkpoint
 
 
 def test_two_machines_train_as_one_with_two_processes(images, on_one_machine, meeting):
@@ -108,6 +111,68 @@ def test_when_a_machine_dies_the_training_waits_for_another_and_goes_on(images, 
     assert any("1 of 2 machines" in reason for reason in reasons)
     for name, tensor in on_one_machine[1].items():
         assert torch.equal(weights[name], tensor), name
+
+
+@pytest.mark.parametrize("what", ["its process", "all of it"])
+def test_a_machine_that_stands_still_is_given_up_and_the_training_goes_on_when_it_is_there_again(
+    images, on_one_machine, meeting, caplog, what
+):
+    """Its process, as when a shared folder hangs, which it ends itself; or all of it, until it is woken."""
+    steps, reasons, stopped = [], [], []
+
+    def on_step(progress):
+        steps.append(progress.step)
+        if steps == [1, 2, 3]:
+            trains = next(process for process in processes_of(meeting.folder) if rank_of(process) == 1)
+            stopped.extend([trains] if what == "its process" else [machine.pid, parent_of(trains), trains])
+            for process in stopped:
+                os.kill(process, signal.SIGSTOP)
+
+    def on_wait(reason):
+        reasons.append(reason)
+        if "stands still" in reason and what == "all of it":
+            for process in stopped:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
+
+    with another_machine(meeting) as (machine, _):
+        weights = train(images, replace(meeting, silent_seconds=8), on_step=on_step, on_wait=on_wait)
+        assert stopped[-1] not in processes_of(meeting.folder)
+    told = "the machine at 127.0.0.1 stands still: the others have waited for it for"
+    assert told in caplog.text
+    assert any(told in reason for reason in reasons)
+    assert "this machine" not in caplog.text
+    assert steps[-2:] == [5, 6]
+    for name, tensor in on_one_machine[1].items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def rank_of(process):
+    pairs = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return next(int(pair[5:]) for pair in pairs if pair.startswith(b"RANK="))
+
+
+def parent_of(process):
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_training_that_is_complete_waits_for_nobody(images, on_one_machine, meeting):
+    def on_wait(reason):
+        raise AssertionError(reason)
+
+    shutil.copy(on_one_machine[2], meeting.folder / "c.safetensors")
+    weights = train(images, meeting, on_wait=on_wait)
+    for name, tensor in on_one_machine[1].items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_a_checkpoint_of_another_training_is_told_before_anybody_is_waited_for(images, on_one_machine, meeting):
+    def on_wait(reason):
+        raise AssertionError(reason)
+
+    shutil.copy(on_one_machine[2], meeting.folder / "c.safetensors")
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        train(images[1:], meeting, on_wait=on_wait)
 
 
 def test_the_processes_meet_on_the_network_card_of_the_meeting_point(monkeypatch):
@@ -207,9 +272,12 @@ def test_an_address_that_another_training_uses_is_waited_for(meeting):
     assert "another program listens at" in reasons[0]
 
 
-@pytest.mark.parametrize("address", ["", "host", ":1", "host:", "host:x", "host:0", "host:65536"])
+@pytest.mark.parametrize(
+    "address",
+    ["", "host", ":1", "host:", "host:x", "host:0", "host:65536", "host:²", "a b:1", "http://host:1", "[::1]:1"],
+)
 def test_what_is_no_address_is_told(address, tmp_path):
-    with pytest.raises(InvalidInputError, match="expected an address like 10"):
+    with pytest.raises(InvalidInputError, match=r"expected host:port, like 10.*got '"):
         Meeting.at(address, machines=2, secret=b"", folder=tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 PARENT = """
 import subprocess, sys, time
-from scripts.end_with_parent import end_with_parent
+from model.end_with_parent import end_with_parent
 child = subprocess.Popen(["sleep", "600"], preexec_fn=end_with_parent, start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(600)
@@ -24,12 +24,12 @@ def test_a_child_ends_with_a_parent_that_is_killed() -> None:
         child = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 30
-    while _runs(child):
+    while runs(child):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def _runs(process_id: int) -> bool:
+def runs(process_id: int) -> bool:
     try:
         stat = Path(f"/proc/{process_id}/stat").read_text()
     except FileNotFoundError:
