@@ -1,12 +1,13 @@
 """A secret in MODEL_DIR, known to whoever shares the folder or the store: random, and readable by this user alone."""
 
-import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from ml_backend.errors import SettingsError
 from ml_backend.store import Store
+from model.files import create_private
 
 _SECRET = re.compile(r"[0-9a-f]{64}")
 
@@ -17,7 +18,8 @@ def shared_secret(path: Path, of: str, *, store: Store | None = None) -> str:
     try:
         if not path.exists():
             secret = secrets.token_hex(32)
-            _create(path, store.create(path, secret.encode()).decode(errors="replace") if store else secret)
+            with suppress(FileExistsError):  # another process was quicker
+                create_private(path, store.create(path, secret.encode()) if store else secret.encode())
         secret = path.read_text(encoding="ascii", errors="replace").strip()
     except OSError as error:
         raise SettingsError(
@@ -30,19 +32,3 @@ def shared_secret(path: Path, of: str, *, store: Store | None = None) -> str:
             "one, and start all processes again"
         )
     return secret
-
-
-def _create(path: Path, secret: str) -> None:
-    """In one step, and never over one that another process has made meanwhile."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(unfinished, path)
-    except FileExistsError:
-        pass
-    finally:
-        unfinished.unlink()

@@ -40,6 +40,14 @@ def die() -> None:
     raise KilledError
 
 
+def train_until_killed(service: Service, key: str) -> None:
+    """A cycle whose machine is gone after the third of four steps."""
+    begin_cycle(service, key)
+    snapshot(service, key, 1, Steps(service, key))
+    with pytest.raises(KilledError):
+        train_version(service, key, 1, Steps(service, key, after=3, do=die))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """The folder that is the store."""
@@ -106,10 +114,7 @@ def test_a_training_goes_on_after_the_checkpoint_that_another_machine_has_kept(
 ) -> None:
     monkeypatch.setattr(handover, "_CHECKPOINT_EVERY_SECONDS", 0.0)
     first, second = machine("first"), machine("second")
-    begin_cycle(first, key)
-    snapshot(first, key, 1, Steps(first, key))
-    with pytest.raises(KilledError):
-        train_version(first, key, 1, Steps(first, key, after=3, do=die))
+    train_until_killed(first, key)
     steps = Steps(second, key)
     train_version(second, key, 1, steps)
     assert steps.steps == [3, 4]  # it died before the third was kept
@@ -125,10 +130,7 @@ def test_a_checkpoint_of_this_machine_that_is_further_than_the_stores_is_gone_on
     machine: Callable[[str], Service], key: str
 ) -> None:
     first = machine("first")
-    begin_cycle(first, key)
-    snapshot(first, key, 1, Steps(first, key))
-    with pytest.raises(KilledError):
-        train_version(first, key, 1, Steps(first, key, after=3, do=die))
+    train_until_killed(first, key)
     steps = Steps(first, key)
     train_version(first, key, 1, steps)
     assert steps.steps == [4]
