@@ -132,7 +132,8 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError), self._asking(path):
             with naming_full_disk(str(path), path.parent), replacement(path) as unfinished:
-                self._files.get_file(self._key(path), str(unfinished))
+                # In several requests at once it could be made of two files, when another takes its place meanwhile.
+                self._files.get_file(self._key(path), str(unfinished), max_concurrency=1)
                 if sha256 is not None and digest_of(unfinished) != sha256:
                     raise StoreError(f"{self._shown(path)} is damaged: its SHA-256 is not {sha256}")
             return True
@@ -365,7 +366,7 @@ def _files_below(folder: str) -> Iterator[tuple[str, int]]:
 def _is_of_one_object(error: FileNotFoundError) -> bool:
     """Whether one object is missing, and not the bucket: nor is it a server that knows no buckets at all."""
     answer: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
-    return answer.get("Error", {}).get("Code", "NoSuchKey") == "NoSuchKey"
+    return bool(answer.get("Error", {}).get("Code", "NoSuchKey") == "NoSuchKey")
 
 
 def _is_of_a_library(error: Exception) -> bool:

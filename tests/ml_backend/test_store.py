@@ -526,6 +526,25 @@ def test_an_answer_that_ends_in_its_middle_is_not_taken_for_a_file(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_is_replaced_meanwhile_is_the_old_one_or_the_new_one(
+    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", 1000)  # what is larger is fetched in pieces
+    path, contents = tmp_path / "a", [digit * 10_000 for digit in (b"1", b"2")]
+    direct = Store(f"s3://{bucket}", tmp_path)
+    direct.write(path, contents[0])
+    fetched = threading.Semaphore(2)
+
+    def look(call: Call) -> None:
+        if call.method == "GET" and not fetched.acquire(blocking=False):
+            direct.write(path, contents[1])
+
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], lambda _: None, look=look) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert Store(f"s3://{bucket}", tmp_path).download(path)
+    assert path.read_bytes() in contents
+
+
 def test_a_store_that_keeps_one_thread_waiting_does_not_keep_those_that_remember(
     s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
