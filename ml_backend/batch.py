@@ -53,6 +53,7 @@ def choose_batch(
         if strategy.compares_images and annotated:
             labelled = repeated_without_damaged(partial(_annotated, service, project_key, number, version, log))
         log.stage("choosing the next batch")
+        service.bring_lines(service.scores_file(project_key, version))
         task_ids, pool = candidates(
             service.scores_file(project_key, version),
             _waiting(service, project_key),

@@ -98,6 +98,7 @@ def test_every_stage_of_a_cycle_may_be_another_machines(
     assert evaluate_version(machine("third"), key, 1, version, log)
     assert score_pool(machine("fourth"), key, version, log) == POOL
     choose_batch(machine("fifth"), key, 1, version, log)
+    assert len(frozen_batch(machine("fifth"), key, version) or ()) == 2
     publish(machine("sixth"), key, version, log)
     facts = cycle_row(machine("first"), key).facts
     assert not [name for name in facts if name.endswith("_mended")]  # images came from the store
