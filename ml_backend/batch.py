@@ -68,8 +68,10 @@ def choose_batch(
             empty_policy=service.settings.empty_policy,
         )
         batch = tuple(task_ids[i] for i in chosen)
-        write_json(service.batch_file(project_key, version), {"tasks": batch})
-        service.share(service.batch_file(project_key, version))
+        path = service.batch_file(project_key, version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"tasks": batch})
+        service.share(path)
     log.facts({"batch": len(batch)})
 
 

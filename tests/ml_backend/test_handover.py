@@ -23,7 +23,16 @@ from ml_backend.service import Service
 from model.files import read_tensors
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result
-from tests.ml_backend.examples import begin_cycle, cycle_row, import_images, key_of, phantom_images, settings
+from tests.ml_backend.examples import (
+    VERSION,
+    add_version,
+    begin_cycle,
+    cycle_row,
+    import_images,
+    key_of,
+    phantom_images,
+    settings,
+)
 from tests.ml_backend.test_frozen import Steps
 from tests.postgres import Postgres
 
@@ -108,6 +117,14 @@ def test_every_stage_of_a_cycle_may_be_another_machines(
         assert frozen_batch(service, key, version) == frozen_batch(machine("fifth"), key, version)
         assert score_pool(service, key, version) == 0  # all are seen
     assert client.project(project.id).model_version == version
+
+
+def test_a_machine_that_has_seen_nothing_may_choose_of_an_empty_pool(
+    machine: Callable[[str], Service], key: str
+) -> None:
+    add_version(machine("first"), key, strategy="random")
+    choose_batch(machine("second"), key, 1, VERSION, begin_cycle(machine("second"), key))
+    assert frozen_batch(machine("first"), key, VERSION) == ()
 
 
 def test_a_training_goes_on_after_the_checkpoint_that_another_machine_has_kept(
