@@ -84,7 +84,12 @@ class StoredRegistry(Registry):
     def active(self, project: str) -> str | None:
         """The version in use, None before the first."""
         pointer = self._store.recall(self._project_folder(project) / _ACTIVE)
-        return None if pointer is None else str(json.loads(pointer)["version"])
+        if pointer is None:
+            return None
+        try:
+            return self._folder(project, str(json.loads(pointer)["version"])).name  # it becomes a part of paths
+        except (KeyError, TypeError, ValueError) as error:
+            raise RegistryError(f"{_ACTIVE} of {project} is damaged: {error}; make a version the active one") from error
 
     def activate(self, project: str, version: str) -> None:
         """Use this version from now on; every reader sees the old or the new one."""

@@ -351,6 +351,16 @@ def test_weights_that_are_damaged_in_the_store_are_told(machine: Machine, tmp_pa
         registry.load(KEY, VERSION)
 
 
+@pytest.mark.parametrize("pointer", [b'{"version": "../../../elsewhere"}', b"[]", b"{}", b"tsp-1"])
+def test_a_pointer_that_names_no_version_is_told(tmp_path: Path, pointer: bytes) -> None:
+    (tmp_path / "shared").mkdir()
+    store = Store(f"file://{tmp_path}/shared", tmp_path / "here")
+    registry = StoredRegistry(tmp_path / "here" / "versions", store)
+    store.write(registry.root / KEY / "active.json", pointer)
+    with pytest.raises(RegistryError, match=r"active.json of .* is damaged|expected a name of letters"):
+        registry.active(KEY)
+
+
 def test_a_model_dir_that_was_copied_into_the_store_is_used(machine: Machine, tmp_path: Path) -> None:
     old = Registry(tmp_path / "here" / "versions")
     old.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
@@ -452,6 +462,33 @@ def test_an_image_that_one_machine_has_fetched_is_had_by_another_without_its_hos
         brought.path.unlink()
         with pytest.raises(ImageHostSilentError):
             there.fetch(task_id=2, uri=f"{host}/a.png")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '{"sha256": "%s", "extension": "png/../../../../../outside/a", "height": 1, "width": 1}',
+        '{"sha256": "%s"}',
+        "[]",
+    ],
+)
+def test_an_entry_of_the_store_that_names_no_image_leads_nowhere(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "a" / "share").mkdir(parents=True)
+    store, cache = Store(f"file://{tmp_path}/a/share", tmp_path / "here"), tmp_path / "here" / "cache"
+    uri = f"http://127.0.0.1:{free_port()}/a.png"
+    index = cache / "index" / sha256(uri.encode())[:2] / f"{sha256(uri.encode())}.json"
+    store.write(index, entry.replace("%s", sha256(b"1")).encode())
+    store.write(cache / "images" / sha256(b"1")[:2] / f"{sha256(b'1')}.png/../../../../../outside/a", b"1")
+    with (
+        LabelStudioClient(NOWHERE, "0" * 40) as client,
+        ImageStore(
+            cache_dir=cache, client=client, store=store, allowed_hosts=AllowedHosts.parse("127.0.0.1")
+        ) as images,
+        pytest.raises(ImageHostSilentError),  # the host is asked instead
+    ):
+        images.fetch(task_id=1, uri=uri)
+    assert index.exists()  # it was looked at
+    assert not (tmp_path / "outside").exists()
 
 
 # A store that is away
