@@ -53,6 +53,7 @@ def choose_batch(
         if strategy.compares_images and annotated:
             labelled = repeated_without_damaged(partial(_annotated, service, project_key, number, version, log))
         log.stage("choosing the next batch")
+        service.bring_lines(service.scores_file(project_key, version))
         task_ids, pool = candidates(
             service.scores_file(project_key, version),
             _waiting(service, project_key),
@@ -67,8 +68,10 @@ def choose_batch(
             empty_policy=service.settings.empty_policy,
         )
         batch = tuple(task_ids[i] for i in chosen)
-        write_json(service.batch_file(project_key, version), {"tasks": batch})
-        service.share(service.batch_file(project_key, version))
+        path = service.batch_file(project_key, version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"tasks": batch})
+        service.share(path)
     log.facts({"batch": len(batch)})
 
 

@@ -77,6 +77,8 @@ class StoredPool(CutPool):
 
     def keep(self, number: int, lines: Iterable[Json]) -> None:
         self.store.write(self._found(number), _as_lines(lines))
+        if not self.store.has(self.folder / _PLAN):  # all was removed meanwhile, and nobody would come to this again
+            self.store.remove(self._found(number))
 
     def lines(self, number: int) -> Iterator[Json]:
         yield from map(json.loads, _read(self.store, self._found(number)).splitlines())

@@ -34,7 +34,6 @@ from ml_backend.errors import (
 from ml_backend.foreign_hosts import AllowedHosts, JudgingTransport, PrivateAddressError
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.store import Store
-from model.errors import DiskFullError
 from model.files import naming_full_disk
 
 _CLOUD_SCHEMES = ("s3", "gs", "azure-blob")  # what Label Studio resolves for us, with its own credentials
@@ -46,6 +45,7 @@ _CHUNK_BYTES = 1 << 16
 _EXIF_ORIENTATION = 0x0112
 _TURNED = range(2, 9)  # the EXIF orientations that are not upright
 _QUARTER_TURNS = range(5, 9)  # those of them that swap height and width
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # Pillow's readers by file extension. `Image.open` is avoided: its guard against decompression bombs is a global of the
 # process, and it would try every format that anybody registered.
@@ -175,26 +175,35 @@ class ImageStore:
         return self._index / key[:2] / f"{key}.json"
 
     def _look_up(self, entry: Path) -> FetchedImage | None:
+        known = self._known(entry)
+        if known is None or not is_whole(known.path):  # somebody tidied the cache up, or the disk damaged it
+            return None
+        return known
+
+    def _known(self, entry: Path) -> FetchedImage | None:
+        """Which image it was at an address, here or not; None when it was never seen, or the entry is damaged."""
         try:
             known = json.loads(entry.read_bytes())
-        except (FileNotFoundError, ValueError):  # never seen, or the disk damaged the entry
+            sha256, extension, image_hw = known["sha256"], known["extension"], (known["height"], known["width"])
+            if not _SHA256.fullmatch(sha256) or extension not in dict(_READERS):  # they become a path
+                return None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        path = self._images / known["sha256"][:2] / f"{known['sha256']}.{known['extension']}"
-        if not is_whole(path):  # somebody tidied the cache up, or the disk damaged it: fetch it again
-            return None
-        return FetchedImage(path=path, sha256=known["sha256"], image_hw=(known["height"], known["width"]))
+        path = self._images / sha256[:2] / f"{sha256}.{extension}"
+        return FetchedImage(path=path, sha256=sha256, image_hw=image_hw)
 
     def _brought(self, entry: Path) -> FetchedImage | None:
         """What the store has for an address, from now on in the cache here; None when it has nothing whole."""
         if self._store is None or not (entry.exists() or self._store.download(entry)):
             return None
+        known = self._known(entry)
+        if known is None:
+            return None
         try:
-            known = json.loads(entry.read_bytes())
-            path = self._images / known["sha256"][:2] / f"{known['sha256']}.{known['extension']}"
-            self._store.download(path, sha256=known["sha256"])
-        except (StoreUnavailableError, DiskFullError):
+            self._store.download(known.path, sha256=known.sha256)
+        except StoreUnavailableError:
             raise
-        except (StoreError, ValueError):  # damaged there: the host has another copy
+        except StoreError:  # damaged there: the host has another copy
             return None
         return self._look_up(entry)
 

@@ -68,7 +68,7 @@ def reconcile(service: Service, project_key: str) -> Decision:
     _repair_queue(service, project_key, project, is_busy=is_busy)
     if not is_busy:
         _follow_labels(service, project_key, project)
-    guard_webhooks(service.settings, service.label_studio, project.id)
+    guard_webhooks(service.settings, service.label_studio, project.id, store=service.store)
     return decision
 
 

@@ -290,6 +290,8 @@ class Settings(BaseSettings):
         is_folder, is_bucket = parts.scheme == "file" and not parts.netloc, parts.scheme == "s3" and parts.netloc
         if not (is_folder and len(parts.path) > 1) and not is_bucket:
             raise ValueError("expected s3://bucket/prefix or file:///absolute/path")
+        if "//" in parts.path or "::" in url:  # such keys are written but never listed; "::" has a meaning for fsspec
+            raise ValueError("expected a path without '//' and '::'")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
                 "expected an address without credentials and options: give these by AWS_ACCESS_KEY_ID, "

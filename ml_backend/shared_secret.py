@@ -1,6 +1,5 @@
 """A secret in MODEL_DIR, known to whoever shares the folder or the store: random, and readable by this user alone."""
 
-import errno
 import logging
 import os
 import re
@@ -10,25 +9,26 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from ml_backend.errors import SettingsError
+from ml_backend.errors import SettingsError, StoreUnavailableError
 from ml_backend.store import Store
+from model.files import create_private
 
 logger = logging.getLogger(__name__)
 
 _SECRET = re.compile(r"[0-9a-f]{64}")
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, SMB, and what else has no hard links
 _WRITTEN_SECONDS = 3.0  # by whoever has created an empty file
 
 
 def shared_secret(path: Path, of: str, *, store: Store | None = None) -> str:
-    """64 hexadecimal digits, made by whichever process asks first. SettingsError, which says what it is the secret
-    `of`, when the file cannot be read or written, is damaged, or stays open to other users; StoreUnavailableError while
-    there is no file."""
+    """64 hexadecimal digits, made by whichever process asks first; with a store, what that has. SettingsError, which
+    says what it is the secret `of`, when the file cannot be read or written, is damaged, or stays open to other users;
+    StoreUnavailableError while there is no file."""
     try:
-        if not path.exists():
-            secret = secrets.token_hex(32)
-            _create(path, store.create(path, secret.encode()).decode(errors="replace") if store else secret)
-        secret = _read(path, of)
+        secret = _read(path, of) if path.exists() else ""
+        if store and (not secret or _SECRET.fullmatch(secret)):
+            secret = _agreed(path, of, secret, store)
+        elif not secret:
+            secret = _created(path, of, secrets.token_hex(32))
     except OSError as error:
         raise SettingsError(
             f"{path}: the secret of {of} cannot be read or written ({error.strerror}): run all processes as the same "
@@ -40,6 +40,27 @@ def shared_secret(path: Path, of: str, *, store: Store | None = None) -> str:
             "one, and start all processes again"
         )
     return secret
+
+
+def _agreed(path: Path, of: str, here: str, store: Store) -> str:
+    """The store's secret, from now on also in the file; the store gets the one `here` ("" for none) when it has none.
+    While it is away, the one here will do."""
+    try:
+        kept = store.create(path, (here or secrets.token_hex(32)).encode()).decode(errors="replace").strip()
+    except StoreUnavailableError:
+        if here:
+            return here
+        raise
+    if here and kept != here:  # of before there was a store
+        path.unlink(missing_ok=True)
+    return kept if kept == here else _created(path, of, kept)
+
+
+def _created(path: Path, of: str, secret: str) -> str:
+    """What the file has afterwards."""
+    with suppress(FileExistsError):  # another process was quicker
+        create_private(path, secret.encode())
+    return _read(path, of)
 
 
 def _read(path: Path, of: str) -> str:
@@ -67,30 +88,3 @@ def _open_to_others(descriptor: int) -> int:
     """The mode of a file that others than its owner may read or write; 0 when they may not."""
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     return mode if mode & 0o077 else 0
-
-
-def _create(path: Path, secret: str) -> None:
-    """Never over a file that another process has made meanwhile, and in one step where there are hard links. Elsewhere
-    the file is empty for a moment."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    _write_new(unfinished, secret)
-    try:
-        os.link(unfinished, path)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        with suppress(FileExistsError):
-            _write_new(path, secret)
-    finally:
-        unfinished.unlink()
-
-
-def _write_new(path: Path, secret: str) -> None:
-    """FileExistsError when there is one."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,9 +7,11 @@ A file has the same name there as below MODEL_DIR, and gets it by one request: i
 import hashlib
 import importlib.util
 import logging
+import os
 import re
 import shutil
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,12 +21,16 @@ from typing import IO, Any
 
 from ml_backend.errors import SettingsError, StoreError, StoreUnavailableError
 from ml_backend.settings import Settings
-from model.files import naming_full_disk, replacement, write_bytes
+from model.files import create_private, is_unfinished, naming_full_disk, replacement, write_bytes
 
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"}  # whose errors tell of a store that is away
 _PARTS = ".parts"
+_PART_NAME = re.compile(r"(\d{15,})-([0-9a-f]{64})")
+_PART_BYTES = 32_000_000  # about as many go into the memory at once
+_REMOVED_AT_ONCE = 1000  # what S3 takes in a request
+_MOST_REMOVALS = 20  # of a folder in which something new is found each time
 _REST_SECONDS = 5.0  # after a question in vain, for those who go on with what they remember
 # s3fs tries five times; botocore, below it, would try each of these five times, which takes a minute.
 _S3_OPTIONS = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
@@ -52,6 +58,7 @@ class Store:
     def __init__(self, url: str, folder: Path, *, remembers_seconds: float = 0.0) -> None:
         self._url, self._folder, self._remembers_seconds = url.rstrip("/"), folder, remembers_seconds
         self._remembered: dict[tuple[str, Path], tuple[float, Any]] = {}
+        self._asked: set[tuple[str, Path]] = set()  # at this moment, by any thread
         self._trouble, self._rests_until = "", 0.0
 
     def read(self, path: Path) -> bytes | None:
@@ -92,15 +99,19 @@ class Store:
         known = self.read(path)
         if known is not None:
             return known
-        with self._asking(path):
+        # Somebody else may be quicker, and some stores know no conditional writes, or no links.
+        with self._asking(path), suppress(OSError):
             if self._is_folder:
-                Path(self._key(path)).parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):  # somebody else was quicker, or the store knows no conditional writes
+                target = Path(self._key(path))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                create_private(target, content)
+            else:
                 self._files.pipe_file(self._key(path), content, mode="create")
         kept = self.read(path)
         if kept is None:
             self.write(path, content)
-        return kept or content
+            kept = self.read(path)
+        return content if kept is None else kept
 
     def upload(self, path: Path, *, source: Path | None = None) -> None:
         """Keep a file, which may lie elsewhere for the moment (`source`)."""
@@ -121,7 +132,8 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError), self._asking(path):
             with naming_full_disk(str(path), path.parent), replacement(path) as unfinished:
-                self._files.get_file(self._key(path), str(unfinished))
+                # In several requests at once it could be made of two files, when another takes its place meanwhile.
+                self._files.get_file(self._key(path), str(unfinished), max_concurrency=1)
                 if sha256 is not None and digest_of(unfinished) != sha256:
                     raise StoreError(f"{self._shown(path)} is damaged: its SHA-256 is not {sha256}")
             return True
@@ -145,25 +157,55 @@ class Store:
         return found
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a folder with all that is in it; nothing happens when it is not there."""
-        with suppress(FileNotFoundError), self._asking(path):
-            self._files.rm(self._key(path), recursive=True)
+        """Remove a file, or a folder with all that is in it, also what others add to it in this moment; nothing happens
+        when it is not there."""
+        with self._asking(path):
+            for _ in range(_MOST_REMOVALS):
+                key = self._key(path)
+                if not (self._remove_files(key) if self._is_folder else self._remove_objects(key)):
+                    break
+            else:
+                raise OSError("there is something new in it each time that all is removed")
         self._remembered.clear()
+
+    def _remove_files(self, key: str) -> bool:
+        """Whether there may be more."""
+        with suppress(FileNotFoundError):  # of something in it that another process has removed or renamed
+            self._files.rm(key, recursive=True)
+        return os.path.lexists(key)
+
+    def _remove_objects(self, key: str) -> bool:
+        """Whether there may be more. s3fs's own `rm` says nothing of what the store refuses to remove, and takes a "*"
+        or "[" in a prefix for a pattern."""
+        found = [str(name).partition("/") for name in self._files.find(key)]
+        for start in range(0, len(found), _REMOVED_AT_ONCE):
+            objects = [{"Key": name} for _, _, name in found[start : start + _REMOVED_AT_ONCE]]
+            delete = {"Objects": objects, "Quiet": True}
+            answer = self._files.call_s3("delete_objects", Bucket=found[0][0], Delete=delete)
+            for refused in answer.get("Errors", []):
+                raise PermissionError(f"{refused.get('Key')} is not removed: {refused.get('Message')}")
+        return bool(found)
 
     # Files that only grow: lines are added in parts, since an object cannot be added to
 
     def upload_lines(self, path: Path) -> None:
-        """Keep the whole lines of a file that the store lacks, as one more part."""
+        """Keep the whole lines of a file that the store lacks, as one more part, or some when they are many.
+        StoreUnavailableError when the store has other lines by now, which `download_lines` brings."""
         parts = self._parts(path)
-        start = parts[-1].end if parts else 0
-        if not path.exists() or path.stat().st_size <= start:
+        if not path.exists():
             return
         with path.open("rb") as file:
+            if parts and not parts[-1].is_in(file):
+                raise StoreUnavailableError(
+                    f"{self._shown(path)} has lines of another worker by now; the next try goes on with those."
+                )
+            start = parts[-1].end if parts else 0
             file.seek(start)
-            lines = file.read()
-        lines = lines[: lines.rfind(b"\n") + 1]
-        if lines:
-            self.write(_parts_folder(path) / f"{start:015d}-{hashlib.sha256(lines).hexdigest()}", lines)
+            while block := file.read(_PART_BYTES) + file.readline():
+                lines = block[: block.rfind(b"\n") + 1]
+                if lines:
+                    self.write(_parts_folder(path) / f"{start:015d}-{hashlib.sha256(lines).hexdigest()}", lines)
+                start += len(lines)
 
     def download_lines(self, path: Path) -> None:
         """Make a file begin with what the store has of it. Lines that follow stay only if all before were the same:
@@ -181,19 +223,35 @@ class Store:
             file.truncate(missing[0].start)
             file.seek(missing[0].start)
             for part in missing:
-                file.write(self.read(part.path) or b"")
+                lines = self.read(part.path)
+                if lines is None:
+                    return  # all are being removed
+                file.write(lines)
 
     def _parts(self, path: Path) -> list["_Part"]:
         """Those that make up the file, in their order; what does not follow on another is left out."""
         parts: list[_Part] = []
         folder = _parts_folder(path)
-        with suppress(FileNotFoundError), self._asking(path):
-            for key, found in sorted(self._files.find(self._key(folder), detail=True).items()):
-                name = str(key).rpartition("/")[2]
-                start, sha256 = name.split("-")
-                if int(start) == (parts[-1].end if parts else 0):
-                    parts.append(_Part(folder / name, int(start), int(start) + int(found["size"]), sha256))
+        with self._asking(path):
+            found = self._listed(folder)
+        for name, size in sorted(found.items()):
+            match = _PART_NAME.fullmatch(name)
+            if match and int(match[1]) == (parts[-1].end if parts else 0):
+                parts.append(_Part(folder / name, int(match[1]), int(match[1]) + size, match[2]))
         return parts
+
+    def _listed(self, folder: Path) -> dict[str, int]:
+        """The files below a folder, as paths from there, and their sizes."""
+        start = f"{self._key(folder)}/"
+        if self._is_folder:
+            found = dict(_files_below(start))
+        else:
+            found = {str(key): int(about["size"]) for key, about in self._files.find(start, detail=True).items()}
+        return {
+            key.removeprefix(start): size
+            for key, size in sorted(found.items())
+            if key.startswith(start) and not key.endswith("/")  # as consoles show empty folders
+        }
 
     # Asking
 
@@ -223,8 +281,9 @@ class Store:
 
     def _recalled(self, what: str, path: Path) -> Any:
         known = self._remembered.get((what, path))
-        if known and time.monotonic() - known[0] < self._remembers_seconds:
-            return known[1]
+        if known and (time.monotonic() - known[0] < self._remembers_seconds or (what, path) in self._asked):
+            return known[1]  # a store that does not answer keeps one thread waiting, not all
+        self._asked.add((what, path))
         try:
             found = self.read(path) if what == "read" else self._found(path)
         except StoreUnavailableError as error:
@@ -232,20 +291,20 @@ class Store:
                 raise
             logger.warning("%s Until then, what was known before is answered.", error)
             found = known[1]
+        finally:
+            self._asked.discard((what, path))
         if self._remembers_seconds:
             self._remembered[what, path] = time.monotonic(), found
         return found
 
     def _found(self, folder: Path) -> list[str]:
-        with suppress(FileNotFoundError), self._asking(folder):
-            start = f"{self._key(folder)}/"
-            return [str(key).removeprefix(start) for key in self._files.find(start)]
-        return []
+        with self._asking(folder):
+            return list(self._listed(folder))
 
     @contextmanager
     def _asking(self, path: Path) -> Iterator[None]:
-        """What keeps the store from answering is a StoreUnavailableError; FileNotFoundError passes, unless it is the
-        whole bucket that is missing."""
+        """What keeps the store from answering is a StoreUnavailableError; FileNotFoundError passes, unless more is
+        missing than the one file."""
         if time.monotonic() < self._rests_until:
             raise StoreUnavailableError(self._trouble)
         try:
@@ -253,9 +312,8 @@ class Store:
                 raise NotADirectoryError("the folder is not there: create it, or mount it")
             yield
         except Exception as error:
-            is_missing = isinstance(error, FileNotFoundError) and not _is_of_the_bucket(error)
-            is_of_the_store = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _LIBRARIES
-            if is_missing or not is_of_the_store:
+            is_missing = isinstance(error, FileNotFoundError) and _is_of_one_object(error)
+            if is_missing or not (isinstance(error, OSError) or _is_of_a_library(error)):
                 raise
             if self._remembers_seconds:
                 self._rests_until = time.monotonic() + _REST_SECONDS
@@ -265,7 +323,7 @@ class Store:
                 "on). When it answers again, this goes on where it was; after a change of these variables, start the "
                 "processes again."
             )
-            raise StoreUnavailableError(self._trouble) from error
+            raise StoreUnavailableError(self._trouble) from None  # the library's words may have a password in them
 
 
 @dataclass(frozen=True)
@@ -293,10 +351,28 @@ def _parts_folder(path: Path) -> Path:
     return path.with_name(path.name + _PARTS)
 
 
-def _is_of_the_bucket(error: OSError) -> bool:
-    """Whether a bucket is missing, and not an object in it."""
+def _files_below(folder: str) -> Iterator[tuple[str, int]]:
+    """The files in a folder and in those below it, and their sizes. fsspec passes over a folder that cannot be read, as
+    if nothing were there."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(entry.path)
+            elif not is_unfinished(entry.name):
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    yield entry.path, entry.stat().st_size
+
+
+def _is_of_one_object(error: FileNotFoundError) -> bool:
+    """Whether one object is missing, and not the bucket: nor is it a server that knows no buckets at all."""
     answer: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
-    return bool(answer.get("Error", {}).get("Code") == "NoSuchBucket")
+    return bool(answer.get("Error", {}).get("Code", "NoSuchKey") == "NoSuchKey")
+
+
+def _is_of_a_library(error: Exception) -> bool:
+    """Whether it comes from the libraries: botocore raises ValueError for an endpoint without http://, for example."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.partition(".")[0] in _LIBRARIES for module in modules)
 
 
 def _reason(error: Exception) -> str:

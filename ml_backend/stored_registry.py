@@ -30,9 +30,9 @@ class StoredRegistry(Registry):
         if self._store.read(folder / _CARD) is not None:
             return
         # Under its own name it would be seen here before it is in the store.
-        unfinished = Registry(self.root.with_name(f"{self.root.name}-unfinished"))
+        unfinished = Registry(self._project_folder(project) / ".unfinished")
         made = unfinished.root / project / card.version
-        shutil.rmtree(made, ignore_errors=True)  # of a worker that was killed here
+        shutil.rmtree(unfinished.root, ignore_errors=True)  # of a worker that was killed here
         unfinished.add(project, card, network)
         self._store.upload(folder / _WEIGHTS, source=made / _WEIGHTS)
         self._store.write(folder / _DIGEST, digest_of(made / _WEIGHTS).encode())
@@ -40,6 +40,7 @@ class StoredRegistry(Registry):
         shutil.rmtree(folder, ignore_errors=True)  # of a version that was forgotten
         folder.parent.mkdir(parents=True, exist_ok=True)
         made.rename(folder)
+        shutil.rmtree(unfinished.root, ignore_errors=True)
 
     def load(self, project: str, version: str) -> "tuple[MaskRCNNWithScores, ModelCard]":
         """As `Registry.load`; the weights are fetched unless those here are the store's."""
@@ -60,9 +61,7 @@ class StoredRegistry(Registry):
 
     def card(self, project: str, version: str) -> ModelCard:
         """As `Registry.card`; fetched once."""
-        path = self._folder(project, version) / _CARD
-        if not path.exists():
-            self._store.download(path)
+        self._has_card(project, version)
         return super().card(project, version)
 
     def check(self, project: str, version: str) -> None:
@@ -77,15 +76,27 @@ class StoredRegistry(Registry):
     def versions(self, project: str) -> list[str]:
         """All versions in the store, the oldest first."""
         paths = [Path(name) for name in self._store.names(self._project_folder(project))]
-        found = [path.parts[0] for path in paths if len(path.parts) == 2 and path.name == _CARD]
-        return sorted(found, key=lambda version: self.card(project, version).created_at)
+        found = [path.parent.name for path in paths if len(path.parts) == 2 and path.name == _CARD]
+        # Half of a version may have been copied there by hand; what was listed may be gone.
+        there = [version for version in found if not version.startswith(".") and self._has_card(project, version)]
+        return sorted(there, key=lambda version: self.card(project, version).created_at)
 
     def active(self, project: str) -> str | None:
         """The version in use, None before the first."""
         pointer = self._store.recall(self._project_folder(project) / _ACTIVE)
-        return None if pointer is None else str(json.loads(pointer)["version"])
+        if pointer is None:
+            return None
+        try:
+            return self._folder(project, str(json.loads(pointer)["version"])).name  # it becomes a part of paths
+        except (KeyError, TypeError, ValueError) as error:
+            raise RegistryError(f"{_ACTIVE} of {project} is damaged: {error}; make a version the active one") from error
 
     def activate(self, project: str, version: str) -> None:
         """Use this version from now on; every reader sees the old or the new one."""
         self.card(project, version)
         self._store.write(self._project_folder(project) / _ACTIVE, json.dumps({"version": version}).encode())
+
+    def _has_card(self, project: str, version: str) -> bool:
+        """Whether the card is here, from now on if the store has it."""
+        path = self._folder(project, version) / _CARD
+        return path.exists() or self._store.download(path)

@@ -11,25 +11,29 @@ from ml_backend.errors import LabelStudioAuthError, LabelStudioError, LabelStudi
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.settings import Settings
 from ml_backend.shared_secret import shared_secret
-from ml_backend.store import open_store
+from ml_backend.store import Store, open_store
 
 logger = logging.getLogger(__name__)
 
 HEADER = "X-TSP-Webhook-Secret"
 
 
-def webhook_secret(settings: Settings) -> str | None:
-    """The secret in MODEL_DIR, or else in the object store, made by whichever process asks first; None when no password
-    is asked for either. Raises SettingsError, and StoreUnavailableError while there is none in MODEL_DIR."""
+def webhook_secret(settings: Settings, *, store: Store | None = None) -> str | None:
+    """The secret in MODEL_DIR, or in the object store (`store` if that is open already), made by whichever process asks
+    first; None when no password is asked for either. Raises SettingsError, and StoreUnavailableError while there is
+    none in MODEL_DIR."""
     if settings.basic_auth_pass is None:
         return None
-    return shared_secret(settings.model_dir / "webhook-secret", of="the webhooks", store=open_store(settings))
+    store = store or open_store(settings)
+    return shared_secret(settings.model_dir / "webhook-secret", of="the webhooks", store=store)
 
 
-def guard_webhooks(settings: Settings, client: LabelStudioClient, project_id: int) -> None:
+def guard_webhooks(
+    settings: Settings, client: LabelStudioClient, project_id: int, *, store: Store | None = None
+) -> None:
     """Give the secret to the webhooks that Label Studio has made for this backend: those at the address of a connected
     backend that is sent our user name. Raises only what Label Studio's being away or refusing the token raises."""
-    secret = webhook_secret(settings)
+    secret = webhook_secret(settings, store=store)
     if secret is None:
         return
     try:

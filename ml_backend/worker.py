@@ -246,11 +246,20 @@ class Worker:
             time.sleep(_LOOK_EVERY_SECONDS)
 
     def _forget(self, project_key: str) -> None:
-        """Let unfinished work of a forgotten project end, which it does when it finds that; then remove the data."""
-        self._note_finished_work(project_key)
-        if self._claims.take(project_key):
-            self._go_on_with_work(project_key)
-            remove_forgotten_data(self._service, project_key, partial(self._delete_workflows, project_key))
+        """Let unfinished work of a forgotten project end, which it does when it finds that; then remove the data.
+
+        Trouble with that does not reach the other projects.
+        """
+        if self._is_pausing(project_key):
+            return
+        try:
+            self._note_finished_work(project_key)
+            if self._claims.take(project_key):
+                self._go_on_with_work(project_key)
+                remove_forgotten_data(self._service, project_key, partial(self._delete_workflows, project_key))
+        except (StoreUnavailableError, OSError) as error:
+            logger.warning("project %s: its data is not removed yet: %s", project_key, error)
+            self._pause_until[project_key] = time.monotonic() + _WAIT_FOR_LABEL_STUDIO_SECONDS
         if project_key not in self._busy_with.values():
             self._claims.release(project_key)
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 from model.errors import DiskFullError
 
+_UNFINISHED = ".unfinished"
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, SMB, and what else has no hard links
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one step that survives a crash. Raises DiskFullError."""
@@ -64,13 +67,36 @@ def disk_full(what: str, folder: Path) -> DiskFullError:
     )
 
 
+def create_private(path: Path, content: bytes) -> None:
+    """Make a file that only this user may read; FileExistsError when there is one already. In one step where there are
+    hard links; elsewhere it is empty for a moment."""
+    unfinished = _unfinished(path)
+    _write_new(unfinished, content)
+    try:
+        os.link(unfinished, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _write_new(path, content)
+    finally:
+        unfinished.unlink()
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def replacement(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, which then takes its place; after an error it is gone and `path` as it was.
 
     Its name is nobody else's: two threads may replace the same file at once, and the last one wins.
     """
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex}.unfinished")
+    unfinished = _unfinished(path)
     try:
         yield unfinished
         _sync(unfinished)
@@ -78,6 +104,15 @@ def replacement(path: Path) -> Iterator[Path]:
         _sync(path.parent)  # a rename is on the disk only when its folder is
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is one that takes the place of another when it is whole."""
+    return name.startswith(".") and name.endswith(_UNFINISHED)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid4().hex}{_UNFINISHED}")
 
 
 def _sync(path: Path) -> None:

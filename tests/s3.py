@@ -1,5 +1,6 @@
 """An S3 of the tests' own: moto's server as a process, with a bucket for each test."""
 
+import json
 import subprocess
 import sys
 import time
@@ -40,6 +41,12 @@ class S3:
         name = f"bucket{next(self.numbers)}"
         self._client().create_bucket(Bucket=name)
         return name
+
+    def refuse(self, bucket: str, action: str) -> None:
+        """From now on nobody may do this ("s3:DeleteObject") in a bucket."""
+        denied = {"Effect": "Deny", "Principal": "*", "Action": action, "Resource": f"arn:aws:s3:::{bucket}/*"}
+        policy = {"Version": "2012-10-17", "Statement": [denied]}
+        self._client().put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
 
     def keys(self, bucket: str) -> set[str]:
         """Of the objects in a bucket that holds at most a thousand."""

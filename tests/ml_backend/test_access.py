@@ -188,6 +188,22 @@ def test_processes_without_a_common_disk_have_one_secret(guarded: Settings, tmp_
     assert len(str(found[0])) == 64
 
 
+def test_a_secret_of_before_there_was_a_store_is_everybodys(guarded: Settings, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    found = []
+    for name in ("old", "new", "old as well", "old"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        without = guarded.model_copy(update={"model_dir": folder, "store_url": ""})
+        if name.startswith("old"):
+            webhook_secret(without)
+        found.append(webhook_secret(without.model_copy(update={"store_url": f"file://{tmp_path / 'store'}"})))
+        assert webhook_secret(without) == found[0]  # in the file, too
+    assert found == [found[0]] * 4
+    (tmp_path / "store").rename(tmp_path / "away")
+    assert webhook_secret(without.model_copy(update={"store_url": f"file://{tmp_path / 'store'}"})) == found[0]
+
+
 def test_a_damaged_secret_is_told(guarded: Settings) -> None:
     guarded.model_dir.mkdir()
     (guarded.model_dir / "webhook-secret").write_text("\n")

@@ -23,7 +23,16 @@ from ml_backend.service import Service
 from model.files import read_tensors
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result
-from tests.ml_backend.examples import begin_cycle, cycle_row, import_images, key_of, phantom_images, settings
+from tests.ml_backend.examples import (
+    VERSION,
+    add_version,
+    begin_cycle,
+    cycle_row,
+    import_images,
+    key_of,
+    phantom_images,
+    settings,
+)
 from tests.ml_backend.test_frozen import Steps
 from tests.postgres import Postgres
 
@@ -38,6 +47,14 @@ class KilledError(Exception):
 
 def die() -> None:
     raise KilledError
+
+
+def train_until_killed(service: Service, key: str) -> None:
+    """A cycle whose machine is gone after the third of four steps."""
+    begin_cycle(service, key)
+    snapshot(service, key, 1, Steps(service, key))
+    with pytest.raises(KilledError):
+        train_version(service, key, 1, Steps(service, key, after=3, do=die))
 
 
 @pytest.fixture
@@ -90,6 +107,7 @@ def test_every_stage_of_a_cycle_may_be_another_machines(
     assert evaluate_version(machine("third"), key, 1, version, log)
     assert score_pool(machine("fourth"), key, version, log) == POOL
     choose_batch(machine("fifth"), key, 1, version, log)
+    assert len(frozen_batch(machine("fifth"), key, version) or ()) == 2
     publish(machine("sixth"), key, version, log)
     facts = cycle_row(machine("first"), key).facts
     assert not [name for name in facts if name.endswith("_mended")]  # images came from the store
@@ -101,15 +119,20 @@ def test_every_stage_of_a_cycle_may_be_another_machines(
     assert client.project(project.id).model_version == version
 
 
+def test_a_machine_that_has_seen_nothing_may_choose_of_an_empty_pool(
+    machine: Callable[[str], Service], key: str
+) -> None:
+    add_version(machine("first"), key, strategy="random")
+    choose_batch(machine("second"), key, 1, VERSION, begin_cycle(machine("second"), key))
+    assert frozen_batch(machine("first"), key, VERSION) == ()
+
+
 def test_a_training_goes_on_after_the_checkpoint_that_another_machine_has_kept(
     machine: Callable[[str], Service], key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handover, "_CHECKPOINT_EVERY_SECONDS", 0.0)
     first, second = machine("first"), machine("second")
-    begin_cycle(first, key)
-    snapshot(first, key, 1, Steps(first, key))
-    with pytest.raises(KilledError):
-        train_version(first, key, 1, Steps(first, key, after=3, do=die))
+    train_until_killed(first, key)
     steps = Steps(second, key)
     train_version(second, key, 1, steps)
     assert steps.steps == [3, 4]  # it died before the third was kept
@@ -125,10 +148,7 @@ def test_a_checkpoint_of_this_machine_that_is_further_than_the_stores_is_gone_on
     machine: Callable[[str], Service], key: str
 ) -> None:
     first = machine("first")
-    begin_cycle(first, key)
-    snapshot(first, key, 1, Steps(first, key))
-    with pytest.raises(KilledError):
-        train_version(first, key, 1, Steps(first, key, after=3, do=die))
+    train_until_killed(first, key)
     steps = Steps(first, key)
     train_version(first, key, 1, steps)
     assert steps.steps == [4]

@@ -162,6 +162,8 @@ def test_each_variable_is_read(monkeypatch: pytest.MonkeyPatch, name: str, text:
         ("s3://", POSTGRES, "expected s3://bucket/prefix or file:///absolute/path"),
         ("file://host/path", POSTGRES, "expected s3://bucket/prefix or file:///absolute/path"),
         ("file:///", POSTGRES, "expected s3://bucket/prefix or file:///absolute/path"),
+        ("s3://bucket//prefix", POSTGRES, "expected a path without '//' and '::'"),
+        ("file:///store/a::b", POSTGRES, "expected a path without '//' and '::'"),
         ("https://bucket.s3.amazonaws.com", POSTGRES, "expected s3://bucket/prefix or file:///absolute/path"),
         (f"s3://key:{SECRET}@bucket", POSTGRES, "expected an address without credentials"),
         (f"s3://bucket/?secret={SECRET}", POSTGRES, "expected an address without credentials"),

@@ -2,9 +2,13 @@
 
 import contextlib
 import signal
+import stat
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from ml_backend.store import Store
 from ml_backend.stored_registry import StoredRegistry
 from model.errors import RegistryError
 from model.registry import Registry
+from scripts.fault_proxy import Call, Fault, FaultProxy
 from scripts.label_studio_server import free_port
 from scripts.tiny_version import tiny_version
 from tests.ml_backend.examples import KEY, NOWHERE, VERSION, phantom_images, settings, sha256
@@ -35,15 +40,21 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield server
 
 
+@pytest.fixture
+def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an empty one, which the store finds."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3.new_bucket()
+
+
 @pytest.fixture(params=["file", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "file":
         (tmp_path / "shared").mkdir()
         return f"file://{tmp_path / 'shared'}"
-    s3: S3 = request.getfixturevalue("s3")
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{s3.new_bucket()}/a/prefix"
+    bucket: str = request.getfixturevalue("bucket")
+    return f"s3://{bucket}/a/prefix"
 
 
 @pytest.fixture
@@ -100,6 +111,66 @@ def test_the_first_of_two_creates(machine: Machine, tmp_path: Path) -> None:
     assert machine("there").create(tmp_path / "there" / "secret", b"2") == b"1"
 
 
+def test_of_many_that_create_at_once_in_a_folder_all_have_the_same(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    stores = [Store(f"file://{tmp_path}/shared", tmp_path / str(number)) for number in range(8)]
+    start = threading.Barrier(8)
+
+    def create(number: int, secret: int) -> bytes:
+        start.wait()
+        return stores[number].create(tmp_path / f"{number}/{secret}", f"{number}".encode())
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads get into each other's way more often
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            for secret in range(200):
+                got = set(threads.map(create, range(8), [secret] * 8))
+                assert got == {stores[0].read(tmp_path / f"0/{secret}")}
+    finally:
+        sys.setswitchinterval(usual)
+    assert stat.S_IMODE((tmp_path / "shared/0").stat().st_mode) == 0o600  # it may be a secret
+
+
+@pytest.mark.parametrize("prefix", ["a*", "a[1]", "a b/ü", "a/../b"])
+def test_a_prefix_may_have_odd_characters(bucket: str, tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "scores" / "a.json"
+    neighbour, store = (Store(f"s3://{bucket}/{one}", tmp_path) for one in ("a1", prefix))
+    for one in (neighbour, store):
+        one.write(path, b"1")
+    assert (store.read(path), store.names(path.parent)) == (b"1", ["a.json"])
+    store.remove(path.parent)
+    assert (store.read(path), store.names(path.parent)) == (None, [])
+    assert neighbour.read(path) == b"1"
+
+
+def test_what_the_store_refuses_to_remove_is_told(s3: S3, bucket: str, tmp_path: Path) -> None:
+    store = Store(f"s3://{bucket}", tmp_path)
+    store.write(tmp_path / "scores" / "a.json", b"1")
+    s3.refuse(bucket, "s3:DeleteObject")
+    with pytest.raises(StoreUnavailableError, match=r"scores/a.json is not removed: Access Denied"):
+        store.remove(tmp_path / "scores")
+
+
+def test_more_files_than_a_request_removes_are_removed(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ml_backend.store._REMOVED_AT_ONCE", 2)
+    store, folder = machine("here"), tmp_path / "here" / "scores"
+    for number in range(5):
+        store.write(folder / str(number), b"")
+    store.remove(folder)
+    assert store.names(folder) == []
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "scores").symlink_to("scores")  # whoever follows it gets an error of the system
+    store = Store(f"file://{tmp_path}/shared", tmp_path / "here")
+    with pytest.raises(StoreUnavailableError, match=r"scores: .*symbolic links"):
+        store.names(tmp_path / "here" / "scores")
+
+
 def test_a_file_with_another_digest_is_refused_and_nothing_is_left(machine: Machine, tmp_path: Path) -> None:
     store, path = machine("here"), tmp_path / "here" / "weights"
     store.write(path, b"content")
@@ -148,6 +219,41 @@ def test_lines_that_were_not_kept_stay_unless_others_took_their_place(machine: M
     assert path.read_bytes() == b"1\n2\n"
 
 
+def test_parts_are_of_a_bearable_size(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ml_backend.store._PART_BYTES", 5)
+    here, path = machine("here"), tmp_path / "here" / "a.jsonl"
+    path.write_bytes(b"1\n2\n3\na line that is longer\n4\nhalf")
+    here.upload_lines(path)
+    assert len(here.names(tmp_path / "here" / "a.jsonl.parts")) == 3
+    machine("there").download_lines(tmp_path / "there" / "a.jsonl")
+    assert (tmp_path / "there" / "a.jsonl").read_bytes() == path.read_bytes().removesuffix(b"half")
+
+
+def test_lines_are_not_added_to_those_of_another_worker(machine: Machine, tmp_path: Path) -> None:
+    here, there = machine("here"), machine("there")
+    path, other = tmp_path / "here" / "a.jsonl", tmp_path / "there" / "a.jsonl"
+    path.write_bytes(b"mine\n")
+    other.write_bytes(b"theirs, which is longer\n")
+    there.upload_lines(other)
+    for more in (b"", b"mine, which are more than theirs\n"):
+        path.write_bytes(path.read_bytes() + more)
+        with pytest.raises(StoreUnavailableError, match=r"a.jsonl has lines of another worker by now"):
+            here.upload_lines(path)
+    here.download_lines(path)
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_what_is_no_part_of_a_file_is_left_out(machine: Machine, url: str, tmp_path: Path) -> None:
+    here, path = machine("here"), tmp_path / "here" / "a.jsonl"
+    path.write_bytes(b"1\n")
+    here.upload_lines(path)
+    parts = path.with_name("a.jsonl.parts")
+    here.write(parts / "notes.txt", b"of somebody")
+    here.write(parts / f".{0:015d}-{'0' * 64}.{'0' * 32}.unfinished", b"of a worker that was killed")
+    machine("there").download_lines(tmp_path / "there" / "a.jsonl")
+    assert (tmp_path / "there" / "a.jsonl").read_bytes() == b"1\n"
+
+
 # Chunks
 
 
@@ -171,6 +277,15 @@ def test_a_pool_is_cut_by_one_machine_seen_by_another_and_removed(machine: Machi
     with pytest.raises(FileNotFoundError):
         open_cut(there[0], KEY, VERSION, pool.folder.name, store=there[1])
     assert here[1].names(here[0]) == []
+
+
+def test_what_is_found_after_a_pool_was_removed_is_not_kept(machine: Machine, tmp_path: Path) -> None:
+    folder = tmp_path / "here" / "scores" / f"{VERSION}.chunks"
+    pool = cut(folder, KEY, VERSION, [{"id": 1, "data": {}}], size=1, store=machine("here"))
+    slow = open_cut(folder, KEY, VERSION, pool.folder.name, store=machine("here"))
+    pool.remove()
+    slow.keep(0, [{"task": 1}])
+    assert machine("here").names(folder) == []
 
 
 def test_cutting_that_broke_off_begins_anew(machine: Machine, tmp_path: Path) -> None:
@@ -197,7 +312,7 @@ def test_a_version_of_one_machine_is_loaded_by_another(machine: Machine, tmp_pat
     loaded, its_card = asked.load(KEY, VERSION)
     assert its_card == card
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    assert not (made.root.with_name("versions-unfinished") / KEY / VERSION).exists()
+    assert {path.name for path in (made.root / KEY).iterdir()} == {VERSION}
     assert Registry(made.root).load(KEY, VERSION)[1] == card  # the folder is what it is without a store
 
 
@@ -236,16 +351,41 @@ def test_weights_that_are_damaged_in_the_store_are_told(machine: Machine, tmp_pa
         registry.load(KEY, VERSION)
 
 
+@pytest.mark.parametrize("pointer", [b'{"version": "../../../elsewhere"}', b"[]", b"{}", b"tsp-1"])
+def test_a_pointer_that_names_no_version_is_told(tmp_path: Path, pointer: bytes) -> None:
+    (tmp_path / "shared").mkdir()
+    store = Store(f"file://{tmp_path}/shared", tmp_path / "here")
+    registry = StoredRegistry(tmp_path / "here" / "versions", store)
+    store.write(registry.root / KEY / "active.json", pointer)
+    with pytest.raises(RegistryError, match=r"active.json of .* is damaged|expected a name of letters"):
+        registry.active(KEY)
+
+
 def test_a_model_dir_that_was_copied_into_the_store_is_used(machine: Machine, tmp_path: Path) -> None:
     old = Registry(tmp_path / "here" / "versions")
     old.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
     old.activate(KEY, VERSION)
     store = machine("here")
-    for path in old.root.rglob("*.*"):
+    files = list(old.root.rglob("*.*"))
+    for path in files:
         store.upload(path)
+    card = old.root / KEY / VERSION / "card.json"
+    store.upload(card.parent.with_name(f".{VERSION}.0.unfinished") / card.name, source=card)  # of a killed worker
     registry = StoredRegistry(tmp_path / "there" / "versions", machine("there"))
     assert (registry.active(KEY), registry.versions(KEY)) == (VERSION, [VERSION])
     registry.load(KEY, VERSION)
+
+
+def test_versions_that_are_removed_while_they_are_listed_are_left_out(machine: Machine, tmp_path: Path) -> None:
+    registry = StoredRegistry(tmp_path / "here" / "versions", machine("here"))
+    registry.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
+    web = machine("there", remembers_seconds=3600.0)
+    asked = StoredRegistry(tmp_path / "there" / "versions", web)
+    assert web.names(asked.root / KEY)  # are remembered
+    machine("here").remove(registry.root / KEY)
+    assert asked.versions(KEY) == []
+    with pytest.raises(RegistryError, match=rf"{KEY} has no version '{VERSION}'; it has none"):
+        asked.load(KEY, VERSION)
 
 
 _KILLED = """
@@ -283,6 +423,7 @@ def test_a_version_whose_worker_was_killed_before_its_card_is_not_there_and_is_m
     card, network = tiny_version(VERSION, ("cell", "lesion"))
     here.add(KEY, card, network)
     assert there.load(KEY, VERSION)[1] == card
+    assert {path.name for path in (here.root / KEY).iterdir()} == {VERSION}  # nothing of the killed worker's
 
 
 # Images
@@ -323,6 +464,33 @@ def test_an_image_that_one_machine_has_fetched_is_had_by_another_without_its_hos
             there.fetch(task_id=2, uri=f"{host}/a.png")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '{"sha256": "%s", "extension": "png/../../../../../outside/a", "height": 1, "width": 1}',
+        '{"sha256": "%s"}',
+        "[]",
+    ],
+)
+def test_an_entry_of_the_store_that_names_no_image_leads_nowhere(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "a" / "share").mkdir(parents=True)
+    store, cache = Store(f"file://{tmp_path}/a/share", tmp_path / "here"), tmp_path / "here" / "cache"
+    uri = f"http://127.0.0.1:{free_port()}/a.png"
+    index = cache / "index" / sha256(uri.encode())[:2] / f"{sha256(uri.encode())}.json"
+    store.write(index, entry.replace("%s", sha256(b"1")).encode())
+    store.write(cache / "images" / sha256(b"1")[:2] / f"{sha256(b'1')}.png/../../../../../outside/a", b"1")
+    with (
+        LabelStudioClient(NOWHERE, "0" * 40) as client,
+        ImageStore(
+            cache_dir=cache, client=client, store=store, allowed_hosts=AllowedHosts.parse("127.0.0.1")
+        ) as images,
+        pytest.raises(ImageHostSilentError),  # the host is asked instead
+    ):
+        images.fetch(task_id=1, uri=uri)
+    assert index.exists()  # it was looked at
+    assert not (tmp_path / "outside").exists()
+
+
 # A store that is away
 
 
@@ -345,17 +513,101 @@ def test_a_server_that_is_away_is_told_without_credentials(
     for ask in (store.read, store.upload):  # each takes seconds: the library tries again, too
         with pytest.raises(StoreUnavailableError, match=r"the store does not answer for s3://bucket/prefix/a") as told:
             ask(tmp_path / "a")
-        assert SECRET not in str(told.value)
+        assert SECRET not in "".join(traceback.format_exception(told.value))
     assert (tmp_path / "a").read_bytes() == b"1"
 
 
-def test_a_bucket_that_is_missing_is_not_an_empty_one(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    store = Store("s3://no-such-bucket", tmp_path)
+def test_a_bucket_that_is_missing_is_not_an_empty_one(bucket: str, tmp_path: Path) -> None:
+    store = Store(f"s3://no-such-{bucket}", tmp_path)
     for ask in (store.read, store.names, store.download, store.upload_lines, store.download_lines):
         with pytest.raises(StoreUnavailableError, match=r"bucket does not exist"):
             ask(tmp_path / "a")
+
+
+@pytest.mark.parametrize("status", [301, 403, 404, 500])
+def test_a_server_that_says_the_same_to_every_question_is_away(
+    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], lambda _: Fault(kind="status", status=status)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = Store(f"s3://{bucket}", tmp_path)
+        asks = (store.read, store.has, store.names, store.download, store.remove)
+        for ask in (*asks, lambda path: store.write(path, b"")):
+            with pytest.raises(StoreUnavailableError):
+                ask(tmp_path / "a")
+
+
+@pytest.mark.parametrize("endpoint", ["minio:9000", "http://", "http://host:port"])
+def test_an_endpoint_that_is_no_address_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with pytest.raises(StoreUnavailableError, match=rf"{endpoint}.*AWS_ENDPOINT_URL"):
+        Store("s3://bucket", tmp_path).read(tmp_path / "a")
+
+
+def test_an_answer_that_ends_in_its_middle_is_not_taken_for_a_file(
+    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    Store(f"s3://{bucket}", tmp_path).write(path, b"12345678" * 10_000)
+
+    def cut_off(call: Call) -> Fault | None:
+        return Fault(kind="cut") if call.method == "GET" and "list-type" not in call.path else None
+
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], cut_off) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = Store(f"s3://{bucket}", tmp_path)
+        for ask in (store.read, store.download):
+            with pytest.raises(StoreUnavailableError, match="not completed"):
+                ask(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_replaced_meanwhile_is_the_old_one_or_the_new_one(
+    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", 1000)  # what is larger is fetched in pieces
+    path, contents = tmp_path / "a", [digit * 10_000 for digit in (b"1", b"2")]
+    direct = Store(f"s3://{bucket}", tmp_path)
+    direct.write(path, contents[0])
+    fetched = threading.Semaphore(2)
+
+    def look(call: Call) -> None:
+        if call.method == "GET" and not fetched.acquire(blocking=False):
+            direct.write(path, contents[1])
+
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], lambda _: None, look=look) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert Store(f"s3://{bucket}", tmp_path).download(path)
+    assert path.read_bytes() in contents
+
+
+def test_a_store_that_keeps_one_thread_waiting_does_not_keep_those_that_remember(
+    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    hangs, is_asked, goes_on = (threading.Event() for _ in range(3))
+    Store(f"s3://{bucket}", tmp_path).write(path, b"1")
+
+    def look(call: Call) -> None:
+        if hangs.is_set():
+            is_asked.set()
+            goes_on.wait()
+
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], lambda _: None, look=look) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        web = Store(f"s3://{bucket}", tmp_path, remembers_seconds=1e-9)
+        assert web.recall(path) == b"1"
+        hangs.set()
+        with ThreadPoolExecutor(1) as threads:
+            slow = threads.submit(web.recall, path)
+            is_asked.wait()
+            try:
+                assert web.recall(path) == b"1"
+                assert not slow.done()
+            finally:
+                goes_on.set()
+            assert slow.result() == b"1"
 
 
 def test_a_folder_that_is_not_mounted_is_not_an_empty_one(tmp_path: Path) -> None:

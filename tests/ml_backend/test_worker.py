@@ -5,7 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -16,9 +16,11 @@ from fastapi.testclient import TestClient
 
 from ml_backend.app import create_app
 from ml_backend.errors import SettingsError
-from ml_backend.inbox import ProjectName
+from ml_backend.forget import forget, forgotten_projects
+from ml_backend.inbox import ProjectName, remember_project
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
+from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.worker import check_device, free_frames
 from model.errors import DiskFullError
@@ -143,6 +145,20 @@ def test_a_worker_that_is_first_on_an_empty_database_finds_projects_later(
         project = running.wait(lambda project: project["problem"])
     assert project["key"] == KEY
     assert "no answer from Label Studio" in project["problem"]
+
+
+def test_a_forgotten_project_whose_data_cannot_be_removed_does_not_keep_the_others_waiting(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    place = {"DATABASE_URL": postgres.new_database(), "TSP_STORE_URL": f"file://{tmp_path}/not-mounted"}
+    with Running(tmp_path, **place) as running, closing(Service.connect(Settings(**running.environment))) as service:
+        remember_project(service.database, ProjectName(KEY, 7), connected=True)
+        forget(service, KEY, delete_data=True)
+        remember_project(service.database, ProjectName("8-17", 8), connected=True)
+        other = running.wait(lambda project: project["problem"])
+        assert forgotten_projects(service) == [KEY]
+    assert other["key"] == "8-17"
+    assert f"project {KEY}: its data is not removed yet: the store does not answer" in running.log.read_text()
 
 
 def test_a_label_studio_that_never_answers_does_not_keep_the_worker_from_giving_signs(tmp_path: Path) -> None:
