@@ -104,7 +104,7 @@ def test_a_version_that_is_there_is_never_changed(registry, network):
 def test_an_unknown_version_is_refused_and_the_known_ones_are_named(ask, registry, network):
     registry.add(PROJECT, card(network), network)
     registry.activate(PROJECT, "v1")
-    with pytest.raises(RegistryError, match=r"has no version 'v9'; it has \['v1'\]"):
+    with pytest.raises(RegistryError, match=r"has no version 'v9'; it has v1$"):
         getattr(registry, ask)(PROJECT, "v9")
     assert registry.active(PROJECT) == "v1"
 
