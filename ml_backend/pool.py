@@ -63,40 +63,56 @@ def score_pool(
     if team and len(waiting) > service.settings.scoring_chunk:
         size = service.settings.scoring_chunk
         pool = cut(folder, project_key, version, waiting, size=size, store=service.store)
-    total = pool.total if pool else len(waiting)
-    if log:
-        log.stage("scoring the unlabelled images", total=total)
-    if not total:
+    seeing = _Seeing(pool.total if pool else len(waiting), log)
+    if not seeing.total:
         return 0
-    problems: list[str] = []
-    empty = unavailable = 0
     shared_at = time.monotonic()
     with open_lines(path) as lines:
-        for done, line in enumerate(team.see(pool) if team and pool else viewer.lines(waiting), start=1):
-            if "away" in line or "problem" in line:
-                problems.append(line.get("away") or line["problem"])
-            unavailable += "away" in line
-            empty += line.get("instances") == 0
+        for line in team.see(pool) if team and pool else viewer.lines(waiting):
             if "away" not in line and line["task"] not in seen:
                 append_line(lines, line)
             if time.monotonic() - shared_at > _SHARE_EVERY_SECONDS:
                 service.share_lines(path)
                 shared_at = time.monotonic()
-            if log:
-                log.progress(done, total)
+            seeing.count(line)
     service.share_lines(path)
     if team and pool:
         team.forget(pool)
-    if log:
-        log.facts(
-            {
-                "pool": total,
-                "pool_without_detections": empty,  # placed by TSP_EMPTY_POLICY
-                "pool_problems": problems[:20],
-                "pool_problem_count": len(problems),
-            }
-        )
-    return total - unavailable
+    seeing.tell()
+    return seeing.total - seeing.away
+
+
+class _Seeing:
+    """What people are told of a look at a pool of `total` tasks."""
+
+    def __init__(self, total: int, log: CycleLog | None) -> None:
+        self.total, self.away = total, 0
+        self._log, self._done, self._empty = log, 0, 0
+        self._problems: list[str] = []
+        if log:
+            log.stage("scoring the unlabelled images", total=total)
+
+    def count(self, line: Json) -> None:
+        """One more task, by its line."""
+        self._done += 1
+        self.away += "away" in line
+        self._empty += line.get("instances") == 0
+        if problem := line.get("away") or line.get("problem"):
+            self._problems.append(problem)
+        if self._log:
+            self._log.progress(self._done, self.total)
+
+    def tell(self) -> None:
+        """The sums."""
+        if self._log:
+            self._log.facts(
+                {
+                    "pool": self.total,
+                    "pool_without_detections": self._empty,  # placed by TSP_EMPTY_POLICY
+                    "pool_problems": self._problems[:20],
+                    "pool_problem_count": len(self._problems),
+                }
+            )
 
 
 class Viewer:
