@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment
 
 from ml_backend.db import ProjectRow
-from ml_backend.forget import FORGOTTEN, forget
+from ml_backend.forget import DATA_GOES, FORGOTTEN, forget
 from ml_backend.inbox import check_known
 from ml_backend.service import Service
 from ml_backend.settings import Settings
@@ -82,7 +82,8 @@ def add_actions(app: FastAPI, service: Service, pages: Environment) -> None:
             forget(service, project_key, delete_data="delete_data" in form)
         except InvalidInputError as error:
             return answer("This project cannot be forgotten", str(error), status=422)
-        return answer("Forgotten", FORGOTTEN.format(key=name))
+        told = FORGOTTEN.format(key=name)
+        return answer("Forgotten", f"{told} {DATA_GOES}" if "delete_data" in form else told)
 
 
 _FORGETTING = (

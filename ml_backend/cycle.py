@@ -308,8 +308,9 @@ def _annotated_image(service: Service, project_key: str, task: Mapping[str, Any]
     outdated = [reason for reason in instances.ignored if reason.startswith((UNKNOWN_LABEL, UNKNOWN_NAME))]
     if outdated or (instances.ignored and not len(instances.labels)):
         # To train on the rest would teach that what was drawn there is background.
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in instances.ignored.items())
         raise DatasetError(
-            f"task {task['id']}: not all of its annotation can be learnt: {dict(instances.ignored)}. "
+            f"task {task['id']}: nothing of its annotation is learnt, because not all of it can be: {reasons}. "
             + (_MEND_OUTDATED.format(config.from_name, ", ".join(config.labels)) if outdated else _MEND_SHAPES)
         )
     return LabeledImage(
@@ -325,7 +326,7 @@ _MEND_OUTDATED = (
     "Open the task and give these regions one of the labels that the control {!r} has now ({}), or put the old names "
     "back into the labelling configuration."
 )
-_MEND_SHAPES = "Open the task and draw polygons; without any region it would say that nothing is there."
+_MEND_SHAPES = "Open the task and draw polygons. (Submitted without any region, it would teach that nothing is there.)"
 
 
 def _mark_used(service: Service, project_key: str, number: int, read: _Annotations, *, may_count_on: bool) -> None:

@@ -26,6 +26,11 @@ FORGOTTEN = (
     "it would connect the project again the next time it asks for the backend's state."
 )
 
+DATA_GOES = (
+    "The worker now deletes its versions, scores and history. Copies of its images stay in MODEL_DIR/cache: other "
+    "projects may show them."
+)
+
 
 def forget(service: Service, project_key: str, *, delete_data: bool = False) -> None:
     """Leave a project alone from now on; what runs for it ends soon. Connected again, it goes on where it was.

@@ -422,7 +422,8 @@ def _read_header(source: _Source, file: IO[bytes]) -> tuple[str, ImageFile.Image
             continue  # another format, or damaged beyond recognition
     file.seek(0)
     start = file.read(16)
-    raise source.error(f"expected a PNG, JPEG, WebP, TIFF or BMP image, got a file that starts with {start!r}")
+    came = f"a file that starts with {start!r}" if start else "an empty file"
+    raise source.error(f"expected a whole PNG, JPEG, WebP, TIFF or BMP image, got {came}")
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def prediction(
 
     _check_score(score)
     _check_classes(detections.labels, config)
-    uncertainties = instance_scores(detections.class_scores, detections.box_scores, detections.mask_scores)
+    certainties = instance_scores(detections.class_scores, detections.box_scores, detections.mask_scores)
     result: list[Json] = []
     for index, label in enumerate(detections.labels):
         rings_xy = roi_mask_to_polygons(
@@ -107,7 +107,7 @@ def prediction(
             config,
             detections.image_hw,
             id_seed=f"{model_version}/{index}",
-            extra=_confidence(detections, index, uncertainty=float(uncertainties[index])),
+            extra=_confidence(detections, index, certainty=float(certainties[index])),
         )
     return {"model_version": model_version, "score": float(score), "result": result}
 
@@ -244,11 +244,11 @@ def _without_specks(rings_xy: Sequence[FloatArray]) -> list[FloatArray]:
     return [ring for ring, area in zip(rings_xy, areas, strict=True) if area >= 0.05 * areas[0]]
 
 
-def _confidence(detections: Detections, index: int, *, uncertainty: float) -> Json:
+def _confidence(detections: Detections, index: int, *, certainty: float) -> Json:
     """What Label Studio shows of an instance: c in the list of regions, the triplet and s (eq. 2) in its details."""
     triplet = (detections.class_scores[index], detections.box_scores[index], detections.mask_scores[index])
-    c, b, m, s = (f"{value:.2f}".removeprefix("0") for value in (*triplet, uncertainty))
-    text = f"class {c} box {b} mask {m}, uncertainty {s}"
+    c, b, m, s = (f"{value:.2f}".removeprefix("0") for value in (*triplet, certainty))
+    text = f"class {c} box {b} mask {m}, certainty {s}"
     return {"origin": "prediction", "score": round(float(triplet[0]), 4), "meta": {"text": [text]}}
 
 

@@ -134,6 +134,8 @@ class Http(httpx.Client):
 
     def _excerpt(self, response: httpx.Response) -> str:
         """What the answer says, in 500 characters at most, without our token."""
+        if "html" in response.headers.get("content-type", ""):
+            return "a page of HTML"
         text = response.text
         with suppress(ValueError):  # no JSON, or half of it
             body = response.json()

@@ -54,7 +54,10 @@ def _problems(rows: Sequence[WorkerRow], silent: Set[str]) -> list[str]:
         ]
     if len(silent) == len(rows):
         last = max(row.seen_at for row in rows)
-        return [f"The worker gave no sign of life since {last[:19]} UTC: start it again, its log says why."]
+        return [
+            f"The worker gave no sign of life since {last[:19]} UTC. Unless it was just started, start it again: its "
+            "log says why it ended."
+        ]
     living = dict.fromkeys(row.problem for row in rows if row.problem and row.name not in silent)
     return [
         *living,

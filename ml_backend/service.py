@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from ml_backend.db import Database
+from ml_backend.errors import SettingsError
 from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageLimits, ImageStore
 from ml_backend.inbox import ProjectName, label_studio_id
@@ -39,7 +40,13 @@ class Service:
         client = LabelStudioClient(
             settings.label_studio_url, settings.require_api_key(), public_url=settings.browser_url
         )
-        settings.model_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            settings.model_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(
+                f"MODEL_DIR: expected a folder that can be made and written to, got {settings.model_dir} "
+                f"({error.strerror})"
+            ) from error
         store, versions = open_store(settings, remembers_seconds=remembers_seconds), settings.model_dir / "versions"
         return cls(
             settings=settings,

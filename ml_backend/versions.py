@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from ml_backend import inbox
 from ml_backend.db import ActivationRow, CycleRow, ProjectRow, is_forgotten, unfinished_work
-from ml_backend.forget import FORGOTTEN, forget
+from ml_backend.forget import DATA_GOES, FORGOTTEN, forget
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.errors import InvalidInputError, TSPError
@@ -109,6 +109,8 @@ def main() -> None:
         else:
             forget(service, project_key, delete_data=arguments.delete_data)
             print(FORGOTTEN.format(key=project_key))
+            if arguments.delete_data:
+                print(DATA_GOES)
     except TSPError as error:
         sys.exit(str(error))
 

@@ -46,8 +46,8 @@ def judge(
     if measured_new is None or measured_active is None or with_truth < FEWEST_IMAGES:
         return Verdict(
             accepted=True,
-            reason=f"accepted without judgement: {with_truth} validation images have annotated instances, "
-            f"{FEWEST_IMAGES} are needed to tell versions apart",
+            reason=f"accepted without judgement: to tell versions apart, {FEWEST_IMAGES} validation images with "
+            f"annotated instances are needed, and {with_truth} found",
             class_names=tuple(class_names),
             images=with_truth,
             new_map_50=measured_new,

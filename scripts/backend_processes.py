@@ -1,6 +1,7 @@
 """Starts and stops our own two processes, as the demo and the end-to-end tests need them."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -92,7 +93,10 @@ class BackendProcesses:
         for name, process in self._running.items():
             if process.poll() is not None:
                 self.stop()
-                raise BackendProcessError(f"the {name} process ended ({process.returncode}):\n{self._log(name)}")
+                raise BackendProcessError(
+                    f"the {name} process {_ended(process.returncode)}. Started again, it goes on where it was. Its log "
+                    f"ends so:\n{self._log(name)}"
+                )
 
     def stop(self) -> None:
         """End both; harmless when they do not run."""
@@ -123,3 +127,10 @@ class BackendProcesses:
 
     def _log(self, name: str) -> str:
         return "\n".join((self._log_dir / f"{name}.log").read_text(errors="replace").splitlines()[-15:])
+
+
+def _ended(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    lack = ", as it is for lack of memory" if status == -signal.SIGKILL else ""
+    return f"was ended by signal {-status} ({signal.Signals(-status).name}){lack}"

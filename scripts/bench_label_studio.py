@@ -91,7 +91,7 @@ def polygons(count: int, seed: int, *, origin: str = "prediction") -> list[dict[
                 "id": f"{seed:08x}{number:08x}", "from_name": "label", "to_name": "image", "type": "polygonlabels",
                 "original_width": SIZE, "original_height": SIZE, "image_rotation": 0, "origin": origin,
                 "score": round(float(rng.uniform()), 4),
-                "meta": {"text": ["class .93 box .88 mask .79, uncertainty .87"]},
+                "meta": {"text": ["class .93 box .88 mask .79, certainty .87"]},
                 "value": {"points": points.round(3).tolist(), "closed": True,
                           "polygonlabels": [CLASS_NAMES[int(rng.integers(len(CLASS_NAMES)))]]},
             }

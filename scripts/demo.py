@@ -32,7 +32,7 @@ from scripts.make_phantoms import make_phantoms
 from scripts.oracle import Oracle
 
 EMAIL, PASSWORD = "annotator@example.com", "label-with-me"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # which Label Studio takes as uploads
 PHANTOMS, PHANTOM_SIZE = 150, 192
 PHANTOM_INSTRUCTION = (
     "Outline each lesion in the brain. Haemorrhage: a patch brighter than the brain. Oedema: a faint patch darker than "
@@ -160,7 +160,11 @@ def _images(options: argparse.Namespace, folder: Path) -> DemoImages:
         raise TSPError(f"DATA: expected a folder, got {data}")
     if (data / "annotations.json").exists():
         return _coco_images(data.name, data)
-    paths = tuple(sorted(path for path in data.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES))
+    files = sorted(path for path in data.rglob("*") if path.is_file())
+    paths = tuple(filter(_is_taken, files))
+    if others := [path.name for path in files if not _is_taken(path)]:
+        named = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
+        _say(f"{len(others)} files are left out, because Label Studio takes {', '.join(IMAGE_SUFFIXES)} only: {named}")
     if not paths:
         raise TSPError(
             f"{data}: expected images ({', '.join(IMAGE_SUFFIXES)}) or a COCO annotations.json, found neither"
@@ -168,8 +172,17 @@ def _images(options: argparse.Namespace, folder: Path) -> DemoImages:
     return DemoImages(data.name, paths, tuple(options.labels.split(",")), None)
 
 
+def _is_taken(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
 def _coco_images(name: str, folder: Path) -> DemoImages:
     truth = read_coco(folder / "annotations.json")
+    if others := [image.path.name for image in truth.images if not _is_taken(image.path)]:
+        raise TSPError(
+            f"{folder}: Label Studio takes {', '.join(IMAGE_SUFFIXES)} only, got {others[0]} and {len(others) - 1} "
+            "more: convert them"
+        )
     return DemoImages(name, tuple(image.path for image in truth.images), truth.class_names, truth)
 
 
@@ -178,7 +191,9 @@ def _project(client: LabelStudioClient, images: DemoImages, remembered: Path) ->
     known: dict[str, Any] = json.loads(remembered.read_text()) if remembered.exists() else {}
     key = f"{images.name} ({len(images.paths)} images)"
     if key not in known:
-        project = client.create_project(title=images.name, label_config=_label_config(images.labels))
+        if any(other.startswith(f"{images.name} (") for other in known):
+            _say(f"the number of images in {images.name} has changed: this is a new project, the earlier one stays")
+        project = client.create_project(title=key, label_config=_label_config(images.labels))
         client.update_project(
             project.id,
             sampling=UNCERTAINTY_SAMPLING,

@@ -107,7 +107,7 @@ def test_an_annotator_sees_our_regions_and_submits_them_unchanged(
     for index, (name, confidence) in enumerate((("lesion", "0.93"), ("cell", "0.58"), ("cell", "0.58"))):
         expect(rows.nth(index)).to_contain_text(name)
         expect(rows.nth(index)).to_contain_text(confidence)
-    assert "class .93 box .88 mask .79, uncertainty" in select_region(page, 0)
+    assert "class .93 box .88 mask .79, certainty" in select_region(page, 0)
 
     with page.expect_response(lambda r: r.request.method == "POST" and "/annotations" in r.url) as submitted:
         page.get_by_role("button", name="Submit current annotation").click()

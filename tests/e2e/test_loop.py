@@ -175,7 +175,7 @@ def _check_published(loop: Loop, version: str) -> None:
         assert region["value"]["polygonlabels"][0] in loop.truth.class_names
         assert (region["original_width"], region["original_height"]) == (SIZE, SIZE)
         assert 0 <= region["score"] <= 1
-        assert "uncertainty" in region["meta"]["text"][0]
+        assert "certainty" in region["meta"]["text"][0]
 
 
 def _label_second_batch_with_two_annotators(loop: Loop) -> list[Served]:

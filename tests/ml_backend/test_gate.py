@@ -134,7 +134,7 @@ def test_images_that_taught_the_active_version_do_not_count(
     write_coco(snapshot, replace(validation, images=validation.images[:3]))
     verdict = judge_version(lonely_service, KEY, nothing(found), validation, mask_threshold=threshold, log=log)
     assert (verdict.accepted, verdict.images) == (True, 9)
-    assert "9 validation images have annotated instances, 10 are needed" in verdict.reason
+    assert "10 validation images with annotated instances are needed, and 9 found" in verdict.reason
 
 
 def test_the_gate_can_be_switched_off(

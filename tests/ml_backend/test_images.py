@@ -405,7 +405,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        pytest.param(b"", "starts with b''", id="empty"),
+        pytest.param(b"", "got an empty file", id="empty"),
         pytest.param(b"<html>please log in</html>", "PNG, JPEG, WebP, TIFF or BMP", id="html"),
         pytest.param(encoded("GIF"), "starts with b'GIF8", id="gif"),
         pytest.param(PNG[:-30], "damaged png", id="cut off PNG"),

@@ -173,7 +173,7 @@ def test_a_detection_becomes_a_region_as_label_studio_wants_it() -> None:
         "image_rotation": 0,
         "origin": "prediction",
         "score": 0.93,
-        "meta": {"text": ["class .93 box .88 mask .79, uncertainty .82"]},
+        "meta": {"text": ["class .93 box .88 mask .79, certainty .82"]},
         "value": {"closed": True, "polygonlabels": ["dot"]},
     }
     assert (made["model_version"], made["score"]) == ("tsp-1", 0.4)
@@ -182,7 +182,7 @@ def test_a_detection_becomes_a_region_as_label_studio_wants_it() -> None:
 def test_certainty_of_one_is_written_in_full_and_zero_without_a_leading_zero() -> None:
     sure = detections([FULL], [[20, 16, 60, 48]])
     sure.class_scores[:], sure.box_scores[:], sure.mask_scores[:] = 1.0, 1.0, 0.0
-    assert published(sure)["result"][0]["meta"]["text"] == ["class 1.00 box 1.00 mask .00, uncertainty .42"]
+    assert published(sure)["result"][0]["meta"]["text"] == ["class 1.00 box 1.00 mask .00, certainty .42"]
 
 
 def test_parts_of_one_instance_are_regions_under_the_largest() -> None:

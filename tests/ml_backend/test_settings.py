@@ -8,6 +8,7 @@ import pytest
 
 from ml_backend.errors import SettingsError
 from ml_backend.network_options import network_options
+from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.config import NetworkConfig, PseudoLabelConfig, TrainingConfig
 from model.empty_images import EmptyImagePolicy
@@ -350,3 +351,10 @@ def test_only_the_table_of_a_readme_is_written(old_table: str) -> None:
 def test_a_readme_without_a_place_for_the_table_is_refused() -> None:
     with pytest.raises(ValueError, match="<!-- settings -->"):
         with_table("# Title\n")
+
+
+def test_a_model_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "models"
+    with pytest.raises(SettingsError, match=f"MODEL_DIR: expected a folder .* got {folder} \\(Not a directory\\)"):
+        Service.connect(Settings(MODEL_DIR=folder, LABEL_STUDIO_API_KEY="0" * 40))

@@ -49,7 +49,7 @@ def test_a_version_is_refused_only_when_it_is_surely_worse(images, new, active, 
         assert verdict.active_map_50 == pytest.approx(active / images, abs=0.02)
         assert verdict.low <= verdict.new_map_50 - verdict.active_map_50 <= verdict.high
     else:
-        assert f"{FEWEST_IMAGES} are needed" in verdict.reason
+        assert f"{FEWEST_IMAGES} validation images" in verdict.reason
         assert verdict.low is None
 
 

@@ -1,10 +1,16 @@
-"""What the demo hands to its processes."""
+"""What the demo hands to its processes, and which images it takes."""
 
 import argparse
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-from scripts.demo import _settings
+import pytest
+
+from model.errors import TSPError
+from model.files import write_json
+from scripts.backend_processes import _ended
+from scripts.demo import _images, _settings
 
 OPTIONS = argparse.Namespace(backend_port=9090, batch_size=20, image_size=None, data=None, epochs=10, min_steps=300)
 
@@ -15,3 +21,39 @@ def test_the_environments_settings_count_where_the_demo_has_no_option_of_its_own
     settings = _settings(OPTIONS, Path("demo"), SimpleNamespace(url="http://127.0.0.1:1", token="t"))
     assert settings["TSP_STRATEGY"] == "hybrid"
     assert settings["TSP_BATCH_SIZE"] == "20"
+
+
+def demo_of(folder):
+    return _images(argparse.Namespace(data=str(folder), labels="a,b"), folder)
+
+
+def test_files_that_label_studio_takes_no_uploads_of_are_left_out_by_name(tmp_path, capsys):
+    for name in ("b.PNG", "a ü.jpg", "deep/c.webp", "scan.tif", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images = demo_of(tmp_path)
+    assert sorted(path.name for path in images.paths) == ["a ü.jpg", "b.PNG", "c.webp"]
+    assert images.labels == ("a", "b")
+    told = capsys.readouterr().out
+    assert "2 files are left out" in told
+    assert told.endswith("notes.txt, scan.tif\n")
+
+
+def test_a_coco_set_of_such_files_is_refused_before_anything_starts(tmp_path):
+    images = [{"id": 1, "file_name": "scan.tif", "height": 8, "width": 8}]
+    categories = [{"id": 1, "name": "cell"}]
+    write_json(tmp_path / "annotations.json", {"images": images, "annotations": [], "categories": categories})
+    with pytest.raises(TSPError, match=r"takes \.png, .* only, got scan\.tif"):
+        demo_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (1, "ended with status 1"),
+        (-signal.SIGTERM, "was ended by signal 15 (SIGTERM)"),
+        (-signal.SIGKILL, "was ended by signal 9 (SIGKILL), as it is for lack of memory"),
+    ],
+)
+def test_how_a_process_ended_is_told_in_words(status, told):
+    assert _ended(status) == told
