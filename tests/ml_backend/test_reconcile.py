@@ -74,7 +74,7 @@ def test_a_cycle_is_planned_once_for_each_batch_of_new_images(
     (cycle,) = cycles(service, key)
     assert (cycle.number, cycle.status) == (1, "planned")
     assert cycle.reason == "2 newly annotated images (a batch is 2)"
-    assert unfinished_work(service.database, key) == ("cycle", 1)
+    assert unfinished_work(service.database, key) == ("cycle", 1, None)
 
     finish(service, key, 1, tasks[:2])
     annotate(client, tasks[2])
