@@ -176,7 +176,7 @@ def test_only_what_people_said_about_an_image_is_learnt(
     assert part(service, key, "training") == {sha256(drawn): 1, sha256(empty): 0, sha256(mixed): 1}
     facts = cycle_row(service, key).facts
     assert (facts["annotated"], facts["training"], facts["problem_count"]) == (5, 3, 2)
-    assert f"task {tasks[3]}: not all of its annotation can be learnt" in facts["problems"][0]
+    assert f"task {tasks[3]}: nothing of its annotation is learnt, because not all of it can be" in facts["problems"][0]
     assert "rectanglelabels: only polygons are learnt" in facts["problems"][0]
     assert f"image of task {unreadable}" in facts["problems"][1]
     assert set(used_tasks(service)) == {*tasks[:4], unreadable}
