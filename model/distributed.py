@@ -7,6 +7,7 @@ share, and for batch norms that are not frozen, which see their own share.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -22,15 +23,15 @@ from model.losses import Mean
 class Ranks:
     """This process, `rank` of 0 to `size` - 1, among those that train together.
 
-    `on_meeting` is called whenever it comes to where it has to wait for all others.
+    It enters a `meeting` whenever it comes to where it has to wait for all others, and leaves it when it can go on.
     """
 
     rank: int
     size: int
-    on_meeting: Callable[[], None] = lambda: None
+    meeting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @classmethod
-    def join(cls, *, device: str = "cpu", on_meeting: Callable[[], None] = lambda: None) -> Self:
+    def join(cls, *, device: str = "cpu", meeting: Callable[[], AbstractContextManager[None]] = nullcontext) -> Self:
         """Meet the others: by gloo on the CPU, by NCCL on GPUs. Raises InvalidInputError outside of torchrun."""
         if not torch.distributed.is_torchelastic_launched():
             raise InvalidInputError(
@@ -39,10 +40,10 @@ class Ranks:
             )
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        on_meeting()
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        with meeting():
+            torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return cls(rank=rank, size=size, on_meeting=on_meeting)
+        return cls(rank=rank, size=size, meeting=meeting)
 
     @staticmethod
     def local_device(device: str) -> str:
@@ -56,16 +57,17 @@ class Ranks:
     def start_alike(self, network: nn.Module, first: int) -> None:
         """Give every process the weights of the first one. RuntimeError unless all go on at the same step, `first`."""
         steps = torch.tensor([first, -first], device=next(network.parameters()).device)
-        self.on_meeting()
-        torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
-        latest, earliest = int(steps[0]), -int(steps[1])
+        with self.meeting():
+            torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
+            latest, earliest = int(steps[0]), -int(steps[1])
         if latest != earliest:
             raise RuntimeError(
                 f"expected that all processes see one checkpoint, got steps {earliest} to {latest}: does the folder "
                 "that they share show what was written elsewhere?"
             )
-        for tensor in network.state_dict().values():
-            torch.distributed.broadcast(tensor, src=0)
+        with self.meeting():
+            for tensor in network.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
 
     def together(self, losses: Mapping[str, Mean], names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """This process's part of each loss, and the whole losses; `names` are all that there may be.
@@ -79,9 +81,9 @@ class Ranks:
             if name in losses:
                 value, samples = losses[name]
                 row[:] = torch.stack([row.new_ones(()), row.new_tensor(samples), samples * value.detach()])
-        self.on_meeting()
-        torch.distributed.all_reduce(table)
-        rows = dict(zip(names, table.tolist(), strict=True))
+        with self.meeting():
+            torch.distributed.all_reduce(table)
+            rows = dict(zip(names, table.tolist(), strict=True))
         whole = {name: summed / max(samples, 1) for name, (is_there, samples, summed) in rows.items() if is_there}
         parts = {name: loss.value * (loss.samples / max(rows[name][1], 1)) for name, loss in losses.items()}
         return parts, whole
@@ -90,7 +92,7 @@ class Ranks:
         """Replace the gradient of each parameter by the sum over all processes; all have the same afterwards."""
         known = list(parameters)
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in known])
-        self.on_meeting()
-        torch.distributed.all_reduce(flat)
+        with self.meeting():
+            torch.distributed.all_reduce(flat)
         for parameter, gradient in zip(known, torch.split(flat, [p.numel() for p in known]), strict=True):
             parameter.grad = gradient.view_as(parameter)

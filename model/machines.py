@@ -133,19 +133,27 @@ class Connection:
 
 
 class Roll:
-    """Which machines stand still, by how often each process has come to where all of them meet."""
+    """Which machines stand still, by how often each process has come to where all of them meet, and has gone on."""
 
     def __init__(self, *, machines: int, processes: int) -> None:
-        self._met = [0] * (machines * processes)
+        self._came, self._went = [0] * (machines * processes), [0] * (machines * processes)
         self._processes = processes
 
-    def met(self, rank: int) -> None:
-        """A process has come to a meeting, and goes on when all others have."""
-        self._met[rank] += 1
+    def comes(self, rank: int) -> None:
+        """A process has come to a meeting, and goes on when all others have come."""
+        self._came[rank] += 1
+
+    def goes_on(self, rank: int) -> None:
+        """A process has what it has come for."""
+        self._went[rank] += 1
 
     def behind(self) -> list[int]:
         """The machines, from 0 on, of the processes that others wait for."""
-        return sorted({rank // self._processes for rank, met in enumerate(self._met) if met < max(self._met)})
+        return sorted({rank // self._processes for rank, came in enumerate(self._came) if came < max(self._came)})
+
+    def is_stuck(self) -> bool:
+        """Whether all have come to a meeting and none goes on: one stands still amid it, and no word says which."""
+        return min(self._came) > max(self._went)
 
 
 def release() -> str:

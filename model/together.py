@@ -207,15 +207,17 @@ class _Words:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while (said := self._next()) is not None:
-            if "met" in said:
-                self._roll.met(said["met"])
+            if "comes" in said:
+                self._roll.comes(said["comes"])
+            elif "goes_on" in said:
+                self._roll.goes_on(said["goes_on"])
             else:
                 yield said
         if self._started.wait():  # perhaps because of an error that another machine is about to tell
             for thread in self._listening:
                 thread.join(_LAST_WORDS_SECONDS)
             while not self._words.empty():
-                if (said := self._words.get()) and "met" not in said:
+                if (said := self._words.get()) and not {"comes", "goes_on"} & said.keys():
                     yield said
 
     def _next(self) -> dict[str, Any] | None:
@@ -226,13 +228,18 @@ class _Words:
                 return self._words.get(timeout=1.0)
             except Empty:
                 silent += 1
-            if self._meeting and silent >= self._meeting.silent_seconds and (behind := self._roll.behind()):
-                self.lost += [
-                    f"{self._names[machine]} stands still: the others have waited for it for {silent} s"
-                    for machine in behind
-                ]
+            if self._meeting and silent >= self._meeting.silent_seconds and (lost := self._standing_still(silent)):
+                self.lost += lost
                 end(self._started)
                 return None
+
+    def _standing_still(self, silent: int) -> list[str]:
+        if self._roll.is_stuck():
+            return [f"a machine stands still, which cannot be told: all have waited for each other for {silent} s"]
+        return [
+            f"{self._names[machine]} stands still: the others have waited for it for {silent} s"
+            for machine in self._roll.behind()
+        ]
 
     def _hear_ours(self) -> None:
         try:
@@ -260,7 +267,7 @@ def main() -> None:
     torch.set_num_threads(described["threads"])
     list(Path(described["checkpoint"]).parent.iterdir())  # so that a network file system looks again what is there
     device = Ranks.local_device(described["device"])
-    ranks = Ranks.join(device=device, on_meeting=partial(_say, {"met": int(os.environ["RANK"])}))
+    ranks = Ranks.join(device=device, meeting=partial(_told, int(os.environ["RANK"])))
     try:
         _train(job, described, ranks, device)
     except TSPError as error:
@@ -286,6 +293,13 @@ def _train(job: Path, described: dict[str, Any], ranks: Ranks, device: str) -> N
         ranks=ranks,
         on_step=(lambda progress: _say(asdict(progress))) if ranks.rank == 0 else None,
     )
+
+
+@contextmanager
+def _told(rank: int) -> Iterator[None]:
+    _say({"comes": rank})
+    yield
+    _say({"goes_on": rank})
 
 
 def _say(words: dict[str, Any]) -> None:
