@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import uvicorn
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
@@ -38,11 +38,12 @@ from ml_backend.inbox import ProjectName
 from ml_backend.label_config import parse_label_config
 from ml_backend.logs import start_logging
 from ml_backend.ls_format import Json
-from ml_backend.overview import overview, worker_overview
+from ml_backend.overview import overview, progress_title, worker_overview
 from ml_backend.predictor import Predictor
 from ml_backend.recorder import EventRecorder
 from ml_backend.service import Service
 from ml_backend.settings import Settings
+from ml_backend.sign_of_life import TokenCheck
 from model.errors import DiskFullError, InvalidInputError, TSPError
 
 logger = logging.getLogger(__name__)
@@ -86,10 +87,13 @@ def create_app(settings: Settings | None = None, *, after_first_load: Callable[[
     predictor = Predictor(service, after_first_load=after_first_load)
     access = Access(settings)
     recorder = EventRecorder(service.database)
+    token = TokenCheck(service.label_studio)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        token.start(every_seconds=settings.reconcile_seconds)
         yield
+        token.stop()
         recorder.close()
         service.close()
 
@@ -100,7 +104,7 @@ def create_app(settings: Settings | None = None, *, after_first_load: Callable[[
         app.add_exception_handler(kind, _answer_with(code))
 
     _answer_label_studio(app, service, predictor, recorder)
-    _answer_people(app, service, access, recorder)
+    _answer_people(app, service, access, recorder, token)
     return app
 
 
@@ -145,7 +149,7 @@ def _answer_label_studio(app: FastAPI, service: Service, predictor: Predictor, r
         return {}
 
 
-def _answer_people(app: FastAPI, service: Service, access: Access, recorder: EventRecorder) -> None:
+def _answer_people(app: FastAPI, service: Service, access: Access, recorder: EventRecorder, token: TokenCheck) -> None:
     """Add the dashboard, and what it shows as JSON."""
 
     @app.get("/")
@@ -163,19 +167,29 @@ def _answer_people(app: FastAPI, service: Service, access: Access, recorder: Eve
         """What the dashboard shows, as JSON."""
         return {
             "worker": worker_overview(service),
+            "label_studio": {"problem": token.problem},
             "events": {"problem": recorder.problem},
             "refused": access.overview(),
             "projects": overview(service),
         }
 
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "ui"), autoescape=True)
+    folder = Path(__file__).parent / "ui"
+    pages = Environment(loader=FileSystemLoader(folder), autoescape=True)
     add_actions(app, service, pages)
+
+    @app.get("/ui/refresh.js", include_in_schema=False)
+    def refresh() -> FileResponse:
+        return FileResponse(folder / "refresh.js", media_type="text/javascript", headers={"Cache-Control": "no-cache"})
 
     @app.get("/ui", response_class=HTMLResponse)
     def ui() -> Response:
         """The dashboard."""
+        told = status()
         page = pages.get_template("ui.html").render(
-            **status(), forgotten=forgotten_projects(service), token=form_token(service.settings)
+            **told,
+            progress=progress_title(told["projects"]) if told["worker"]["living"] else "",
+            forgotten=forgotten_projects(service),
+            token=form_token(service.settings),
         )
         return HTMLResponse(page, headers=NO_FRAMES)
 

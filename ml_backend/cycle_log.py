@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, Database, Work, is_forgotten, utc_now
+from ml_backend.pace import Pace
 from model.errors import TSPError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class CycleLog:
         self._identity = (project_key, number)
         self._last_write = 0.0
         self._goes_on = False
+        self._pace = Pace()
 
     def begin(self) -> None:
         """The cycle has started (or started again)."""
@@ -41,24 +43,25 @@ class CycleLog:
         """A new stage has begun."""
         logger.info("project %s, %s %d: %s", self._identity[0], self._what, self._identity[1], stage)
         self._last_write = time.monotonic()
+        self._pace = Pace()
         self.check_wanted()
         self._update(stage=stage, done=done, total=total)
 
     def wait(self, reason: str) -> None:
         """The stage cannot go on for now; the first of several such calls says since when."""
         self._goes_on = False
+        self._pace = Pace()
         with self._database.session() as session:
             row = session.get_one(self._table, self._identity)
             known = row.facts.get("waiting") or {"since": utc_now()}
-            row.facts = {**row.facts, "waiting": {**known, "for": reason}}
+            row.facts = {**_without(row.facts, "pace"), "waiting": {**known, "for": reason}}
 
     def go_on(self) -> None:
         """What the cycle waited for is there."""
         self._goes_on = True
         with self._database.session() as session:
             row = session.get_one(self._table, self._identity)
-            if "waiting" in row.facts:
-                row.facts = {name: fact for name, fact in row.facts.items() if name != "waiting"}
+            row.facts = _without(row.facts, "waiting")
 
     def progress(self, done: int, total: int) -> None:
         """So much of the stage is done."""
@@ -66,7 +69,8 @@ class CycleLog:
         if done == total or time.monotonic() - self._last_write >= 1:
             self._last_write = time.monotonic()
             self.check_wanted()
-            self._update(done=done, total=total)
+            pace = self._pace.mark(self._last_write, done)
+            self._update(pace=pace and {**pace, "at": self._database.now()}, done=done, total=total)
             if not self._goes_on:  # what an earlier try of this stage waited for is there
                 self.go_on()
 
@@ -104,12 +108,14 @@ class CycleLog:
         if is_forgotten(self._database, self._identity[0]):
             raise TSPError("people have asked to forget this project.")
 
-    def _update(self, **columns: Any) -> None:
+    def _update(self, *, pace: dict[str, Any] | None = None, **columns: Any) -> None:
+        """Set columns, and among the facts the pace of the steps (None: not known)."""
         self._confirm()
         with self._database.session() as session:
             row = session.get_one(self._table, self._identity)
             for name, value in columns.items():
                 setattr(row, name, value)
+            row.facts = _without(row.facts, "pace") | ({"pace": pace} if pace else {})
 
 
 class ActivationLog(CycleLog):
@@ -117,3 +123,7 @@ class ActivationLog(CycleLog):
 
     _table = ActivationRow
     _what = "activation"
+
+
+def _without(facts: dict[str, Any], name: str) -> dict[str, Any]:
+    return {other: fact for other, fact in facts.items() if other != name}

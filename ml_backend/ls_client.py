@@ -103,10 +103,16 @@ class LabelStudioClient:
 
     def whoami(self) -> str:
         """The e-mail address of the token's owner; the cheapest way to try address and token."""
+        doubt = f"is {self.url} really Label Studio's address?"
         try:
-            return str(self._sdk.users.whoami().email)
+            user = self._http.json(
+                "GET", "/api/current-user/whoami"
+            )  # not by the SDK, which the web process never loads
         except NotFoundError as error:  # each Label Studio has this page
-            raise LabelStudioError(f"{error}; is {self.url} really Label Studio's address?") from error
+            raise LabelStudioError(f"{error}; {doubt}") from error
+        if not isinstance(user, dict) or "email" not in user:
+            raise LabelStudioError(f"GET {self.url}/api/current-user/whoami: expected a user with an e-mail; {doubt}")
+        return str(user["email"])
 
     def project(self, project_id: int) -> Project:
         return project_of(self._sdk.projects.get(project_id))

@@ -1,15 +1,16 @@
 """What people want to know of every project, gathered for the dashboard and for `/status`."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
 
 from ml_backend import inbox
-from ml_backend.db import ActivationRow, CycleRow, ForgottenRow, ProjectRow, WorkerRow
+from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, ForgottenRow, ProjectRow, WorkerRow
 from ml_backend.errors import StoreUnavailableError
 from ml_backend.first_batch import first_batch_progress
+from ml_backend.pace import in_words, seconds_left
 from ml_backend.publication import publication_of
 from ml_backend.service import Service
 from ml_backend.sign_of_life import SILENT_SECONDS
@@ -78,6 +79,7 @@ def overview(service: Service) -> list[dict[str, Any]]:
         ).all()
         cycles = session.scalars(select(CycleRow).order_by(CycleRow.number.desc())).all()
         activations = session.scalars(select(ActivationRow).order_by(ActivationRow.number.desc())).all()
+    now = service.database.now()
     return [
         {
             "key": project.key,
@@ -90,9 +92,9 @@ def overview(service: Service) -> list[dict[str, Any]]:
             "batch_size": service.settings.batch_size,
             "checked_at": project.checked_at,
             "events": inbox.event_counts(service.database, project.key),
-            "activations": [_cycle(wish) for wish in activations if wish.project_key == project.key],
+            "activations": [_cycle(wish, now) for wish in activations if wish.project_key == project.key],
             **_versions(service, project.key),
-            "cycles": [_cycle(cycle) for cycle in cycles if cycle.project_key == project.key],
+            "cycles": [_cycle(cycle, now) for cycle in cycles if cycle.project_key == project.key],
         }
         for project in projects
     ]
@@ -129,7 +131,25 @@ def _versions(service: Service, project_key: str) -> dict[str, Any]:
     return found
 
 
-def _cycle(cycle: CycleRow | ActivationRow) -> dict[str, Any]:
+def progress_title(projects: Sequence[Mapping[str, Any]]) -> str:
+    """What the first cycle or activation that runs is at, for the title of the dashboard; "" when none runs."""
+    running = [
+        (work, project)
+        for project in projects
+        for work in (*project["activations"], *project["cycles"])
+        if work["status"] == "running"
+    ]
+    if not running:
+        return ""
+    work, project = running[0]
+    percent = f"{100 * work['done'] // work['total']} % " if work["total"] else ""
+    stage = "waiting" if "waiting" in work["facts"] else percent + work["stage"].partition(" on ")[0]
+    others = f" and {len(running) - 1} more" if len(running) > 1 else ""
+    return f"{stage} - {project['title'] or 'project ' + str(project['id'])}{others}"
+
+
+def _cycle(cycle: CycleRow | ActivationRow, now: str) -> dict[str, Any]:
+    left = seconds_left(cycle.facts.get("pace"), cycle.total - cycle.done, now=now)
     return {
         "number": cycle.number,
         "status": cycle.status,
@@ -137,6 +157,7 @@ def _cycle(cycle: CycleRow | ActivationRow) -> dict[str, Any]:
         "stage": cycle.stage,
         "done": cycle.done,
         "total": cycle.total,
+        "time_left": in_words(left) if left is not None and cycle.status in UNFINISHED else "",
         "version": cycle.version,
         "facts": cycle.facts,
         "error": cycle.error,

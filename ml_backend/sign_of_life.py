@@ -1,4 +1,4 @@
-"""A worker says that it is alive, what it is at, and whether Label Studio lets it in."""
+"""A worker says that it is alive, what it is at, and whether Label Studio lets it in; the web process asks that too."""
 
 import logging
 import threading
@@ -33,10 +33,10 @@ class SignOfLife:
         busy_with: Callable[[], str | None] = lambda: None,
         alive_file: Path | None = None,
     ) -> None:
-        self._database, self._client, self._name = database, client, name
+        self._database, self._name = database, name
+        self._token = TokenCheck(client)
         self._ask_every_seconds, self._busy_with = ask_every_seconds, busy_with
         self._alive_file = alive_file
-        self._told: tuple[str, str] | None = None
 
     def start(self) -> None:
         """Until the process ends. The first sign is given when this returns."""
@@ -63,17 +63,54 @@ class SignOfLife:
             session.execute(delete(WorkerRow).where(WorkerRow.name == self._name))
 
     def ask(self) -> None:
-        """Ask Label Studio whom it takes our token for. What changes is logged; whose token it is stays in the log."""
-        user, problem = self._whoami()
+        """Ask Label Studio whom it takes our token for."""
+        problem = self._token.ask()
         with self._database.session() as session:
             session.merge(WorkerRow(name=self._name, problem=problem))
-        if (user, problem) == self._told:
-            return
-        self._told = user, problem
-        if problem:
-            logger.error("%s", problem)
-        else:
-            logger.info("Label Studio at %s knows us as %s", self._client.url, user)
+
+
+class TokenCheck:
+    """Asks Label Studio whom it takes our token for. What changes is logged; whose token it is stays in the log."""
+
+    def __init__(self, client: LabelStudioClient) -> None:
+        self._client = client
+        self._told: tuple[str, str] | None = None
+        self._stopped = threading.Event()
+
+    @property
+    def problem(self) -> str:
+        """What the last answer was; "" for a token that is taken, and before there is an answer."""
+        return self._told[1] if self._told else ""
+
+    def start(self, *, every_seconds: float) -> None:
+        """Ask at once and again and again, in a thread of its own, until `stop`."""
+        threading.Thread(
+            target=self._go_on, args=(every_seconds,), name="question to Label Studio", daemon=True
+        ).start()
+
+    def stop(self) -> None:
+        """Ask no more. An answer that is waited for is not told."""
+        self._stopped.set()
+
+    def ask(self) -> str:
+        """Ask once; returns the problem."""
+        answer = self._whoami()
+        if answer != self._told and not self._stopped.is_set():
+            user, problem = self._told = answer
+            if problem:
+                logger.error("%s", problem)
+            else:
+                logger.info("Label Studio at %s knows us as %s", self._client.url, user)
+        return answer[1]
+
+    def _go_on(self, every_seconds: float) -> None:
+        while not self._stopped.is_set():
+            try:
+                self.ask()
+            except Exception:  # after the stop, the connection is closed under it
+                if not self._stopped.is_set():
+                    logger.warning("the question to Label Studio did not work this time", exc_info=True)
+            self._stopped.wait(every_seconds)
 
     def _whoami(self) -> tuple[str, str]:
         try:

@@ -1,11 +1,14 @@
 """What the dashboard and `/status` are told."""
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from ml_backend import inbox
 from ml_backend.db import CycleRow, ProjectRow
 from ml_backend.inbox import ProjectName, remember_project
-from ml_backend.overview import overview
+from ml_backend.overview import overview, progress_title
 from ml_backend.service import Service
 from tests.ml_backend.examples import KEY, NOWHERE, VERSION, add_version, settings
 
@@ -73,3 +76,37 @@ def test_links_lead_where_browsers_reach_label_studio(tmp_path: Path) -> None:
         assert overview(service)[0]["url"] == f"{start}/projects/7/data"
         assert service.label_studio.own_path(f"{start}/data/upload/1/a.png") == "/data/upload/1/a.png"
         service.close()
+
+
+def _project(
+    *cycles: dict[str, Any], title: str = "CT", activations: tuple[dict[str, Any], ...] = ()
+) -> dict[str, Any]:
+    return {"id": 7, "title": title, "cycles": list(cycles), "activations": list(activations)}
+
+
+TRAINING: dict[str, Any] = {"status": "running", "stage": "training on 14 annotated images", "done": 43, "total": 99,
+                            "facts": {}}  # fmt: skip
+STARTING = TRAINING | {"stage": "starting", "done": 0, "total": 0}
+WAITING = TRAINING | {"facts": {"waiting": {"since": "2025-01-02T03:04:05+00:00", "for": "Label Studio"}}}
+DONE = TRAINING | {"status": "done", "stage": "finished"}
+PUBLISHING = TRAINING | {"stage": "publishing predictions", "done": 99}
+
+
+@pytest.mark.parametrize(
+    ("projects", "title"),
+    [
+        pytest.param([], "", id="no project"),
+        pytest.param([_project(DONE)], "", id="nothing runs"),
+        pytest.param([_project(), _project(TRAINING, DONE)], "43 % training - CT", id="a training"),
+        pytest.param([_project(TRAINING, title="")], "43 % training - project 7", id="a project without a title"),
+        pytest.param([_project(STARTING)], "starting - CT", id="no steps yet"),
+        pytest.param([_project(WAITING)], "waiting - CT", id="a cycle that waits"),
+        pytest.param(
+            [_project(TRAINING, activations=(PUBLISHING,)), _project(TRAINING)],
+            "100 % publishing predictions - CT and 2 more",
+            id="an activation beside cycles",
+        ),
+    ],
+)
+def test_the_title_says_what_runs(projects: list[dict[str, Any]], title: str) -> None:
+    assert progress_title(projects) == title
