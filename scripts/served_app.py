@@ -12,9 +12,9 @@ from scripts.label_studio_server import HOST, free_port
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def served(app: FastAPI, *, port: int | None = None) -> Iterator[str]:
     """The address of the application while the block runs; its CPU time is this process's."""
-    port = free_port()
+    port = port or free_port()
     server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

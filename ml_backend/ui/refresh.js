@@ -4,6 +4,8 @@
 
 const PAUSE_MS = 3000;
 const PATIENCE_MS = 30000;
+const outdated = document.createElement("p");
+outdated.className = "problem";
 let seenAt = new Date();
 
 async function refresh() {
@@ -14,21 +16,21 @@ async function refresh() {
     if (!answer.ok) throw new Error(`it answered ${answer.status}`);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     document.title = page.title;
+    outdated.remove();
     renew(document.body, page.body);
     seenAt = new Date();
   } catch (error) {
     document.title = "not up to date - TSP active learning";
-    const told = document.getElementById("outdated");
-    told.textContent = `The web process gives no answer (${error.message}). What stands here is of ${seenAt.toLocaleTimeString()}.`;
-    told.hidden = false;
+    outdated.textContent = `The web process gives no answer (${error.message}). What stands here is of ${seenAt.toLocaleTimeString()}.`;
+    document.body.prepend(outdated);
   }
   setTimeout(refresh, PAUSE_MS);
 }
 
 function renew(shown, fresh) {
   if (shown.isEqualNode(fresh)) return;
-  // A form is replaced as a whole: who is pressing its button at this moment must not press another one.
-  if (shown.nodeName !== fresh.nodeName || shown.nodeType !== Node.ELEMENT_NODE || shown.nodeName === "FORM") {
+  // Forms and links are replaced as a whole: who is pressing one at this moment must not press another one.
+  if (shown.nodeName !== fresh.nodeName || shown.nodeType !== Node.ELEMENT_NODE || shown.matches("form, a")) {
     shown.replaceWith(fresh);
     return;
   }

@@ -1,5 +1,7 @@
 """What annotators and project owners see in a real browser: Label Studio with our predictions, and the dashboard."""
 
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,15 +15,21 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from ml_backend import ls_format
+from ml_backend.app import create_app
+from ml_backend.db import CycleRow, ProjectRow, WorkerRow
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
 from ml_backend.ls_types import Project
+from ml_backend.overview import overview
+from ml_backend.service import Service
 from model.geometry import rle_to_mask
 from model.types import Detections
 from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import LabelStudioServer, free_port
 from scripts.screenshots import chromium, find_chromium, label_all_tasks, log_in, new_page, select_region
+from scripts.served_app import served
 from tests.label_studio import PASSWORD, POLYGON_CONFIG, USERNAME
+from tests.ml_backend.examples import KEY, add_version, settings
 
 pytestmark = [
     pytest.mark.browser,
@@ -39,6 +47,8 @@ RECTANGLES_CONFIG = """
 CONFIG = parse_label_config(POLYGON_CONFIG)
 # Tips are not served, and after the last task there is no next one; both are 404 in the browser's console.
 NOT_FOUND_WITHOUT_US = ("/heidi-tips", "/api/dm/actions?id=next_task")
+OTHER_VERSION = "tsp-2-browser"
+_NEXT_LOOK_MS = 60_000  # which the dashboard has after three seconds, on a machine that is not busy
 UI = Path(__file__).parents[2] / "ml_backend" / "ui"
 DASHBOARD = Environment(loader=FileSystemLoader(UI), autoescape=True).get_template("ui.html")
 
@@ -270,8 +280,15 @@ PROJECT: dict[str, Any] = {
             id="no cycle",
         ),
         pytest.param(
-            [PROJECT | {"cycles": [RUNNING, FAILED, CYCLE]}],
-            ["33 of 280", "loss is not finite", "and 22 more", "cell 0.80.", "0.400", "2025-01-02 03:04 UTC"],
+            [PROJECT | {"cycles": [RUNNING | {"time_left": "about 12 min"}, FAILED, CYCLE]}],
+            [
+                "33 of 280, about 12 min left in this stage",
+                "loss is not finite",
+                "and 22 more",
+                "cell 0.80.",
+                "0.400",
+                "2025-01-02 03:04 UTC",
+            ],
             id="a running, a failed and a finished cycle",
         ),
         pytest.param([PROJECT | {"cycles": [UNMEASURED]}], ["finished"], id="nothing could be measured"),
@@ -379,9 +396,101 @@ def test_the_dashboard_tells_that_the_worker_is_missing(page: Page) -> None:
     assert "No worker is here." in page.locator(".problem").inner_text()
 
 
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    """A project with a cycle that trains and a history that fills the screen, and a worker that lives."""
+    service = Service.connect(settings(tmp_path))
+    with service.database.session() as session:
+        session.add(ProjectRow(key=KEY, label_studio_id=7, title="CT"))
+        session.add(WorkerRow(name="host-1", seen_at="2999-01-02T03:04:05.000000+00:00"))
+        session.flush()
+        training = {"stage": "training on 14 annotated images", "done": 43, "total": 99}
+        session.add(CycleRow(project_key=KEY, number=40, status="running", **training))
+        session.add_all(
+            CycleRow(project_key=KEY, number=number, status="done", stage="finished") for number in range(1, 40)
+        )
+    yield service
+    service.close()
+
+
+def _do_step(service: Service, done: int) -> None:
+    with service.database.session() as session:
+        session.get_one(CycleRow, (KEY, 40)).done = done
+
+
+def test_the_dashboard_keeps_up_and_stays_where_one_reads(page: Page, service: Service) -> None:
+    with served(create_app(service.settings)) as url:
+        page.goto(f"{url}/ui")
+        expect(page).to_have_title("43 % training - CT - TSP active learning")
+        page.get_by_text("Forget this project").focus()
+        page.evaluate("window.scrollTo(0, 500); window.isTheSame = true")
+        errors = _errors(page)
+        _do_step(service, 50)
+        expect(page).to_have_title("50 % training - CT - TSP active learning", timeout=_NEXT_LOOK_MS)
+        expect(page.get_by_text("50 of 99")).to_be_visible()
+        assert page.locator("td progress").evaluate("e => e.position") == pytest.approx(50 / 99)
+        assert page.evaluate("[window.scrollY, window.isTheSame, document.activeElement.textContent]") == [
+            500,
+            True,
+            "Forget this project",
+        ]
+        assert errors == []
+
+
+def test_the_dashboard_says_when_it_is_not_up_to_date(page: Page, service: Service) -> None:
+    port = free_port()
+    with served(create_app(service.settings), port=port) as url:
+        page.goto(f"{url}/ui")
+    told = page.get_by_text("The web process gives no answer")
+    expect(told).to_be_visible(timeout=_NEXT_LOOK_MS)
+    expect(page).to_have_title("not up to date - TSP active learning")
+    _do_step(service, 50)
+    with served(create_app(service.settings), port=port):
+        expect(page).to_have_title("50 % training - CT - TSP active learning", timeout=_NEXT_LOOK_MS)
+        expect(told).to_be_hidden()
+
+
+def test_the_dashboard_keeps_up_where_the_address_has_the_password(
+    page: Page, tmp_path: Path, service: Service
+) -> None:
+    guarded = settings(tmp_path, BASIC_AUTH_USER="ada", BASIC_AUTH_PASS="secret-word")
+    with served(create_app(guarded)) as url:
+        page.goto(f"{url}/ui".replace("://", "://ada:secret-word@"))
+        _do_step(service, 50)
+        expect(page).to_have_title("50 % training - CT - TSP active learning", timeout=_NEXT_LOOK_MS)
+
+
+def test_the_dashboard_keeps_up_without_scripts(browser: Browser, service: Service) -> None:
+    with served(create_app(service.settings)) as url, browser.new_context(java_script_enabled=False) as context:
+        page = context.new_page()
+        page.goto(f"{url}/ui")
+        _do_step(service, 50)
+        expect(page).to_have_title("50 % training - CT - TSP active learning", timeout=_NEXT_LOOK_MS)
+
+
+def test_a_button_that_becomes_another_one_while_it_is_pressed_does_nothing(page: Page, service: Service) -> None:
+    for version in (VERSION, OTHER_VERSION):
+        add_version(service, KEY, version)
+    with served(create_app(service.settings)) as url:
+        page.goto(f"{url}/ui")
+        buttons = page.get_by_role("button", name="Use this version")
+        buttons.first.hover()
+        page.mouse.down()
+        (shown,) = re.findall("Make (.+) the active", buttons.first.get_attribute("title") or "")
+        shutil.rmtree(service.registry.root / KEY / shown)
+        expect(buttons).to_have_count(1, timeout=_NEXT_LOOK_MS)  # where the other one was
+        page.mouse.up()
+        expect(page).to_have_url(f"{url}/ui")
+    assert overview(service)[0]["activations"] == []
+
+
 def _show(page: Page, projects: list[dict[str, Any]], worker: dict[str, Any] | None = None) -> None:
-    """Without the page's refresh: there is no server to ask again."""
+    """Without the script that brings it up to date: there is no server to ask again."""
     content = DASHBOARD.render(
-        worker=worker or {"problem": ""}, events={"problem": ""}, refused={"problem": ""}, projects=projects
+        worker=worker or {"problem": ""},
+        label_studio={"problem": ""},
+        events={"problem": ""},
+        refused={"problem": ""},
+        projects=projects,
     )
-    page.set_content(content.replace('http-equiv="refresh"', ""))
+    page.set_content(content)
