@@ -4,9 +4,13 @@ import base64
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -15,9 +19,11 @@ from ml_backend.db import WorkerRow
 from ml_backend.overview import worker_overview
 from ml_backend.service import Service
 from ml_backend.sign_of_life import SignOfLife
-from scripts.label_studio_server import LabelStudioServer
+from scripts.backend_processes import BackendProcesses
+from scripts.label_studio_server import LabelStudioServer, free_port
 from tests.label_studio import USERNAME
 from tests.ml_backend.examples import settings
+from tests.ml_backend.test_ls_client import says, scripted_server
 
 NAME = "host-1"
 # The middle part of JSON web tokens, as Label Studio fills it in
@@ -98,6 +104,64 @@ def test_a_wrong_token_is_told_on_the_dashboard_with_what_to_do(
         assert f"Label Studio refused the token, which looks like {kind}" in told
         assert "LABEL_STUDIO_API_KEY" in told
         assert token not in told
+
+
+@pytest.mark.label_studio
+def test_a_web_process_alone_says_that_its_token_is_wrong(label_studio: LabelStudioServer, tmp_path: Path) -> None:
+    token = "f" * 40
+    environment = {
+        "LABEL_STUDIO_URL": label_studio.url,
+        "LABEL_STUDIO_API_KEY": token,
+        "MODEL_DIR": str(tmp_path / "models"),
+        "PORT": str(free_port()),
+        "TSP_RECONCILE_SECONDS": "0.1",
+    }
+    web = BackendProcesses(settings=environment, log_dir=tmp_path)
+    try:
+        web.start_one("web")
+        web.wait_until_it_answers()
+        _wait(lambda: "refused the token" in httpx.get(f"{web.url}/status").json()["label_studio"]["problem"])
+        page = httpx.get(f"{web.url}/ui").text
+    finally:
+        web.stop()
+    log = (tmp_path / "web.log").read_text()
+    assert log.count("Label Studio refused the token, which looks like a legacy token") == 1  # though it asks again
+    assert "Label Studio refused the token, which looks like a legacy token" in page
+    assert token not in log + page
+
+
+def test_the_web_process_answers_while_it_waits_for_label_studio(tmp_path: Path) -> None:
+    has_asked, may_answer = threading.Event(), threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        has_asked.set()
+        may_answer.wait()
+        says(401, {"detail": "Invalid token."})(handler)
+
+    with (
+        scripted_server({"/api/current-user/whoami": [answer]}) as (url, _),
+        TestClient(create_app(settings(tmp_path, LABEL_STUDIO_URL=url))) as web,
+    ):
+        assert has_asked.wait(60)
+        assert web.get("/health").status_code == 200
+        assert web.get("/status").json()["label_studio"]["problem"] == ""
+        may_answer.set()
+        _wait(lambda: "Label Studio said: " in web.get("/ui").text)
+
+
+def test_what_the_worker_says_of_label_studio_is_not_said_twice(tmp_path: Path, lonely_service: Service) -> None:
+    sign_of_life(lonely_service).ask()
+    sign_of_life(lonely_service).give()
+    with TestClient(create_app(settings(tmp_path))) as web:
+        _wait(lambda: web.get("/status").json()["label_studio"]["problem"] != "")
+        assert web.get("/ui").text.count("no answer from Label Studio") == 1
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
