@@ -6,9 +6,10 @@ A run's folder holds `run.json`, what is known so far cycle by cycle, and the ch
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from model.network import MaskRCNNWithScores, build_model
 from model.registry import ModelCard, Registry
 from model.strategies import STRATEGIES, Sight, look
 from model.strategies.core_set import k_centre_greedy
-from model.train import train
+from model.train import Progress, train
 from model.types import Detections, LabeledImage
 from scripts.benchmark_choice import choose_next
 from scripts.benchmark_clock import Seconds, Stopwatch, timed
@@ -39,6 +40,7 @@ from scripts.benchmark_lines import (
 )
 from scripts.benchmark_measures import iou_pairs, measured, pseudo_quality
 from scripts.benchmark_sets import Data, at_input_size
+from scripts.benchmark_signs import SignsOfLife
 from scripts.shared_files import locked
 
 KEPT = "network"  # the folder of a run, in the form of a registry, where its last network is kept on demand
@@ -158,12 +160,14 @@ class _Cycles:
         self.mask_threshold = network.mask_threshold
         self.small, self.vertices = at_input_size(data, network, shared)
         self.original = {image.image_id: image for image in data.pool.images}
+        self.signs = SignsOfLife(name.folder)
 
     def carry_out(self, number: int, plan: Plan | None) -> tuple[dict[str, Any], Plan | None]:
         """Train on what is annotated (and pseudo-labelled), measure, and choose what comes next.
 
         `plan` is what the cycle before has chosen; returns the measurements and the next cycle's plan, if there is one.
         """
+        self.signs.begin(f"cycle {number} of {self.total}")
         plan = plan or self._first_plan(number)
         images = [self.small[image_id] for image_id in plan["annotated"]]
         if number == 1 and self.name.strategy != FULL:
@@ -205,7 +209,8 @@ class _Cycles:
         # What the untrained heads find does not matter.
         few = {"proposals_inference": 1, "detections_per_image": 1}
         network = self._built({**self.network_options, **few}).to(self.device).eval()
-        features = np.stack([self._look(network, image)[0].feature for image in self.small.values()])
+        looks = self._looks(network, list(self.small.values()), "spreading the first batch, image")
+        features = np.stack([sight.feature for _, sight, _ in looks])
         [start] = first_batch(self.data.pool, 1, self.name.seed)
         ids = list(self.small)
         centre = ids.index(start)
@@ -232,6 +237,11 @@ class _Cycles:
         trust = self.settings.pseudo
         if score_threshold is not None:
             trust = replace(trust, score_threshold=score_threshold)
+
+        def on_step(progress: Progress) -> None:
+            stopwatch.on_step(progress)
+            self.signs.give("training, step", progress.step, progress.steps)
+
         train(
             network,
             images,
@@ -240,7 +250,7 @@ class _Cycles:
             class_thresholds=np.array(class_thresholds) if teaches and class_thresholds is not None else None,
             checkpoint=checkpoint,
             device=self.device,
-            on_step=stopwatch.on_step,
+            on_step=on_step,
         )
         return network.eval(), stopwatch.seconds()
 
@@ -307,14 +317,23 @@ class _Cycles:
         if held_out is not None:
             calibrate = fit_calibration(np.array(held_out["mask_scores"]), np.array(held_out["mask_ious"]))
         with timed(seconds, "evaluation"):
-            found = {image.image_id: self._look(network, image)[1] for image in self.data.test.images}
+            looks = self._looks(network, self.data.test.images, "measuring, image")
+            found = {image_id: detections for image_id, _, detections in looks}
             names = self.data.test.class_names
             compared = compare(found, self.data.test.images, len(names), mask_threshold=self.mask_threshold)
             measurements = measured(compared, names, calibrate)
         return measurements, seconds["evaluation"]
 
-    def _look(self, network: MaskRCNNWithScores, image: LabeledImage) -> tuple[Sight, Detections]:
-        return look(network, load_image(image.path), queue_threshold=self.settings.selection.queue_threshold)
+    def _looks(
+        self, network: MaskRCNNWithScores, images: Sequence[LabeledImage], stage: str
+    ) -> Iterator[tuple[str, Sight, Detections]]:
+        """What the network sees in each image, by its id."""
+        for done, image in enumerate(images, start=1):
+            sight, found = look(
+                network, load_image(image.path), queue_threshold=self.settings.selection.queue_threshold
+            )
+            self.signs.give(stage, done, len(images))
+            yield image.image_id, sight, found
 
     def _next_plan(
         self, number: int, network: MaskRCNNWithScores, annotated_ids: list[str]
@@ -322,6 +341,7 @@ class _Cycles:
         """What the next cycle trains on, as far as it is known without hidden labels. Also a summary of the scores."""
         annotated = set(annotated_ids)
         paths = {image_id: image.path for image_id, image in self.small.items()}
+        looked = count(1)
         choice = choose_next(
             network,
             strategy_of(self.name, self.settings.selection),
@@ -331,6 +351,7 @@ class _Cycles:
             annotate=lambda ids: [self.small[image_id] for image_id in ids],
             semi_supervised=self.name.semi_supervised,
             seed=self.name.seed * 1000 + number,
+            on_look=lambda: self.signs.give("choosing what comes next, image", next(looked)),
         )
         thresholds = choice.class_thresholds
         plan = {
@@ -356,7 +377,8 @@ class _Cycles:
     def _held_out(self, network: MaskRCNNWithScores, new_ids: Sequence[str]) -> dict[str, list[float]]:
         """Predicted and true mask IoUs in the images that people annotate now, which the network has not learnt."""
         images = [self.small[image_id] for image_id in new_ids]
-        found = {image.image_id: self._look(network, image)[1] for image in images}
+        looks = self._looks(network, images, "looking at what people annotate, image")
+        found = {image_id: detections for image_id, _, detections in looks}
         compared = compare(found, images, len(self.data.pool.class_names), mask_threshold=self.mask_threshold)
         pairs = iou_pairs(compared)
         return {name: [round(float(value), 4) for value in pairs[name]] for name in ("mask_scores", "mask_ious")}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -41,21 +42,24 @@ def choose_next(
     annotate: Callable[[Sequence[str]], Sequence[LabeledImage]],
     semi_supervised: bool,
     seed: int,
+    on_look: Callable[[], object] = lambda: None,
 ) -> Choice:
     """Score D_u, choose b, pseudo-label the rest. Images are files by id: what is in them, only the network says.
 
-    The chosen ones are then annotated: what the network had seen in them tells how far it can be trusted.
+    The chosen ones are then annotated: what the network had seen in them tells how far it can be trusted. `on_look` is
+    called after each image.
     """
     torch.manual_seed(seed)  # MC dropout draws; how the training went must not matter
     selection = settings.selection
-    pool = _Observations(
-        unlabelled, network, strategy, selection.queue_threshold, keep=settings.pseudo if semi_supervised else None
+    observed = partial(
+        _Observations, network=network, strategy=strategy, queue_threshold=selection.queue_threshold, on_look=on_look
     )
+    pool = observed(unlabelled, keep=settings.pseudo if semi_supervised else None)
     if semi_supervised:
         pool.look_at_all()
     chosen = strategy.choose(
         pool,
-        _Observations(labelled, network, strategy, selection.queue_threshold),
+        observed(labelled),
         settings.batch,
         seed=seed,
         empty_policy=EmptyImagePolicy(selection.empty_policy),
@@ -119,15 +123,16 @@ class _Observations(Sequence[Observation]):
     def __init__(
         self,
         paths: Mapping[str, Path],
+        *,
         network: MaskRCNNWithScores,
         strategy: Strategy,
         queue_threshold: float,
-        *,
+        on_look: Callable[[], object],
         keep: PseudoLabelConfig | None = None,
     ) -> None:
         self.found: dict[str, Detections] = {}
         self._paths, self._network, self._strategy = list(paths.items()), network, strategy
-        self._queue_threshold, self._keep = queue_threshold, keep
+        self._queue_threshold, self._on_look, self._keep = queue_threshold, on_look, keep
         self._known: dict[int, Observation] = {}
 
     def __len__(self) -> int:
@@ -144,6 +149,7 @@ class _Observations(Sequence[Observation]):
             raise IndexError(index)
         if index not in self._known:
             self._known[index] = self._observe(*self._paths[index])
+            self._on_look()
         return self._known[index]
 
     def look_at_all(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import scripts.active_learning
 from model.config import TrainingConfig
 from scripts.active_learning import cycles_done, first_batch, run
 from scripts.benchmark_lines import parse_line
+from scripts.benchmark_signs import SignsOfLife
 from tests.scripts.examples import EXPERIMENT, SMALL, without_seconds
 
 
@@ -56,6 +58,22 @@ def test_a_run_annotates_a_batch_a_cycle_and_leaves_only_its_result(tmp_path, se
     assert [cycle["annotated_images"] for cycle in state["cycles"]] == [3, 5]
     assert "next" not in state
     assert [path.name for path in (tmp_path / "tsp-seed0").iterdir()] == ["run.json"]
+
+
+def test_a_run_says_what_it_is_at_and_that_changes_nothing(tmp_path, sets, monkeypatch, capsys):
+    quiet = carry_out(tmp_path / "quiet", sets)
+    capsys.readouterr()
+    monkeypatch.setattr(scripts.active_learning, "SignsOfLife", partial(SignsOfLife, every_seconds=0))
+    assert carry_out(tmp_path / "loud", sets) == quiet
+    said = capsys.readouterr().err
+    for line in (
+        "tsp-seed0, cycle 1 of 2: training, step 1 of 4",
+        f"tsp-seed0, cycle 1 of 2: measuring, image 1 of {len(sets.test.images)}",
+        "tsp-seed0, cycle 1 of 2: choosing what comes next, image 6",
+        "tsp-seed0, cycle 1 of 2: looking at what people annotate, image 2 of 2",
+        "tsp-seed0, cycle 2 of 2: training, step 1 of 6",
+    ):
+        assert line in said.splitlines()
 
 
 def test_a_pool_that_runs_out_ends_with_everything_annotated(tmp_path, sets):
