@@ -71,7 +71,7 @@ def test_a_run_says_what_it_is_at_and_that_changes_nothing(tmp_path, sets, monke
         f"tsp-seed0, cycle 1 of 2: measuring, image 1 of {len(sets.test.images)}",
         "tsp-seed0, cycle 1 of 2: choosing what comes next, image 6",
         "tsp-seed0, cycle 1 of 2: looking at what people annotate, image 2 of 2",
-        "tsp-seed0, cycle 2 of 2: training, step 1 of 6",
+        "tsp-seed0, cycle 2 of 2: training, step 1 of 3",
     ):
         assert line in said.splitlines()
 
