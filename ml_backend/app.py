@@ -39,7 +39,7 @@ from ml_backend.label_config import parse_label_config
 from ml_backend.logs import start_logging
 from ml_backend.ls_format import Json
 from ml_backend.overview import overview, progress_title, worker_overview
-from ml_backend.predictor import Predictor
+from ml_backend.predictor import UNTRAINED, Predictor
 from ml_backend.recorder import EventRecorder
 from ml_backend.service import Service
 from ml_backend.settings import Settings
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 _MAX_BODY_BYTES = 100_000_000  # Label Studio sends all selected tasks in one request, or 5000 imported ones
 _LAST_ANSWERS_SECONDS = 10  # when the process ends; an event may wait for the database for ever
 _REMEMBERS_SECONDS = 2.0  # which version the object store says is the active one
+_LABEL_STUDIO = "heartex/"  # how its user agent begins
 _LONGEST_REASON = 400  # characters of an address
 _MOST_PROBLEMS = 10  # of a malformed request that are told
 
@@ -131,10 +132,18 @@ def _answer_label_studio(app: FastAPI, service: Service, predictor: Predictor, r
         raise LabelConfigError(reason)
 
     @app.post("/predict")
-    def predict(request: PredictRequest) -> Json:
-        """One prediction for each task; empty ones, quickly, before the first cycle."""
+    def predict(request: PredictRequest, user_agent: Annotated[str, Header()] = "") -> Json:
+        """One prediction for each task; empty ones, quickly, before the first cycle.
+
+        Label Studio then gets an empty list for each task: it would keep an empty prediction and show annotators a tab
+        "untrained 0.00%" beside the image, also long after.
+        """
         name = _project_name(request.project)
-        return {"results": predictor.predict(name.key, request.tasks, request.label_config)}
+        results = predictor.predict(name.key, request.tasks, request.label_config)
+        is_interactive = bool((request.params or {}).get("context"))
+        if user_agent.startswith(_LABEL_STUDIO) and not is_interactive:
+            return {"results": [[] if one["model_version"] == UNTRAINED else one for one in results]}
+        return {"results": results}
 
     @app.post("/webhook")
     async def webhook(request: WebhookRequest, content_length: Annotated[int, Header()]) -> Json:
@@ -209,7 +218,7 @@ _STATUS_OF: dict[type[Exception], int] = {
 def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def answer(request: Request, error: Exception) -> Response:
         logger.warning("%s %s: %s", request.method, request.url.path, error)
-        if request.scope["path"] == "/setup" and request.headers.get("user-agent", "").startswith("heartex/"):
+        if request.scope["path"] == "/setup" and request.headers.get("user-agent", "").startswith(_LABEL_STUDIO):
             return RedirectResponse(f"refused/{_as_address(str(error))}", status_code=303)  # Label Studio follows
         return _refusal(str(error), status)
 

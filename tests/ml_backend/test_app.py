@@ -2,7 +2,7 @@
 
 import base64
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import Request, Response
 from fastapi.testclient import TestClient
 
 from ml_backend import inbox, ls_http
@@ -122,6 +123,21 @@ def test_predict_answers_empty_predictions_quickly_before_there_is_a_model(web: 
     predictions = predict(web, *["/data/upload/1/not-even-asked-for.png"] * 100)
     assert time.monotonic() - started < 1
     assert predictions == [{"model_version": version, "score": 0.0, "result": []}] * 100
+
+
+@pytest.mark.parametrize(
+    ("context", "results"),
+    [({}, [[], []]), ({"result": []}, [{"model_version": "untrained", "score": 0.0, "result": []}] * 2)],
+    ids=["to keep", "while somebody draws"],
+)
+def test_label_studio_is_given_nothing_to_keep_before_there_is_a_model(
+    web: TestClient, context: dict[str, Any], results: list[Any]
+) -> None:
+    tasks = [{"id": number, "data": {"image": "/data/upload/1/a.png"}} for number in (1, 2)]
+    params = {"login": None, "password": None, "context": context}
+    request = {"tasks": tasks, "project": UID, "label_config": POLYGON_CONFIG, "params": params}
+    answer = web.post("/predict", json=request, headers={"User-Agent": "heartex/1.23.2"})
+    assert answer.json() == {"results": results}
 
 
 def test_predict_gives_polygons_with_the_triplet_of_the_active_version(tmp_path: Path, lonely_service: Service) -> None:
@@ -418,6 +434,31 @@ def test_label_studio_connects_and_start_training_reaches_the_inbox_at_once(
     name = ProjectName.from_uid(project.uid)
     assert name is not None
     assert START_TRAINING in [action for _, action in inbox.unhandled(service.database, name.key)]
+
+
+@pytest.mark.label_studio
+def test_before_the_first_cycle_annotators_see_no_predictions_in_label_studio(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, service: Service
+) -> None:
+    asked = []
+    app = create_app(service.settings)
+
+    @app.middleware("http")
+    async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        asked.append(request.url.path)
+        return await call_next(request)
+
+    with served(app) as url, raw_api(label_studio) as api:
+        client.connect_backend(project.id, url=url, title="TSP")
+        task, _ = import_images(client, project, grey_images(2))
+        assert api.get(f"/api/tasks/{task}/").json()["predictions"] == []
+        served_task = client.next_task(project.id)
+        assert served_task is not None
+        assert served_task["predictions"] == []
+        retrieve = {"selectedItems": {"all": True, "excluded": []}}
+        api.post(f"/api/dm/actions?id=retrieve_tasks_predictions&project={project.id}", json=retrieve)
+    assert asked.count("/predict") >= 3
+    assert "untrained" not in client.model_versions(project.id)
 
 
 @pytest.mark.label_studio
