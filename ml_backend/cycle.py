@@ -23,7 +23,7 @@ from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
 from ml_backend.errors import ImageError, ImageUnavailableError
 from ml_backend.frozen import freeze_tasks, frozen_part, repeated_without_damaged, usable_part
 from ml_backend.gate import judge_version
-from ml_backend.handover import CHECKPOINT, SharedCheckpoint, bring_snapshot, share_pseudo_labels, share_snapshot
+from ml_backend.handover import bring_snapshot, share_pseudo_labels, share_snapshot
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import (
     UNKNOWN_LABEL,
@@ -46,6 +46,7 @@ from ml_backend.pseudo_labels import (
     with_trusted,
 )
 from ml_backend.service import Service
+from ml_backend.stored_checkpoint import CHECKPOINT, SharedCheckpoint, bring_checkpoint
 from model.calibration import reliability, true_ious
 from model.comparison import compare
 from model.config import PseudoLabelConfig, TrainingConfig
@@ -110,7 +111,8 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
 
 def train_version(service: Service, project_key: str, number: int, log: CycleLog) -> None:
     """Train on D_al and D_semi, from the pretrained weights, into the cycle's folder (eq. 5)."""
-    bring_snapshot(service, project_key, number, with_checkpoint=True)
+    bring_snapshot(service, project_key, number)
+    bring_checkpoint(service, project_key, number)
     repeated_without_damaged(partial(_train, service, project_key, number, log))
 
 
@@ -129,7 +131,7 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
     def on_step(progress: Progress) -> None:
         logger.debug("project %s, cycle %d: step %d of %d", project_key, number, progress.step, progress.steps)
         log.progress(progress.step, progress.steps)
-        shared.after_step()
+        shared.after_step(steps=progress.steps)
 
     checkpoint = folder / CHECKPOINT
     run = partial(
@@ -147,7 +149,7 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
     progress = _from_the_start_if_unusable(run, checkpoint, shared)
     if progress:  # none when the checkpoint was complete already
         log.facts({"training_seconds": round(time.monotonic() - started, 1), "loss": progress.losses})
-    shared.share()
+    shared.share_finished()
 
 
 def _trainer(service: Service, log: CycleLog) -> Callable[..., Progress | None]:
@@ -188,7 +190,7 @@ def _from_the_start_if_unusable(
     except CheckpointError as error:
         # The snapshot is frozen, so no other run can have written it: an older release did, or the disk has damaged it.
         logger.warning("a training begins from the start: %s", error)
-        shared.remove()
+        shared.drop()
         checkpoint.unlink()
         return run()
 
@@ -196,7 +198,9 @@ def _from_the_start_if_unusable(
 def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> bool:
     """Measure the trained network on the frozen validation split and put it into the registry; whether it may take the
     place of the active version."""
-    bring_snapshot(service, project_key, number, with_checkpoint=True)
+    bring_snapshot(service, project_key, number)
+    if not bring_checkpoint(service, project_key, number):
+        train_version(service, project_key, number, log)  # what it had come to is damaged, or gone
     return repeated_without_damaged(partial(_evaluate, service, project_key, number, version, log))
 
 

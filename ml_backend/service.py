@@ -108,11 +108,15 @@ class Service:
 
     def cycle_folder(self, project_key: str, number: int) -> Path:
         """Where a cycle keeps its snapshot and its training checkpoint."""
-        return self.settings.model_dir / "cycles" / project_key / str(number)
+        return self.cycles_folder(project_key) / str(number)
+
+    def cycles_folder(self, project_key: str) -> Path:
+        """Where all cycles of a project keep theirs."""
+        return self.settings.model_dir / "cycles" / project_key
 
     def annotations_file(self, project_key: str) -> Path:
         """What was read of the project's annotations."""
-        return self.settings.model_dir / "cycles" / project_key / "annotations.sqlite"
+        return self.cycles_folder(project_key) / "annotations.sqlite"
 
     def scores_file(self, project_key: str, version: str) -> Path:
         """What a version saw in each unlabelled image, one JSON line for each task."""
@@ -136,8 +140,8 @@ class Service:
 
     def project_folders(self, project_key: str) -> tuple[Path, ...]:
         """Everything that lies on the disk for this project alone."""
-        cycles = self.settings.model_dir / "cycles" / project_key
-        return self.registry.root / project_key, cycles, self.scores_folder(project_key)
+        versions = self.registry.root / project_key
+        return versions, self.cycles_folder(project_key), self.scores_folder(project_key)
 
     def scores_folder(self, project_key: str) -> Path:
         """Where a project's versions keep what they saw."""

@@ -126,12 +126,13 @@ class Store:
                 self._files.put_file(str(source), self._key(path))
         self._remembered.pop(("read", path), None)
 
-    def download(self, path: Path, *, sha256: str | None = None) -> bool:
-        """Replace a file by the store's, in one step; False when the store has none. StoreError when its bytes have
-        another SHA-256 than this."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def download(self, path: Path, *, sha256: str | None = None, target: Path | None = None) -> bool:
+        """Replace a file, or another one (`target`), by the store's, in one step; False when the store has none.
+        StoreError when its bytes have another SHA-256 than this."""
+        target = target or path
+        target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError), self._asking(path):
-            with naming_full_disk(str(path), path.parent), replacement(path) as unfinished:
+            with naming_full_disk(str(target), target.parent), replacement(target) as unfinished:
                 # In several requests at once it could be made of two files, when another takes its place meanwhile.
                 self._files.get_file(self._key(path), str(unfinished), max_concurrency=1)
                 if sha256 is not None and digest_of(unfinished) != sha256:

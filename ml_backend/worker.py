@@ -46,6 +46,7 @@ from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
+from ml_backend.stored_checkpoint import EndedCheckpoints
 from ml_backend.team import STILL_GOING, ScoringTeam
 from model.bfloat16 import check_bfloat16
 from model.errors import DiskFullError, InvalidInputError, TSPError
@@ -212,6 +213,7 @@ class Worker:
         self._pause_until: dict[str, float] = {}  # after trouble, so that it is not asked for every second
         self._published: set[str] = set()  # projects in which every task that was scored has its prediction
         self._first_batches: dict[str, Iterator[None]] = {}  # those that are being prepared
+        self._ended = EndedCheckpoints(service)
         self.sign_of_life = SignOfLife(
             service.database,
             service.label_studio,
@@ -336,6 +338,7 @@ class Worker:
         self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
         decision = reconcile(self._service, project_key)
         logger.debug("project %s: %s", project_key, decision.reason)
+        self._ended.remove(project_key)
         self._go_on_with_work(project_key)
         if unfinished_work(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
             self._predict_new_tasks(project_key)

@@ -1,6 +1,7 @@
 """Two machines on one PostgreSQL and one store, whose MODEL_DIRs are their own: what one has done of a cycle, the other
 goes on with. Real Label Studio, real training."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ml_backend import handover
+from ml_backend import stored_checkpoint
 from ml_backend.batch import choose_batch
 from ml_backend.cycle import evaluate_version, snapshot, train_version
 from ml_backend.errors import StoreUnavailableError
@@ -20,6 +21,7 @@ from ml_backend.order import frozen_batch
 from ml_backend.pool import read_scores, score_pool
 from ml_backend.publish import publish
 from ml_backend.service import Service
+from ml_backend.stored_checkpoint import CHECKPOINT, EndedCheckpoints, bring_checkpoint
 from model.files import read_tensors
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result
@@ -32,6 +34,7 @@ from tests.ml_backend.examples import (
     key_of,
     phantom_images,
     settings,
+    sha256,
 )
 from tests.ml_backend.test_frozen import Steps
 from tests.postgres import Postgres
@@ -130,7 +133,7 @@ def test_a_machine_that_has_seen_nothing_may_choose_of_an_empty_pool(
 def test_a_training_goes_on_after_the_checkpoint_that_another_machine_has_kept(
     machine: Callable[[str], Service], key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "_CHECKPOINT_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(stored_checkpoint, "_EVERY_SECONDS", 0.0)
     first, second = machine("first"), machine("second")
     train_until_killed(first, key)
     steps = Steps(second, key)
@@ -139,9 +142,135 @@ def test_a_training_goes_on_after_the_checkpoint_that_another_machine_has_kept(
     again = Steps(first, key)
     train_version(first, key, 1, again)  # its own checkpoint is behind
     assert again.steps == []
-    checkpoints = [service.cycle_folder(key, 1) / handover.CHECKPOINT for service in (first, second)]
+    checkpoints = [service.cycle_folder(key, 1) / CHECKPOINT for service in (first, second)]
     (ours, theirs) = (read_tensors(path)[0] for path in checkpoints)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of the last weight, so that the file can still be read."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def kept_of(store: Path, key: str) -> list[Path]:
+    """The checkpoints in the store, the furthest first."""
+    folder = store / "cycles" / key / "1"
+    return [folder / one["name"] for one in json.loads((folder / "checkpoint.json").read_text())["kept"]]
+
+
+@pytest.mark.parametrize(("damaged", "steps"), [(0, [3, 4]), (1, [2, 3, 4]), (2, [1, 2, 3, 4])])
+def test_a_checkpoint_that_is_damaged_in_the_store_is_told_and_the_next_best_is_gone_on_with(
+    machine: Callable[[str], Service],
+    key: str,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damaged: int,
+    steps: list[int],
+) -> None:
+    monkeypatch.setattr(stored_checkpoint, "_EVERY_SECONDS", 0.0)
+    train_until_killed(machine("first"), key)
+    for path in kept_of(store, key)[:damaged]:
+        flip_a_bit(path)
+    second = Steps(machine("second"), key)
+    train_version(machine("second"), key, 1, second)
+    assert second.steps == steps
+    assert caplog.text.count("is damaged: its SHA-256 is not") == damaged
+    train_version(machine("third"), key, 1, third := Steps(machine("third"), key))
+    assert third.steps == []  # the store has a whole one again
+
+
+def test_what_a_finished_training_had_come_to_is_made_again_when_the_store_has_damaged_it(
+    machine: Callable[[str], Service], key: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_checkpoint, "_EVERY_SECONDS", 0.0)
+    first = machine("first")
+    begin_cycle(first, key)
+    version = snapshot(first, key, 1, Steps(first, key))
+    train_version(first, key, 1, Steps(first, key))
+    flip_a_bit(kept_of(store, key)[0])
+    killed = Steps(machine("second"), key, after=1, do=die)
+    with pytest.raises(KilledError):
+        evaluate_version(machine("second"), key, 1, version, killed)
+    evaluate_version(machine("third"), key, 1, version, third := Steps(machine("third"), key))
+    assert (killed.steps, third.steps) == ([4], [4])
+    checkpoints = [service.cycle_folder(key, 1) / CHECKPOINT for service in (first, machine("third"))]
+    assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
+
+
+def test_an_index_of_checkpoints_that_makes_no_sense_names_none(
+    machine: Callable[[str], Service], key: str, store: Path
+) -> None:
+    first, second, folder = machine("first"), machine("second"), store / "cycles" / key / "1"
+    train_until_killed(first, key)
+    (folder.parent / "other").write_bytes(b"")
+    elsewhere = {"kept": [{"name": "../other", "step": 9, "sha256": sha256(b"")}]}
+    for index in ("[]", "12", "{", "\0", '{"kept": [{}]}', '{"kept": 1}', json.dumps(elsewhere)):
+        (folder / "checkpoint.json").write_text(index)
+        assert not bring_checkpoint(second, key, 1)
+        assert not (second.cycle_folder(key, 1) / CHECKPOINT).exists()
+    train_version(first, key, 1, steps := Steps(first, key))
+    assert steps.steps == [4]  # after its own
+    assert len(kept_of(store, key)) == 1
+
+
+def test_a_machine_without_hard_links_keeps_checkpoints_as_well(
+    machine: Callable[[str], Service], key: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    first = machine("first")
+    begin_cycle(first, key)
+    snapshot(first, key, 1, Steps(first, key))
+    monkeypatch.setattr("os.link", no_links)
+    train_version(first, key, 1, Steps(first, key))
+    here = first.cycle_folder(key, 1) / CHECKPOINT
+    assert kept_of(store, key)[0].read_bytes() == here.read_bytes()
+    assert not [path for path in here.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_checkpoints_of_ended_cycles_leave_the_store_and_those_of_others_stay(
+    machine: Callable[[str], Service], key: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, folder = machine("first"), store / "cycles" / key
+    log = begin_cycle(first, key)
+    snapshot(first, key, 1, log)
+    train_version(first, key, 1, log)
+    begin_cycle(first, key, 2)
+    for name in ("2/checkpoint-1.safetensors", "1/checkpoint.step"):  # the latter of an older release
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    before = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    ended = EndedCheckpoints(first)
+    ended.remove(key)
+    assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == before
+    log.finish("failed", error="of something")
+    EndedCheckpoints(machine("second")).remove(key)  # the worker of the first has died since
+    left = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    gone = {"1/checkpoint-1.safetensors", "1/checkpoint.json", "1/checkpoint.step"}
+    assert {str(path) for path in before - left} == gone
+    assert Path("2/checkpoint-1.safetensors") in left
+
+
+def test_a_removal_that_the_store_refuses_is_told_once_and_done_later(
+    machine: Callable[[str], Service], key: str, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = machine("first")
+    folder = store / "cycles" / key / "1"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint-1.safetensors").write_bytes(b"")
+    begin_cycle(first, key).finish("done")
+    store.rename(store.with_name("away"))
+    ended = EndedCheckpoints(first)
+    for _ in range(2):
+        ended.remove(key)
+    assert caplog.text.count("checkpoints of ended cycles stay in the store: the store does not answer") == 1
+    store.with_name("away").rename(store)
+    ended.remove(key)
+    assert list(folder.iterdir()) == []
 
 
 def test_a_checkpoint_of_this_machine_that_is_further_than_the_stores_is_gone_on_with(
@@ -157,7 +286,7 @@ def test_a_checkpoint_of_this_machine_that_is_further_than_the_stores_is_gone_on
 def test_a_training_does_not_wait_for_a_store_that_is_away_but_its_end_does(
     machine: Callable[[str], Service], key: str, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "_CHECKPOINT_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(stored_checkpoint, "_EVERY_SECONDS", 0.0)
     first, second = machine("first"), machine("second")
     begin_cycle(first, key)
     version = snapshot(first, key, 1, Steps(first, key))

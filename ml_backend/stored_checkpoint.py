@@ -1,0 +1,194 @@
+"""The checkpoint of a training in the object store, so that a worker on another machine goes on with it.
+
+The newest two lie there in turn, and a small file says how far each is and which SHA-256 it has: one that was damaged,
+or cut off by the end of a worker, is never trained on, and the other one is still there.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from sqlalchemy import select
+
+from ml_backend.db import UNFINISHED, CycleRow
+from ml_backend.errors import StoreError, StoreUnavailableError
+from ml_backend.service import Service
+from ml_backend.store import Store, digest_of
+from model.files import naming_full_disk
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.safetensors"  # of a cycle's folder here
+_KEPT = ("checkpoint-1.safetensors", "checkpoint-2.safetensors")  # in the store, as is what follows
+_INDEX = "checkpoint.json"
+_EVERY_SECONDS = 300.0  # it is hundreds of megabytes
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A checkpoint in the store, after so many steps."""
+
+    name: str
+    step: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the store has of a training of so many steps (0: unknown), the furthest first."""
+
+    steps: int = 0
+    kept: tuple[_Kept, ...] = ()
+
+    @classmethod
+    def of(cls, store: Store, folder: Path) -> "_Index":
+        """Empty when there is none that can be read."""
+        try:
+            known = json.loads(store.read(folder / _INDEX) or b"{}")
+            kept = [_Kept(str(one["name"]), int(one["step"]), str(one["sha256"])) for one in known.get("kept", ())]
+            return cls(int(known.get("steps", 0)), tuple(one for one in kept if one.name in _KEPT))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s of the store cannot be read, so that no checkpoint is taken from there: %s", _INDEX, error)
+            return cls()
+
+    def write(self, store: Store, folder: Path) -> None:
+        store.write(folder / _INDEX, json.dumps(asdict(self)).encode())
+
+
+def bring_checkpoint(service: Service, project_key: str, number: int) -> bool:
+    """Make a cycle's checkpoint the furthest that the store has whole, unless the one here is as far. Whether it is that
+    of a finished training, as far as the store knows; always without a store."""
+    if (store := service.store) is None:
+        return True
+    folder = service.cycle_folder(project_key, number)
+    checkpoint = folder / CHECKPOINT
+    index = _Index.of(store, folder)
+    damaged = []
+    for kept in index.kept:
+        if kept.step <= _step_of(checkpoint):
+            break
+        try:
+            if store.download(folder / kept.name, sha256=kept.sha256, target=checkpoint):
+                logger.info("project %s: the training of cycle %d goes on after step %d", project_key, number, kept.step)
+                break
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:
+            logger.warning("project %s, cycle %d: an earlier checkpoint is taken: %s", project_key, number, error)
+            damaged.append(kept)
+    if damaged:
+        _Index(index.steps, tuple(one for one in index.kept if one not in damaged)).write(store, folder)
+    return _step_of(checkpoint) >= max(index.steps, 1)
+
+
+class SharedCheckpoint:
+    """Keeps the checkpoint of a training that runs, every few minutes, whether or not the store answers."""
+
+    def __init__(self, service: Service, folder: Path) -> None:
+        self._store, self._folder = service.store, folder
+        self._shared_at = time.monotonic()
+
+    def after_step(self, *, steps: int) -> None:
+        """If it is time, in a training of so many steps, which does not wait for a store that is away."""
+        if self._store is None or time.monotonic() - self._shared_at < _EVERY_SECONDS:
+            return
+        try:
+            self._share(steps)
+        except StoreUnavailableError as error:
+            self._shared_at = time.monotonic()
+            logger.warning("a checkpoint is only here until the next one: %s", error)
+
+    def share_finished(self) -> None:
+        """Keep that of a finished training, unless the store has it; StoreUnavailableError when it does not answer."""
+        self._share(None)
+
+    def drop(self) -> None:
+        """The training begins anew."""
+        if self._store is not None:
+            _Index(_Index.of(self._store, self._folder).steps).write(self._store, self._folder)
+
+    def _share(self, steps: int | None) -> None:
+        """None: the last of its steps is done."""
+        if self._store is None:
+            return
+        index = _Index.of(self._store, self._folder)
+        with _held(self._folder / CHECKPOINT) as held:
+            step = _step_of(held)
+            if step > max((one.step for one in index.kept), default=0):
+                best = index.kept[:1]
+                name = next(name for name in _KEPT if name not in {one.name for one in best})
+                self._store.upload(self._folder / name, source=held)
+                kept = _Kept(name, step, digest_of(held))
+                _Index(steps or step, (kept, *best)).write(self._store, self._folder)
+        self._shared_at = time.monotonic()
+
+
+class EndedCheckpoints:
+    """Removes from the store what the trainings of ended cycles have left there: nobody goes on with them."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._removed: dict[str, dict[int, str | None]] = {}  # by project: the cycles, and when they ended
+        self._told: dict[str, str] = {}
+
+    def remove(self, project_key: str) -> None:
+        """Once for each cycle that has ended, and for all when a worker has started. What the store refuses, or does
+        not answer, is told once, and each further call tries again. For whoever has the project's claim."""
+        ended = self._ended(project_key)
+        if self._service.store is None or ended == self._removed.get(project_key, {}):
+            return
+        try:
+            self._remove(self._service.store, project_key, ended)
+        except StoreUnavailableError as error:
+            if self._told.get(project_key) != str(error):
+                logger.warning("project %s: checkpoints of ended cycles stay in the store: %s", project_key, error)
+            self._told[project_key] = str(error)
+        else:
+            self._removed[project_key] = ended
+            self._told.pop(project_key, None)
+
+    def _ended(self, project_key: str) -> dict[int, str | None]:
+        with self._service.database.session() as session:
+            query = select(CycleRow.number, CycleRow.finished_at).where(
+                CycleRow.project_key == project_key, CycleRow.status.not_in(UNFINISHED)
+            )
+            return {number: finished_at for number, finished_at in session.execute(query)}
+
+    def _remove(self, store: Store, project_key: str, ended: dict[int, str | None]) -> None:
+        folders = {str(number): self._service.cycle_folder(project_key, number) for number in ended}
+        for path in map(Path, store.names(self._service.cycles_folder(project_key))):
+            if path.parts[0] in folders and path.name.startswith("checkpoint"):
+                store.remove(folders[path.parts[0]] / path.name)
+
+
+@contextmanager
+def _held(checkpoint: Path) -> Iterator[Path]:
+    """The checkpoint as it is now: the processes of a training replace it at any time. Nothing if there is none."""
+    held = checkpoint.with_name(".checkpoint-to-share")
+    held.unlink(missing_ok=True)  # of a worker that was killed here
+    try:
+        if checkpoint.exists():
+            with naming_full_disk(str(held), held.parent):
+                try:
+                    os.link(checkpoint, held)
+                except OSError:  # no links here
+                    shutil.copyfile(checkpoint, held)
+        yield held
+    finally:
+        held.unlink(missing_ok=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint holds; 0 when there is none that can be read."""
+    try:
+        with safe_open(checkpoint, framework="np") as file:
+            return int((file.metadata() or {})["step"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return 0
