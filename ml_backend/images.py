@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import json
+import logging
 import os
 import re
 import struct
@@ -35,6 +36,8 @@ from ml_backend.foreign_hosts import AllowedHosts, JudgingTransport, PrivateAddr
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.store import Store
 from model.files import naming_full_disk
+
+logger = logging.getLogger(__name__)
 
 _CLOUD_SCHEMES = ("s3", "gs", "azure-blob")  # what Label Studio resolves for us, with its own credentials
 # Where Label Studio serves files. Anything else there is not for images, and the token can do more than read images.
@@ -102,7 +105,7 @@ class ImageStore:
     ) -> None:
         self._limits = limits or ImageLimits()
         self._allowed = allowed_hosts or AllowedHosts()
-        self._client, self._store = client, store
+        self._client, self._store, self._is_told = client, store, False
         self._images = cache_dir / "images"
         self._index = cache_dir / "index"
         self._unfinished = cache_dir / "unfinished"
@@ -126,10 +129,15 @@ class ImageStore:
     ) -> None:
         self.close()
 
-    def fetch(self, *, task_id: int, uri: str, project_key: str = "") -> FetchedImage:
+    def fetch(
+        self, *, task_id: int, uri: str, project_key: str = "", may_do_without_store: bool = False
+    ) -> FetchedImage:
         """The image at `uri`, as it stands in the task's data. What one project had at an address of Label Studio is
         not believed of another: Label Studio may have been set up anew at the same place. What is damaged in the cache
         is fetched again.
+
+        With `may_do_without_store`, while the store is away, an image comes from its host each time that it is asked
+        for: what is known here, the store has.
 
         Raises ImageError when this image cannot be had or read (the others may be fine; ImageUnavailableError when it
         is worth another try, ImageHostSilentError when those of the same host are, too), DiskFullError,
@@ -139,7 +147,10 @@ class ImageStore:
         if not _is_text(uri):
             raise source.error("expected an address, got text that is not valid Unicode")
         entry = self._index_path(uri, project_key)
-        known = self._look_up(entry) or self._brought(entry)
+        known = self._look_up(entry)
+        if known is None:
+            with self._excused(may_do_without_store):
+                known = self._brought(entry)
         if known is not None:
             return known
         with self._space_for(source), _unfinished_file(self._unfinished) as (file, unfinished):
@@ -147,7 +158,8 @@ class ImageStore:
             extension, image_hw = self._inspect(source, unfinished)
             path = self._images / sha256[:2] / f"{sha256}.{extension}"
             _publish(file, unfinished, path)
-            self._remember(entry, path, image_hw)
+            with self._excused(may_do_without_store):
+                self._remember(entry, path, image_hw)
         return FetchedImage(path=path, sha256=sha256, image_hw=image_hw)
 
     def at_hand(self, path: Path) -> Path:
@@ -216,6 +228,19 @@ class ImageStore:
         with _unfinished_file(self._unfinished) as (file, unfinished):
             file.write(content)
             _publish(file, unfinished, entry)
+
+    @contextmanager
+    def _excused(self, is_excused: bool) -> Iterator[None]:
+        """A store that is away ends the block and, if it may, nothing else; that is told once each time."""
+        try:
+            yield
+            self._is_told = False
+        except StoreUnavailableError as error:
+            if not is_excused:
+                raise
+            if not self._is_told:
+                logger.warning("images come from their hosts for the time being: %s", error)
+            self._is_told = True
 
     def _space_for(self, source: "_Source") -> AbstractContextManager[None]:
         return naming_full_disk(f"the image of task {source.task_id}", self._unfinished)

@@ -9,7 +9,7 @@ import torch
 from ml_backend.errors import ImageError
 from ml_backend.label_config import LabelConfig
 from ml_backend.ls_format import Json, empty_prediction, image_uri, prediction
-from ml_backend.order import order_of
+from ml_backend.order import published_order_of
 from ml_backend.pool import detections_for_people, load_to_look, look_at
 from ml_backend.service import Service
 from model.errors import DatasetError
@@ -24,7 +24,7 @@ class LoadedVersion:
         torch.set_num_threads(max(1, service.settings.threads))
         logger.info("project %s: loading version %s", project_key, version)
         self._network, self._card = load_to_look(service, project_key, version)
-        self._order = order_of(service, project_key, version)
+        self._order = published_order_of(service, project_key, version)
         self._service, self._project_key = service, project_key
         self.names = version, self._order.version
 
@@ -33,7 +33,9 @@ class LoadedVersion:
         settings, task_id, order = self._service.settings, _task_id(task), self._order
         try:
             uri = image_uri(task, config)
-            fetched = self._service.images.fetch(task_id=task_id, uri=uri, project_key=self._project_key)
+            fetched = self._service.images.fetch(
+                task_id=task_id, uri=uri, project_key=self._project_key, may_do_without_store=True
+            )
             seen, found = look_at(self._service, self._network, self._card, fetched.path)
         except (ImageError, DatasetError) as error:
             logger.warning("%s", error)

@@ -12,6 +12,7 @@ from ml_backend.pool import is_validation, read_heads
 from ml_backend.publication import POOL, publication_of
 from ml_backend.service import Service
 from model.empty_images import empty_image_score
+from model.files import write_json
 
 _LAST = 1.0  # the score that is served last
 
@@ -65,15 +66,38 @@ class QueueOrder:
 def order_of(service: Service, project_key: str, version: str) -> QueueOrder:
     """The order that a version makes of what it has scored, with the batch that was frozen for it, if one was; under
     the name and in the labels of its newest publication."""
-    publication = publication_of(service, project_key, version)
     service.bring_lines(service.scores_file(project_key, version))
     lines = read_heads(service.scores_file(project_key, version))
     scored = [line["score"] for line in lines if line.get("score") is not None]
+    return _order(service, project_key, version, empty_image_score(scored, service.settings.empty_policy))
+
+
+def keep_order(service: Service, project_key: str, version: str, order: QueueOrder) -> None:
+    """For `published_order_of`: what of an order is not kept anyhow."""
+    path = service.empty_file(project_key, version)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"policy": service.settings.empty_policy, "score": order.when_empty})
+    service.share(path)
+
+
+def published_order_of(service: Service, project_key: str, version: str) -> QueueOrder:
+    """The order that was kept, without a look at the lines of the scores file, which may be gigabytes; `order_of` when
+    none was kept with the TSP_EMPTY_POLICY of now."""
+    path = service.empty_file(project_key, version)
+    service.bring(path)
+    kept = json.loads(path.read_text()) if path.exists() else {}  # older releases kept none
+    if kept.get("policy") != service.settings.empty_policy:
+        return order_of(service, project_key, version)
+    return _order(service, project_key, version, kept["score"])
+
+
+def _order(service: Service, project_key: str, version: str, when_empty: float) -> QueueOrder:
+    publication = publication_of(service, project_key, version)
     return QueueOrder(
         version=publication.name if publication else version,
         config=publication.config if publication else None,
         validation_fraction=service.settings.validation_fraction,
-        when_empty=empty_image_score(scored, service.settings.empty_policy),
+        when_empty=when_empty,
         batch=frozen_batch(service, project_key, version) or (),
     )
 

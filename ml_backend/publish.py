@@ -10,7 +10,7 @@ from ml_backend.errors import LabelStudioError, LabelStudioUnavailableError
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING
 from ml_backend.ls_format import Json, empty_prediction, for_task
-from ml_backend.order import QueueOrder, frozen_batch, order_of
+from ml_backend.order import QueueOrder, frozen_batch, keep_order, order_of
 from ml_backend.pool import read_heads, read_scores
 from ml_backend.publication import OUR_NAME, POOL, settle
 from ml_backend.service import Service
@@ -51,6 +51,7 @@ def import_missing(service: Service, project_key: str, version: str, log: CycleL
     """
     path = service.scores_file(project_key, version)
     order = order_of(service, project_key, version)
+    keep_order(service, project_key, version, order)
     tasks = {line["task"] for line in read_heads(path)}
     return import_lines(service, service.project(project_key).id, order, tasks, lambda: read_scores(path), log)
 

@@ -134,6 +134,10 @@ class Service:
         """The tasks that were chosen as a version's batch, for strategies that choose a set."""
         return self.scores_folder(project_key) / f"{version}.batch.json"
 
+    def empty_file(self, project_key: str, version: str) -> Path:
+        """Where images in which a version sees nothing stand in its queue."""
+        return self.scores_folder(project_key) / f"{version}.empty.json"
+
     def publication_file(self, project_key: str, version: str) -> Path:
         """Under which name and in which labels a version's predictions stand in Label Studio."""
         return self.scores_folder(project_key) / f"{version}.publication.json"

@@ -386,6 +386,7 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "TSP_MACHINES is more than 1: set TSP_MEETING_POINT to host:port of the worker's machine"
             )
+        settings._check_store_folder()
         if (settings.basic_auth_user is None) != (settings.basic_auth_pass is None):
             raise SettingsError("BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither")
         if settings.basic_auth_user is None and settings.host not in _THIS_MACHINE:
@@ -394,6 +395,18 @@ class Settings(BaseSettings):
                 "BASIC_AUTH_PASS, or TSP_HOST to 127.0.0.1"
             )
         return settings
+
+    def _check_store_folder(self) -> None:
+        """SettingsError when the store is a folder in which what is kept would be taken for what is here."""
+        if not self.store_url.startswith("file:"):
+            return
+        store, here = Path(urlsplit(self.store_url).path).resolve(), self.model_dir
+        if store.is_relative_to(here) or here.is_relative_to(store):
+            raise SettingsError(
+                f"TSP_STORE_URL: expected a folder that is not MODEL_DIR ({here}), not inside it and not around it, "
+                f"got {store}: choose another folder, the same for all processes, or leave TSP_STORE_URL away when all of "
+                "them share MODEL_DIR"
+            )
 
     @classmethod
     def unknown_names(cls) -> list[str]:

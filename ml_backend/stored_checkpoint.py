@@ -55,7 +55,9 @@ class _Index:
             kept = [_Kept(str(one["name"]), int(one["step"]), str(one["sha256"])) for one in known.get("kept", ())]
             return cls(int(known.get("steps", 0)), tuple(one for one in kept if one.name in _KEPT))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            logger.warning("%s of the store cannot be read, so that no checkpoint is taken from there: %s", _INDEX, error)
+            logger.warning(
+                "%s of the store cannot be read, so that no checkpoint is taken from there: %s", _INDEX, error
+            )
             return cls()
 
     def write(self, store: Store, folder: Path) -> None:
@@ -63,8 +65,8 @@ class _Index:
 
 
 def bring_checkpoint(service: Service, project_key: str, number: int) -> bool:
-    """Make a cycle's checkpoint the furthest that the store has whole, unless the one here is as far. Whether it is that
-    of a finished training, as far as the store knows; always without a store."""
+    """Make a cycle's checkpoint the furthest that the store has whole, unless the one here is as far. Whether it is
+    that of a finished training, as far as the store knows; always without a store."""
     if (store := service.store) is None:
         return True
     folder = service.cycle_folder(project_key, number)
@@ -76,7 +78,9 @@ def bring_checkpoint(service: Service, project_key: str, number: int) -> bool:
             break
         try:
             if store.download(folder / kept.name, sha256=kept.sha256, target=checkpoint):
-                logger.info("project %s: the training of cycle %d goes on after step %d", project_key, number, kept.step)
+                logger.info(
+                    "project %s: the training of cycle %d goes on after step %d", project_key, number, kept.step
+                )
                 break
         except StoreUnavailableError:
             raise
@@ -159,7 +163,7 @@ class EndedCheckpoints:
             query = select(CycleRow.number, CycleRow.finished_at).where(
                 CycleRow.project_key == project_key, CycleRow.status.not_in(UNFINISHED)
             )
-            return {number: finished_at for number, finished_at in session.execute(query)}
+            return dict(session.execute(query).tuples())
 
     def _remove(self, store: Store, project_key: str, ended: dict[int, str | None]) -> None:
         folders = {str(number): self._service.cycle_folder(project_key, number) for number in ended}

@@ -3,7 +3,8 @@ and the host of the images is gone for good."""
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ _STEP = re.compile(r"cycle 1: step (\d+) of")
 class Machines:
     """A web process and two workers, each with a MODEL_DIR of its own; those that run end with the block."""
 
-    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
-        self.folder, self.url = folder, f"http://127.0.0.1:{settings['PORT']}"
+    def __init__(self, folder: Path, settings: dict[str, str], bucket: Callable[[], set[str]]) -> None:
+        self.folder, self.url, self.bucket = folder, f"http://127.0.0.1:{settings['PORT']}", bucket
         self.processes = {
             name: BackendProcesses(
                 settings={**settings, "MODEL_DIR": str(folder / name / "models")}, log_dir=folder / name
@@ -82,10 +83,11 @@ def machines(
             s3.environment["AWS_ENDPOINT_URL"], lambda _: Fault(kind="refuse") if away.is_set() else None
         ) as proxy,
     ):
+        bucket = s3.new_bucket()
         settings = environment(
             tmp_path,
             **{**s3.environment, "AWS_ENDPOINT_URL": proxy.url},
-            TSP_STORE_URL=f"s3://{s3.new_bucket()}/tsp",
+            TSP_STORE_URL=f"s3://{bucket}/tsp",
             DATABASE_URL=postgres.new_database(),
             LABEL_STUDIO_URL=label_studio.url,
             LABEL_STUDIO_API_KEY=label_studio.token,
@@ -98,7 +100,7 @@ def machines(
             TSP_CHECKPOINT_STEPS="4",
             TSP_SCORING_CHUNK=str(CHUNK),
         )
-        machines = Machines(tmp_path, settings)
+        machines = Machines(tmp_path, settings, partial(s3.keys, bucket))
         try:
             machines.start("web")
             machines.processes["web"].wait_until_it_answers()
@@ -136,6 +138,8 @@ def test_a_cycle_begun_on_one_machine_is_finished_on_another_and_served_by_a_thi
     assert [int(step) for step in _STEP.findall(machines.log("second"))] == list(range(1, STEPS + 1))
     assert client.predicted_task_ids(project.id, version) == pool
     _check_that_it_is_served(machines, client, project, annotated[0], version)
+    wait(lambda: not [key for key in machines.bucket() if "/checkpoint" in key], machines.bucket)
+    assert [key for key in machines.bucket() if key.endswith("/1/recipe.json")]
 
 
 def test_workers_without_a_common_disk_look_at_one_pool(
@@ -200,4 +204,5 @@ def _check_that_it_is_served(
     folder = machines.folder / "web" / "models"
     assert len(list(folder.glob("versions/*/*/weights.safetensors"))) == 1
     assert len(list(folder.glob("cache/images/*/*.png"))) == 1
+    assert not list(folder.glob("scores/*/*.jsonl"))
     assert "image of task" not in machines.log("web")  # what it says when an image cannot be had

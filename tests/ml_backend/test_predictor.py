@@ -1,14 +1,21 @@
 """Predictions on demand; most of it is tested through `/predict` in test_app.py."""
 
+import json
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from ml_backend.errors import StoreUnavailableError
+from ml_backend.order import keep_order, order_of, published_order_of
 from ml_backend.predictor import UNTRAINED, Predictor
 from ml_backend.service import Service
+from model.empty_images import EmptyImagePolicy
 from model.errors import RegistryError
 from tests.label_studio import POLYGON_CONFIG
-from tests.ml_backend.examples import KEY, VERSION, add_version, data_uri, grey_images
+from tests.ml_backend.examples import KEY, VERSION, add_version, data_uri, grey_images, settings, sha256
 
 TASKS = [{"id": number, "data": {"image": data_uri(png)}} for number, png in enumerate(grey_images(4), start=1)]
 OTHER_CLASSES = POLYGON_CONFIG.replace("cell", "nucleus").replace("lesion", "axon")
@@ -52,3 +59,70 @@ def test_a_version_that_vanished_is_an_error_that_names_it(predictor: Predictor,
     (folder / "weights.safetensors").unlink()
     with pytest.raises(RegistryError, match=f"version {VERSION} of {KEY} is damaged"):
         predictor.predict(KEY, TASKS, POLYGON_CONFIG)
+
+
+# With a store
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Callable[[str], Service]]:
+    """The service with a MODEL_DIR of its own and a common store; in one of three scored images nothing was found."""
+    (tmp_path / "store").mkdir()
+    made: list[Service] = []
+
+    def service(name: str) -> Service:
+        place = {"store_url": f"file://{tmp_path / 'store'}", "model_dir": tmp_path / name}
+        of_this_machine = settings(tmp_path).model_copy(update=place)
+        made.append(Service.connect(of_this_machine, remembers_seconds=1e-9))
+        return made[-1]
+
+    worker = service("worker")
+    add_version(worker, KEY)
+    worker.registry.activate(KEY, VERSION)
+    scores = worker.scores_file(KEY, VERSION)
+    scores.parent.mkdir(parents=True)
+    lines = [{"task": task, "image": sha256(b""), "score": score} for task, score in enumerate((0.25, None, 0.75))]
+    scores.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    worker.share_lines(scores)
+    keep_order(worker, KEY, VERSION, order_of(worker, KEY, VERSION))
+    yield service
+    for one in made:
+        one.close()
+
+
+def test_a_machine_that_answers_needs_no_lines_of_what_was_scored(machine: Callable[[str], Service]) -> None:
+    web = machine("web")
+    assert published_order_of(web, KEY, VERSION) == order_of(machine("worker"), KEY, VERSION)
+    assert len(Predictor(web).predict(KEY, TASKS, POLYGON_CONFIG)) == 4
+    assert not web.scores_file(KEY, VERSION).exists()
+
+
+def test_with_another_policy_for_empty_images_the_lines_are_looked_at(machine: Callable[[str], Service]) -> None:
+    web = machine("web")
+    assert published_order_of(web, KEY, VERSION).when_empty == 0.5
+    last = replace(web, settings=web.settings.model_copy(update={"empty_policy": EmptyImagePolicy.LAST}))
+    assert published_order_of(last, KEY, VERSION).when_empty == 1.0
+
+
+def test_while_the_store_is_away_images_are_had_from_their_hosts(
+    machine: Callable[[str], Service], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ml_backend.store._REST_SECONDS", 0.0)
+    web, store, away = machine("web"), tmp_path / "store", tmp_path / "away"
+    told = "images come from their hosts for the time being: the store does not answer"
+    predictor = Predictor(web)
+    predictor.predict(KEY, TASKS[:1], POLYGON_CONFIG)
+    store.rename(away)
+    without = [predictor.predict(KEY, TASKS, POLYGON_CONFIG) for _ in range(2)][-1]
+    assert [answer["model_version"] for answer in without] == [VERSION] * 4
+    assert caplog.text.count(told) == 1
+    away.rename(store)
+    assert len(list(store.glob("cache/index/*/*"))) == 1  # that of before
+    assert predictor.predict(KEY, TASKS, POLYGON_CONFIG) == without
+    assert len(list(store.glob("cache/index/*/*"))) == 4  # now they are kept
+    store.rename(away)
+    another = data_uri(grey_images(5)[-1])
+    web.images.fetch(task_id=5, uri=another, may_do_without_store=True)
+    assert caplog.text.count(told) == 2
+    with pytest.raises(StoreUnavailableError):  # a worker waits: others must find there what it knows
+        web.images.fetch(task_id=5, uri=another)

@@ -179,6 +179,26 @@ def test_a_store_that_cannot_be_used_is_refused(
     assert SECRET not in f"{caught.value} {caught.value.__cause__}"
 
 
+@pytest.mark.parametrize("store", ["data", "data/store", "", "data/../data", "link/store"])
+def test_a_store_that_is_not_apart_from_the_folder_of_this_machine_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: str
+) -> None:
+    (tmp_path / "link").symlink_to("data")
+    place = {**POSTGRES, "MODEL_DIR": "data", "TSP_STORE_URL": f"file://{tmp_path}/{store}"}
+    with pytest.raises(SettingsError) as caught:
+        read(monkeypatch, place)
+    folder = (tmp_path / store).resolve()
+    assert str(caught.value).startswith(
+        f"TSP_STORE_URL: expected a folder that is not MODEL_DIR ({tmp_path / 'data'}), not inside it and not around "
+        f"it, got {folder}: choose another folder"
+    )
+
+
+def test_a_store_beside_the_folder_of_this_machine_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = {**POSTGRES, "MODEL_DIR": "data", "TSP_STORE_URL": f"file://{tmp_path}/data-store"}
+    assert read(monkeypatch, place).store_url == place["TSP_STORE_URL"]
+
+
 def test_tokens_and_passwords_are_read_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = read(monkeypatch, {"BASIC_AUTH_USER": "studio", **dict.fromkeys(SECRETS, SECRET)})
     assert settings.require_api_key() == SECRET
