@@ -404,7 +404,7 @@ class Settings(BaseSettings):
         if store.is_relative_to(here) or here.is_relative_to(store):
             raise SettingsError(
                 f"TSP_STORE_URL: expected a folder that is not MODEL_DIR ({here}), not inside it and not around it, "
-                f"got {store}: choose another folder, the same for all processes, or leave TSP_STORE_URL away when all of "
+                f"got {store}: choose another folder, the same for all processes, or unset TSP_STORE_URL when all of "
                 "them share MODEL_DIR"
             )
 

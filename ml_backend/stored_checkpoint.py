@@ -145,11 +145,13 @@ class EndedCheckpoints:
     def remove(self, project_key: str) -> None:
         """Once for each cycle that has ended, and for all when a worker has started. What the store refuses, or does
         not answer, is told once, and each further call tries again. For whoever has the project's claim."""
+        if (store := self._service.store) is None:
+            return
         ended = self._ended(project_key)
-        if self._service.store is None or ended == self._removed.get(project_key, {}):
+        if ended == self._removed.get(project_key, {}):
             return
         try:
-            self._remove(self._service.store, project_key, ended)
+            self._remove(store, project_key, ended)
         except StoreUnavailableError as error:
             if self._told.get(project_key) != str(error):
                 logger.warning("project %s: checkpoints of ended cycles stay in the store: %s", project_key, error)
@@ -163,7 +165,7 @@ class EndedCheckpoints:
             query = select(CycleRow.number, CycleRow.finished_at).where(
                 CycleRow.project_key == project_key, CycleRow.status.not_in(UNFINISHED)
             )
-            return dict(session.execute(query).tuples())
+            return {row.number: row.finished_at for row in session.execute(query)}
 
     def _remove(self, store: Store, project_key: str, ended: dict[int, str | None]) -> None:
         folders = {str(number): self._service.cycle_folder(project_key, number) for number in ended}
