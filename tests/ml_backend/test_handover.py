@@ -182,6 +182,29 @@ def test_a_checkpoint_that_is_damaged_in_the_store_is_told_and_the_next_best_is_
     assert third.steps == []  # the store has a whole one again
 
 
+def test_a_worker_that_is_killed_while_it_keeps_a_checkpoint_leaves_the_one_before(
+    machine: Callable[[str], Service],
+    key: str,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(stored_checkpoint, "_EVERY_SECONDS", 0.0)
+    first, second = machine("first"), machine("second")
+    train_until_killed(first, key)  # two are kept
+    before, slots = kept_of(store, key), sorted((store / "cycles" / key / "1").glob("checkpoint-*"))
+    contents = [path.read_bytes() for path in slots]
+    with monkeypatch.context() as context:
+        context.setattr(stored_checkpoint._Index, "write", lambda *_: die())
+        with pytest.raises(KilledError):
+            train_version(first, key, 1, Steps(first, key))
+    assert [path.read_bytes() == content for path, content in zip(slots, contents, strict=True)].count(False) == 1
+    assert kept_of(store, key) == before
+    train_version(second, key, 1, steps := Steps(second, key))
+    assert steps.steps == [3, 4]
+    assert "is damaged" not in caplog.text
+
+
 def test_what_a_finished_training_had_come_to_is_made_again_when_the_store_has_damaged_it(
     machine: Callable[[str], Service], key: str, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
