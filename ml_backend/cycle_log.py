@@ -112,7 +112,7 @@ class CycleLog:
         """Set columns, and among the facts the pace of the steps (None: not known)."""
         self._confirm()
         with self._database.session() as session:
-            row = session.get_one(self._table, self._identity)
+            row = session.get_one(self._table, self._identity, with_for_update=True)
             for name, value in columns.items():
                 setattr(row, name, value)
             row.facts = _without(row.facts, "pace") | ({"pace": pace} if pace else {})

@@ -105,7 +105,8 @@ class ImageStore:
     ) -> None:
         self._limits = limits or ImageLimits()
         self._allowed = allowed_hosts or AllowedHosts()
-        self._client, self._store, self._is_told = client, store, False
+        self._client, self._store = client, store
+        self._is_absence_told = False  # of the store
         self._images = cache_dir / "images"
         self._index = cache_dir / "index"
         self._unfinished = cache_dir / "unfinished"
@@ -234,13 +235,13 @@ class ImageStore:
         """A store that is away ends the block and, if it may, nothing else; that is told once each time."""
         try:
             yield
-            self._is_told = False
+            self._is_absence_told = False
         except StoreUnavailableError as error:
             if not is_excused:
                 raise
-            if not self._is_told:
+            if not self._is_absence_told:
                 logger.warning("images come from their hosts for the time being: %s", error)
-            self._is_told = True
+            self._is_absence_told = True
 
     def _space_for(self, source: "_Source") -> AbstractContextManager[None]:
         return naming_full_disk(f"the image of task {source.task_id}", self._unfinished)

@@ -105,9 +105,8 @@ class LabelStudioClient:
         """The e-mail address of the token's owner; the cheapest way to try address and token."""
         doubt = f"is {self.url} really Label Studio's address?"
         try:
-            user = self._http.json(
-                "GET", "/api/current-user/whoami"
-            )  # not by the SDK, which the web process never loads
+            # Not by the SDK, which the web process never loads.
+            user = self._http.json("GET", "/api/current-user/whoami")
         except NotFoundError as error:  # each Label Studio has this page
             raise LabelStudioError(f"{error}; {doubt}") from error
         if not isinstance(user, dict) or "email" not in user:

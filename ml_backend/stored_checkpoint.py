@@ -21,13 +21,15 @@ from ml_backend.db import UNFINISHED, CycleRow
 from ml_backend.errors import StoreError, StoreUnavailableError
 from ml_backend.service import Service
 from ml_backend.store import Store, digest_of
-from model.files import naming_full_disk
+from model.errors import DiskFullError
+from model.files import NO_LINKS, naming_full_disk
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.safetensors"  # of a cycle's folder here
 _KEPT = ("checkpoint-1.safetensors", "checkpoint-2.safetensors")  # in the store, as is what follows
 _INDEX = "checkpoint.json"
+_HELD = ".checkpoint-to-share"  # of a cycle's folder here, while it is read
 _EVERY_SECONDS = 300.0  # it is hundreds of megabytes
 
 
@@ -66,13 +68,14 @@ class _Index:
 
 def bring_checkpoint(service: Service, project_key: str, number: int) -> bool:
     """Make a cycle's checkpoint the furthest that the store has whole, unless the one here is as far. Whether it is
-    that of a finished training, as far as the store knows; always without a store."""
+    that of a finished training; not when the store does not know how long that is, and always without a store."""
     if (store := service.store) is None:
         return True
     folder = service.cycle_folder(project_key, number)
     checkpoint = folder / CHECKPOINT
     index = _Index.of(store, folder)
-    damaged = []
+    (folder / _HELD).unlink(missing_ok=True)  # of a worker that was killed here
+    useless = []
     for kept in index.kept:
         if kept.step <= _step_of(checkpoint):
             break
@@ -82,14 +85,16 @@ def bring_checkpoint(service: Service, project_key: str, number: int) -> bool:
                     "project %s: the training of cycle %d goes on after step %d", project_key, number, kept.step
                 )
                 break
+            logger.warning("project %s, cycle %d: the store has lost %s", project_key, number, kept.name)
+            useless.append(kept)
         except StoreUnavailableError:
             raise
         except StoreError as error:
             logger.warning("project %s, cycle %d: an earlier checkpoint is taken: %s", project_key, number, error)
-            damaged.append(kept)
-    if damaged:
-        _Index(index.steps, tuple(one for one in index.kept if one not in damaged)).write(store, folder)
-    return _step_of(checkpoint) >= max(index.steps, 1)
+            useless.append(kept)
+    if useless:
+        _Index(index.steps, tuple(one for one in index.kept if one not in useless)).write(store, folder)
+    return 0 < index.steps <= _step_of(checkpoint)
 
 
 class SharedCheckpoint:
@@ -100,12 +105,12 @@ class SharedCheckpoint:
         self._shared_at = time.monotonic()
 
     def after_step(self, *, steps: int) -> None:
-        """If it is time, in a training of so many steps, which does not wait for a store that is away."""
+        """If it is time, in a training of so many steps, which waits neither for a store that is away nor for space."""
         if self._store is None or time.monotonic() - self._shared_at < _EVERY_SECONDS:
             return
         try:
             self._share(steps)
-        except StoreUnavailableError as error:
+        except (StoreUnavailableError, DiskFullError) as error:
             self._shared_at = time.monotonic()
             logger.warning("a checkpoint is only here until the next one: %s", error)
 
@@ -177,14 +182,16 @@ class EndedCheckpoints:
 @contextmanager
 def _held(checkpoint: Path) -> Iterator[Path]:
     """The checkpoint as it is now: the processes of a training replace it at any time. Nothing if there is none."""
-    held = checkpoint.with_name(".checkpoint-to-share")
-    held.unlink(missing_ok=True)  # of a worker that was killed here
+    held = checkpoint.with_name(_HELD)
+    held.unlink(missing_ok=True)
     try:
         if checkpoint.exists():
             with naming_full_disk(str(held), held.parent):
                 try:
                     os.link(checkpoint, held)
-                except OSError:  # no links here
+                except OSError as error:
+                    if error.errno not in NO_LINKS:
+                        raise
                     shutil.copyfile(checkpoint, held)
         yield held
     finally:

@@ -6,8 +6,8 @@ share, and for batch norms that are not frozen, which see their own share.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -57,7 +57,7 @@ class Ranks:
     def start_alike(self, network: nn.Module, first: int) -> None:
         """Give every process the weights of the first one. RuntimeError unless all go on at the same step, `first`."""
         steps = torch.tensor([first, -first], device=next(network.parameters()).device)
-        with self.meeting():
+        with self._exchange(steps.device):
             torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
             latest, earliest = int(steps[0]), -int(steps[1])
         if latest != earliest:
@@ -65,7 +65,7 @@ class Ranks:
                 f"expected that all processes see one checkpoint, got steps {earliest} to {latest}: does the folder "
                 "that they share show what was written elsewhere?"
             )
-        with self.meeting():
+        with self._exchange(steps.device):
             for tensor in network.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
 
@@ -81,7 +81,7 @@ class Ranks:
             if name in losses:
                 value, samples = losses[name]
                 row[:] = torch.stack([row.new_ones(()), row.new_tensor(samples), samples * value.detach()])
-        with self.meeting():
+        with self._exchange(device):
             torch.distributed.all_reduce(table)
             rows = dict(zip(names, table.tolist(), strict=True))
         whole = {name: summed / max(samples, 1) for name, (is_there, samples, summed) in rows.items() if is_there}
@@ -92,7 +92,15 @@ class Ranks:
         """Replace the gradient of each parameter by the sum over all processes; all have the same afterwards."""
         known = list(parameters)
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in known])
-        with self.meeting():
+        with self._exchange(flat.device):
             torch.distributed.all_reduce(flat)
         for parameter, gradient in zip(known, torch.split(flat, [p.numel() for p in known]), strict=True):
             parameter.grad = gradient.view_as(parameter)
+
+    @contextmanager
+    def _exchange(self, device: torch.device) -> Iterator[None]:
+        """A meeting that is over when its tensors are there: on a GPU they are only asked for in the block."""
+        with self.meeting():
+            yield
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 from model.errors import DiskFullError
 
 _UNFINISHED = ".unfinished"
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, SMB, and what else has no hard links
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, SMB, and what else has no hard links
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -75,7 +75,7 @@ def create_private(path: Path, content: bytes) -> None:
     try:
         os.link(unfinished, path)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         _write_new(path, content)
     finally:

@@ -148,12 +148,17 @@ class Roll:
         self._went[rank] += 1
 
     def behind(self) -> list[int]:
-        """The machines, from 0 on, of the processes that others wait for."""
-        return sorted({rank // self._processes for rank, came in enumerate(self._came) if came < max(self._came)})
+        """The machines, from 0 on, that others wait for. None when it may be any: of those in one meeting, one may have
+        what it came for before another, and come to the next."""
+        latest = max(self._came)
+        awaited = [rank for rank, came in enumerate(self._came) if came < latest]
+        absent = [rank for rank in awaited if self._came[rank] == self._went[rank]]
+        machines = sorted({rank // self._processes for rank in absent or awaited})
+        return machines if absent or len(machines) == 1 else []
 
     def is_stuck(self) -> bool:
-        """Whether all have come to a meeting and none goes on: one stands still amid it, and no word says which."""
-        return min(self._came) > max(self._went)
+        """Whether one stands still amid a meeting, and no word says which: somebody waits, and for nobody known."""
+        return not self.behind() and max(self._went) < max(self._came)
 
 
 def release() -> str:

@@ -15,16 +15,22 @@ async function refresh() {
     const answer = await fetch(address, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
     if (!answer.ok) throw new Error(`it answered ${answer.status}`);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    // Another release, or the page of a proxy that wants a password.
+    if (styleOf(page) !== styleOf(document)) return location.reload();
     document.title = page.title;
     outdated.remove();
     renew(document.body, page.body);
     seenAt = new Date();
   } catch (error) {
     document.title = "not up to date - TSP active learning";
-    outdated.textContent = `The web process gives no answer (${error.message}). What stands here is of ${seenAt.toLocaleTimeString()}.`;
+    outdated.textContent = `This page cannot be brought up to date (${error.message}). What stands here is of ${seenAt.toLocaleTimeString()}.`;
     document.body.prepend(outdated);
   }
   setTimeout(refresh, PAUSE_MS);
+}
+
+function styleOf(page) {
+  return page.querySelector("style")?.textContent;
 }
 
 function renew(shown, fresh) {

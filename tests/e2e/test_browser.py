@@ -441,7 +441,7 @@ def test_the_dashboard_says_when_it_is_not_up_to_date(page: Page, service: Servi
     port = free_port()
     with served(create_app(service.settings), port=port) as url:
         page.goto(f"{url}/ui")
-    told = page.get_by_text("The web process gives no answer")
+    told = page.get_by_text("This page cannot be brought up to date")
     expect(told).to_be_visible(timeout=_NEXT_LOOK_MS)
     expect(page).to_have_title("not up to date - TSP active learning")
     _do_step(service, 50)
@@ -480,6 +480,8 @@ def test_a_button_that_becomes_another_one_while_it_is_pressed_does_nothing(page
         shutil.rmtree(service.registry.root / KEY / shown)
         expect(buttons).to_have_count(1, timeout=_NEXT_LOOK_MS)  # where the other one was
         page.mouse.up()
+        with page.expect_response(f"{url}/ui", timeout=_NEXT_LOOK_MS):  # and none of an action's
+            pass
         expect(page).to_have_url(f"{url}/ui")
     assert overview(service)[0]["activations"] == []
 

@@ -165,24 +165,33 @@ def kept_of(store: Path, key: str) -> list[Path]:
     return [folder / one["name"] for one in json.loads((folder / "checkpoint.json").read_text())["kept"]]
 
 
-@pytest.mark.parametrize(("damaged", "steps"), [(0, [3, 4]), (1, [2, 3, 4]), (2, [1, 2, 3, 4])])
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "damaged", "steps"),
+    [(flip_a_bit, 0, [3, 4]), (flip_a_bit, 1, [2, 3, 4]), (flip_a_bit, 2, [1, 2, 3, 4]), (lose, 1, [2, 3, 4])],
+)
 def test_a_checkpoint_that_is_damaged_in_the_store_is_told_and_the_next_best_is_gone_on_with(
     machine: Callable[[str], Service],
     key: str,
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    harm: Callable[[Path], None],
     damaged: int,
     steps: list[int],
 ) -> None:
     monkeypatch.setattr(stored_checkpoint, "_EVERY_SECONDS", 0.0)
     train_until_killed(machine("first"), key)
     for path in kept_of(store, key)[:damaged]:
-        flip_a_bit(path)
+        harm(path)
     second = Steps(machine("second"), key)
     train_version(machine("second"), key, 1, second)
     assert second.steps == steps
-    assert caplog.text.count("is damaged: its SHA-256 is not") == damaged
+    told = "the store has lost" if harm is lose else "is damaged: its SHA-256 is not"
+    assert caplog.text.count(told) == damaged
     train_version(machine("third"), key, 1, third := Steps(machine("third"), key))
     assert third.steps == []  # the store has a whole one again
 
@@ -238,9 +247,11 @@ def test_an_index_of_checkpoints_that_makes_no_sense_names_none(
         (folder / "checkpoint.json").write_text(index)
         assert not bring_checkpoint(second, key, 1)
         assert not (second.cycle_folder(key, 1) / CHECKPOINT).exists()
+    assert not bring_checkpoint(first, key, 1)  # what it has of its own may not be all
     train_version(first, key, 1, steps := Steps(first, key))
     assert steps.steps == [4]  # after its own
     assert len(kept_of(store, key)) == 1
+    assert bring_checkpoint(first, key, 1)
 
 
 def test_a_machine_without_hard_links_keeps_checkpoints_as_well(

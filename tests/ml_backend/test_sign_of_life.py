@@ -18,7 +18,7 @@ from ml_backend.app import create_app
 from ml_backend.db import WorkerRow
 from ml_backend.overview import worker_overview
 from ml_backend.service import Service
-from ml_backend.sign_of_life import SignOfLife
+from ml_backend.sign_of_life import SignOfLife, TokenCheck
 from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import LabelStudioServer, free_port
 from tests.label_studio import USERNAME
@@ -125,7 +125,7 @@ def test_a_web_process_alone_says_that_its_token_is_wrong(label_studio: LabelStu
     finally:
         web.stop()
     log = (tmp_path / "web.log").read_text()
-    assert log.count("Label Studio refused the token, which looks like a legacy token") == 1  # though it asks again
+    assert log.count("Label Studio refused the token, which looks like a legacy token") == 1
     assert "Label Studio refused the token, which looks like a legacy token" in page
     assert token not in log + page
 
@@ -147,6 +147,12 @@ def test_the_web_process_answers_while_it_waits_for_label_studio(tmp_path: Path)
         assert web.get("/status").json()["label_studio"]["problem"] == ""
         may_answer.set()
         _wait(lambda: "Label Studio said: " in web.get("/ui").text)
+
+
+def test_what_has_not_changed_is_not_logged_again(lonely_service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    check = TokenCheck(lonely_service.label_studio)
+    assert check.ask() == check.ask() != ""
+    assert caplog.text.count("no answer from Label Studio") == 1
 
 
 def test_what_the_worker_says_of_label_studio_is_not_said_twice(tmp_path: Path, lonely_service: Service) -> None:

@@ -200,6 +200,19 @@ def test_a_machine_that_stands_still_before_a_meeting_is_known_and_one_amid_it_i
     assert (roll.behind(), roll.is_stuck()) == ([0], False)
 
 
+def test_of_those_amid_one_meeting_none_is_named_when_one_of_them_is_already_at_the_next():
+    roll = Roll(machines=3, processes=1)
+    for rank in (0, 1, 2):
+        roll.comes(rank)
+    roll.goes_on(1)
+    roll.comes(1)
+    assert (roll.behind(), roll.is_stuck()) == ([], True)
+    roll.goes_on(0)
+    assert (roll.behind(), roll.is_stuck()) == ([0], False)
+    roll.comes(0)
+    assert (roll.behind(), roll.is_stuck()) == ([2], False)
+
+
 def rank_of(process):
     pairs = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     return next(int(pair[5:]) for pair in pairs if pair.startswith(b"RANK="))
