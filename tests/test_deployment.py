@@ -305,7 +305,7 @@ def test_only_what_the_package_is_made_of_is_sent_to_a_build() -> None:
     assert Path("ml_backend/ui/ui.html") in sent
     tracked = subprocess.check_output(["git", "ls-files", "model", "ml_backend"], cwd=ROOT, text=True).split()
     assert set(map(str, sent)) >= set(tracked)
-    assert {path.suffix for path in sent} <= {".py", ".html", ".toml", ".md", ".txt"}
+    assert {path.suffix for path in sent} <= {".py", ".html", ".js", ".toml", ".md", ".txt"}
 
 
 @pytest.mark.slow
