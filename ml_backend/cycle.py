@@ -197,7 +197,7 @@ def _from_the_start_if_unusable(
 
 def evaluate_version(service: Service, project_key: str, number: int, version: str, log: CycleLog) -> bool:
     """Measure the trained network on the frozen validation split and put it into the registry; whether it may take the
-    place of the active version. Trains it again when the store has lost what the training had come to."""
+    place of the active version. Trains it again when what the training had come to is lost."""
     bring_snapshot(service, project_key, number)
     if not bring_checkpoint(service, project_key, number):
         train_version(service, project_key, number, log)  # what it had come to is damaged, or gone

@@ -15,9 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from sqlalchemy import select
 
-from ml_backend.db import UNFINISHED, CycleRow
 from ml_backend.errors import StoreError, StoreUnavailableError
 from ml_backend.service import Service
 from ml_backend.store import Store, digest_of
@@ -68,11 +66,12 @@ class _Index:
 
 def bring_checkpoint(service: Service, project_key: str, number: int) -> bool:
     """Make a cycle's checkpoint the furthest that the store has whole, unless the one here is as far. Whether it is
-    that of a finished training; not when the store does not know how long that is, and always without a store."""
-    if (store := service.store) is None:
-        return True
+    that of a finished training; not when the store does not know how long that is. Without a store: whether there is
+    one."""
     folder = service.cycle_folder(project_key, number)
     checkpoint = folder / CHECKPOINT
+    if (store := service.store) is None:
+        return checkpoint.exists()
     index = _Index.of(store, folder)
     (folder / _HELD).unlink(missing_ok=True)  # of a worker that was killed here
     useless = []
@@ -137,46 +136,6 @@ class SharedCheckpoint:
                 kept = _Kept(name, step, digest_of(held))
                 _Index(steps or step, (kept, *best)).write(self._store, self._folder)
         self._shared_at = time.monotonic()
-
-
-class EndedCheckpoints:
-    """Removes from the store what the trainings of ended cycles have left there: nobody goes on with them."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._removed: dict[str, dict[int, str | None]] = {}  # by project: the cycles, and when they ended
-        self._told: dict[str, str] = {}
-
-    def remove(self, project_key: str) -> None:
-        """Once for each cycle that has ended, and for all when a worker has started. What the store refuses, or does
-        not answer, is told once, and each further call tries again. For whoever has the project's claim."""
-        if (store := self._service.store) is None:
-            return
-        ended = self._ended(project_key)
-        if ended == self._removed.get(project_key, {}):
-            return
-        try:
-            self._remove(store, project_key, ended)
-        except StoreUnavailableError as error:
-            if self._told.get(project_key) != str(error):
-                logger.warning("project %s: checkpoints of ended cycles stay in the store: %s", project_key, error)
-            self._told[project_key] = str(error)
-        else:
-            self._removed[project_key] = ended
-            self._told.pop(project_key, None)
-
-    def _ended(self, project_key: str) -> dict[int, str | None]:
-        with self._service.database.session() as session:
-            query = select(CycleRow.number, CycleRow.finished_at).where(
-                CycleRow.project_key == project_key, CycleRow.status.not_in(UNFINISHED)
-            )
-            return {row.number: row.finished_at for row in session.execute(query)}
-
-    def _remove(self, store: Store, project_key: str, ended: dict[int, str | None]) -> None:
-        folders = {str(number): self._service.cycle_folder(project_key, number) for number in ended}
-        for path in map(Path, store.names(self._service.cycles_folder(project_key))):
-            if path.parts[0] in folders and path.name.startswith("checkpoint"):
-                store.remove(folders[path.parts[0]] / path.name)
 
 
 @contextmanager

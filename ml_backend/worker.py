@@ -37,6 +37,7 @@ from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import ActivationLog, CycleLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
+from ml_backend.ended_checkpoints import EndedCheckpoints
 from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError, SettingsError, StoreUnavailableError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
 from ml_backend.logs import start_logging
@@ -46,7 +47,6 @@ from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
-from ml_backend.stored_checkpoint import EndedCheckpoints
 from ml_backend.team import STILL_GOING, ScoringTeam
 from model.bfloat16 import check_bfloat16
 from model.errors import DiskFullError, InvalidInputError, TSPError

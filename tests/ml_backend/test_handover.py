@@ -13,6 +13,7 @@ import torch
 from ml_backend import stored_checkpoint
 from ml_backend.batch import choose_batch
 from ml_backend.cycle import evaluate_version, snapshot, train_version
+from ml_backend.ended_checkpoints import EndedCheckpoints
 from ml_backend.errors import StoreUnavailableError
 from ml_backend.forget import forget, remove_forgotten_data
 from ml_backend.ls_client import LabelStudioClient
@@ -21,7 +22,7 @@ from ml_backend.order import frozen_batch
 from ml_backend.pool import read_scores, score_pool
 from ml_backend.publish import publish
 from ml_backend.service import Service
-from ml_backend.stored_checkpoint import CHECKPOINT, EndedCheckpoints, bring_checkpoint
+from ml_backend.stored_checkpoint import CHECKPOINT, bring_checkpoint
 from model.files import read_tensors
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import polygon_result
@@ -287,6 +288,7 @@ def test_checkpoints_of_ended_cycles_leave_the_store_and_those_of_others_stay(
     assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == before
     log.finish("failed", error="of something")
     EndedCheckpoints(machine("second")).remove(key)  # the worker of the first has died since
+    assert (first.cycle_folder(key, 1) / CHECKPOINT).exists()  # on a disk of its own
     left = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     gone = {"1/checkpoint-1.safetensors", "1/checkpoint.json", "1/checkpoint.step"}
     assert {str(path) for path in before - left} == gone

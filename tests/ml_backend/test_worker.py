@@ -257,6 +257,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_training_finishes_the_same_cyc
             assert (after["status"], after["error"]) == ("done", "")
             assert (after["planned_at"], after["facts"]["annotated"]) == (before["planned_at"], 4)
             assert all(done == 0 or done > saved_steps or done == before["done"] for done in seen)  # nothing was lost
+            wait(lambda: not checkpoint.exists(), running.status)  # nobody goes on with it
 
             late = import_images(client, project, grey_images(3)[2:])  # a task that comes after the cycle
             wait(lambda: client.model_versions(project.id) == {after["version"]: 3}, running.status)
