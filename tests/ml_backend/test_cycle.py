@@ -389,6 +389,21 @@ def test_a_checkpoint_that_cannot_be_gone_on_with_is_removed_and_training_starts
     assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
 
 
+def test_what_a_training_has_come_to_is_made_again_when_it_is_gone(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    annotate(client, project, phantom_images(1))
+    version = snapshot(service, key, 1, log)
+    train_version(service, key, 1, log)
+    trained = weights(service.cycle_folder(key, 1))
+    (service.cycle_folder(key, 1) / "checkpoint.safetensors").unlink()
+    evaluate_version(service, key, 1, version, log)
+    network, _ = service.registry.load(key, version)
+    assert [
+        name for name, tensor in network.state_dict().items() if not torch.equal(tensor, trained[f"network.{name}"])
+    ] == []
+
+
 BEYOND_THE_PAPER: dict[str, Any] = {
     "TSP_EPOCHS": 4,  # of one image and one step each
     "TSP_CHECKPOINT_STEPS": 1,
