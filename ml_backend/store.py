@@ -31,9 +31,11 @@ _PART_NAME = re.compile(r"(\d{15,})-([0-9a-f]{64})")
 _PART_BYTES = 32_000_000  # about as many go into the memory at once
 _REMOVED_AT_ONCE = 1000  # what S3 takes in a request
 _MOST_REMOVALS = 20  # of a folder in which something new is found each time
-_REST_SECONDS = 5.0  # after a question in vain, for those who go on with what they remember
+# Those who go on with what they remember ask a store that is silent once, no longer than this, and then rest.
+_PATIENCE_SECONDS = 5.0
+_REST_SECONDS = 5.0
 # s3fs tries five times; botocore, below it, would try each of these five times, which takes a minute.
-_S3_OPTIONS = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+_ONE_ATTEMPT = {"retries": {"total_max_attempts": 1}}
 
 
 def open_store(settings: Settings, *, remembers_seconds: float = 0.0) -> "Store | None":
@@ -261,8 +263,13 @@ class Store:
         """The file system of fsspec, and the root in its words. Imported at the first question: it takes a while."""
         from fsspec.core import url_to_fs
 
-        options = {} if self._is_folder else _S3_OPTIONS
+        options: dict[str, Any] = {}
+        if not self._is_folder:
+            patience = {"connect_timeout": _PATIENCE_SECONDS, "read_timeout": _PATIENCE_SECONDS}
+            options = {"config_kwargs": {**_ONE_ATTEMPT, **(patience if self._remembers_seconds else {})}}
         files, root = url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True, **options)
+        if self._remembers_seconds:
+            files.retries = 1  # attempts of s3fs
         return files, str(root)
 
     @property

@@ -610,6 +610,29 @@ def test_a_store_that_keeps_one_thread_waiting_does_not_keep_those_that_remember
             assert slow.result() == b"1"
 
 
+def test_a_silent_store_is_asked_once_by_those_that_remember_and_then_left_alone(
+    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ml_backend.store._PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("ml_backend.store._REST_SECONDS", 3600.0)
+    asked, ends = [], threading.Event()
+
+    def stay_silent(call: Call) -> None:
+        asked.append(call.path)
+        ends.wait()
+
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], lambda _: None, look=stay_silent) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        web = Store(f"s3://{bucket}", tmp_path, remembers_seconds=1.0)
+        try:
+            for ask in (web.read, web.recall, web.names, web.download):
+                with pytest.raises(StoreUnavailableError, match="(?i)time-?out"):
+                    ask(tmp_path / "a")
+        finally:
+            ends.set()
+    assert len(asked) == 1
+
+
 def test_a_folder_that_is_not_mounted_is_not_an_empty_one(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/mount", tmp_path / "here")
     for ask in (store.read, store.names, store.download, lambda path: store.write(path, b"")):
