@@ -626,7 +626,7 @@ def test_a_silent_store_is_asked_once_by_those_that_remember_and_then_left_alone
         web = Store(f"s3://{bucket}", tmp_path, remembers_seconds=1.0)
         try:
             for ask in (web.read, web.recall, web.names, web.download):
-                with pytest.raises(StoreUnavailableError, match="(?i)time-?out"):
+                with pytest.raises(StoreUnavailableError, match=r"(?i)time-?out"):
                     ask(tmp_path / "a")
         finally:
             ends.set()
