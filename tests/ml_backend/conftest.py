@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ml_backend import ls_http
 from ml_backend.db import Database
 from ml_backend.service import Service
 from ml_backend.settings import Settings
@@ -60,3 +61,9 @@ def service(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Service
     )
     yield service
     service.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Label Studio is asked again at once."""
+    monkeypatch.setattr(ls_http, "_PAUSES_SECONDS", (0.01, 0.01))

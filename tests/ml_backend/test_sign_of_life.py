@@ -23,7 +23,7 @@ from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import LabelStudioServer, free_port
 from tests.label_studio import USERNAME
 from tests.ml_backend.examples import settings
-from tests.ml_backend.test_ls_client import says, scripted_server
+from tests.scripted_server import says, scripted_server
 
 NAME = "host-1"
 # The middle part of JSON web tokens, as Label Studio fills it in
