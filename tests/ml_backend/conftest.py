@@ -1,6 +1,6 @@
 """Fixtures of the service's tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,11 @@ from ml_backend import ls_http
 from ml_backend.db import Database
 from ml_backend.service import Service
 from ml_backend.settings import Settings
+from ml_backend.store import Store
 from scripts.label_studio_server import LabelStudioServer
 from tests.ml_backend.examples import settings
 from tests.postgres import Postgres, postgres
+from tests.s3 import S3, running_s3
 
 __all__ = ["postgres"]
 
@@ -67,3 +69,37 @@ def service(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Service
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Label Studio is asked again at once."""
     monkeypatch.setattr(ls_http, "_PAUSES_SECONDS", (0.01, 0.01))
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with running_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an empty one, which the store finds."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3.new_bucket()
+
+
+@pytest.fixture(params=["file", "s3"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "file":
+        (tmp_path / "shared").mkdir()
+        return f"file://{tmp_path / 'shared'}"
+    bucket: str = request.getfixturevalue("bucket")
+    return f"s3://{bucket}/a/prefix"
+
+
+@pytest.fixture
+def machine(store_url: str, tmp_path: Path) -> Callable[..., Store]:
+    """The store as a machine with a MODEL_DIR of this name sees it."""
+
+    def store(name: str, *, remembers_seconds: float = 0.0) -> Store:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return Store(store_url, tmp_path / name, remembers_seconds=remembers_seconds)
+
+    return store

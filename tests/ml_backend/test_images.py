@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ml_backend import images, ls_http
+from ml_backend import images
 from ml_backend.errors import (
     ImageError,
     ImageHostSilentError,
@@ -194,11 +194,6 @@ def test_a_refused_token_is_no_fault_of_the_image(
         pytest.raises(LabelStudioAuthError),
     ):
         store.fetch(task_id=task.id, uri=task.data["image"])
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ls_http, "_PAUSES_SECONDS", (0.01,))
 
 
 @pytest.mark.usefixtures("impatient")

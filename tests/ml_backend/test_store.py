@@ -1,18 +1,15 @@
 """The store itself, as a folder and as a bucket of a real S3 server."""
 
 import contextlib
-import signal
 import stat
-import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from ml_backend.chunks import cut, find_cut, open_cut
 from ml_backend.errors import ImageHostSilentError, SettingsError, StoreError, StoreUnavailableError
@@ -21,51 +18,13 @@ from ml_backend.images import ImageStore
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.service import Service
 from ml_backend.store import Store
-from ml_backend.stored_registry import StoredRegistry
-from model.errors import RegistryError
-from model.registry import Registry
 from scripts.fault_proxy import Call, Fault, FaultProxy
 from scripts.label_studio_server import free_port
-from scripts.tiny_version import tiny_version
 from tests.ml_backend.examples import KEY, NOWHERE, VERSION, phantom_images, settings, sha256
 from tests.ml_backend.test_frozen import image_server
-from tests.s3 import S3, SECRET, running_s3
+from tests.s3 import S3, SECRET
 
-Machine = Callable[..., Store]
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with running_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield server
-
-
-@pytest.fixture
-def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of an empty one, which the store finds."""
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3.new_bucket()
-
-
-@pytest.fixture(params=["file", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "file":
-        (tmp_path / "shared").mkdir()
-        return f"file://{tmp_path / 'shared'}"
-    bucket: str = request.getfixturevalue("bucket")
-    return f"s3://{bucket}/a/prefix"
-
-
-@pytest.fixture
-def machine(url: str, tmp_path: Path) -> Machine:
-    """The store as a machine with a MODEL_DIR of this name sees it."""
-
-    def store(name: str, *, remembers_seconds: float = 0.0) -> Store:
-        (tmp_path / name).mkdir(exist_ok=True)
-        return Store(url, tmp_path / name, remembers_seconds=remembers_seconds)
-
-    return store
+Machine = Callable[..., Store]  # by the name of its MODEL_DIR
 
 
 def test_a_file_of_one_machine_is_had_by_another(machine: Machine, tmp_path: Path) -> None:
@@ -243,7 +202,7 @@ def test_lines_are_not_added_to_those_of_another_worker(machine: Machine, tmp_pa
     assert path.read_bytes() == other.read_bytes()
 
 
-def test_what_is_no_part_of_a_file_is_left_out(machine: Machine, url: str, tmp_path: Path) -> None:
+def test_what_is_no_part_of_a_file_is_left_out(machine: Machine, store_url: str, tmp_path: Path) -> None:
     here, path = machine("here"), tmp_path / "here" / "a.jsonl"
     path.write_bytes(b"1\n")
     here.upload_lines(path)
@@ -295,135 +254,6 @@ def test_cutting_that_broke_off_begins_anew(machine: Machine, tmp_path: Path) ->
     assert find_cut(folder, KEY, VERSION, store=store) is None
     whole = cut(folder, KEY, VERSION, [{"id": 2, "data": {}}], size=1, store=store)
     assert store.names(folder) == [f"{whole.folder.name}/0.tasks.json", f"{whole.folder.name}/plan.json"]
-
-
-# Versions
-
-
-def test_a_version_of_one_machine_is_loaded_by_another(machine: Machine, tmp_path: Path) -> None:
-    made, asked = (StoredRegistry(tmp_path / name / "versions", machine(name)) for name in ("here", "there"))
-    assert (asked.active(KEY), asked.versions(KEY)) == (None, [])
-    card, network = tiny_version(VERSION, ("cell", "lesion"))
-    made.add(KEY, card, network)
-    made.activate(KEY, VERSION)
-    assert (asked.active(KEY), asked.versions(KEY)) == (VERSION, [VERSION])
-    asked.check(KEY, VERSION)
-    assert not (asked.root / KEY / VERSION / "weights.safetensors").exists()  # only when it is to look at images
-    loaded, its_card = asked.load(KEY, VERSION)
-    assert its_card == card
-    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    assert {path.name for path in (made.root / KEY).iterdir()} == {VERSION}
-    assert Registry(made.root).load(KEY, VERSION)[1] == card  # the folder is what it is without a store
-
-
-def test_a_version_that_is_there_is_not_made_again(machine: Machine, tmp_path: Path) -> None:
-    first, second = (StoredRegistry(tmp_path / name / "versions", machine(name)) for name in ("here", "there"))
-    card, network = tiny_version(VERSION, ("cell", "lesion"))
-    first.add(KEY, card, network)
-    second.add(KEY, *tiny_version(VERSION, ("cell",)))
-    assert second.load(KEY, VERSION)[1] == card
-
-
-def test_weights_that_differ_from_the_stores_are_fetched_again(machine: Machine, tmp_path: Path) -> None:
-    registry = StoredRegistry(tmp_path / "here" / "versions", machine("here"))
-    registry.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
-    weights = registry.root / KEY / VERSION / "weights.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:1000])
-    registry.load(KEY, VERSION)
-    assert weights.read_bytes() == whole
-
-
-def test_weights_that_are_damaged_in_the_store_are_told(machine: Machine, tmp_path: Path) -> None:
-    store = machine("here")
-    registry = StoredRegistry(tmp_path / "here" / "versions", store)
-    registry.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
-    weights = registry.root / KEY / VERSION / "weights.safetensors"
-    store.write(weights, b"something else")
-    registry.load(KEY, VERSION)  # those here are whole
-    weights.unlink()
-    with pytest.raises(RegistryError, match=r"is damaged: .*weights.safetensors is damaged: its SHA-256 is not"):
-        registry.load(KEY, VERSION)
-    store.remove(weights)
-    with pytest.raises(RegistryError, match=r"the store lacks weights.safetensors"):
-        registry.check(KEY, VERSION)
-    with pytest.raises(RegistryError, match=r"the store has no weights.safetensors of it"):
-        registry.load(KEY, VERSION)
-
-
-@pytest.mark.parametrize("pointer", [b'{"version": "../../../elsewhere"}', b"[]", b"{}", b"tsp-1"])
-def test_a_pointer_that_names_no_version_is_told(tmp_path: Path, pointer: bytes) -> None:
-    (tmp_path / "shared").mkdir()
-    store = Store(f"file://{tmp_path}/shared", tmp_path / "here")
-    registry = StoredRegistry(tmp_path / "here" / "versions", store)
-    store.write(registry.root / KEY / "active.json", pointer)
-    with pytest.raises(RegistryError, match=r"active.json of .* is damaged|expected a name of letters"):
-        registry.active(KEY)
-
-
-def test_a_model_dir_that_was_copied_into_the_store_is_used(machine: Machine, tmp_path: Path) -> None:
-    old = Registry(tmp_path / "here" / "versions")
-    old.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
-    old.activate(KEY, VERSION)
-    store = machine("here")
-    files = list(old.root.rglob("*.*"))
-    for path in files:
-        store.upload(path)
-    card = old.root / KEY / VERSION / "card.json"
-    store.upload(card.parent.with_name(f".{VERSION}.0.unfinished") / card.name, source=card)  # of a killed worker
-    registry = StoredRegistry(tmp_path / "there" / "versions", machine("there"))
-    assert (registry.active(KEY), registry.versions(KEY)) == (VERSION, [VERSION])
-    registry.load(KEY, VERSION)
-
-
-def test_versions_that_are_removed_while_they_are_listed_are_left_out(machine: Machine, tmp_path: Path) -> None:
-    registry = StoredRegistry(tmp_path / "here" / "versions", machine("here"))
-    registry.add(KEY, *tiny_version(VERSION, ("cell", "lesion")))
-    web = machine("there", remembers_seconds=3600.0)
-    asked = StoredRegistry(tmp_path / "there" / "versions", web)
-    assert web.names(asked.root / KEY)  # are remembered
-    machine("here").remove(registry.root / KEY)
-    assert asked.versions(KEY) == []
-    with pytest.raises(RegistryError, match=rf"{KEY} has no version '{VERSION}'; it has none"):
-        asked.load(KEY, VERSION)
-
-
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-from ml_backend.store import Store
-from ml_backend.stored_registry import StoredRegistry
-from scripts.tiny_version import tiny_version
-
-class DyingStore(Store):
-    def upload(self, path, **options):
-        if path.name == "card.json":
-            os.kill(os.getpid(), signal.SIGKILL)
-        super().upload(path, **options)
-
-url, folder, key, version = sys.argv[1:]
-registry = StoredRegistry(Path(folder) / "versions", DyingStore(url, Path(folder)))
-registry.add(key, *tiny_version(version, ("cell", "lesion")))
-"""
-
-
-def test_a_version_whose_worker_was_killed_before_its_card_is_not_there_and_is_made_again(
-    machine: Machine, url: str, tmp_path: Path
-) -> None:
-    folder = tmp_path / "here"
-    folder.mkdir()
-    command = [sys.executable, "-c", _KILLED, url, str(folder), KEY, VERSION]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    here, there = (StoredRegistry(tmp_path / name / "versions", machine(name)) for name in ("here", "there"))
-    assert machine("here").names(here.root / KEY) == [f"{VERSION}/weights.safetensors", f"{VERSION}/weights.sha256"]
-    for registry in (here, there):
-        assert registry.versions(KEY) == []
-        with pytest.raises(RegistryError, match=rf"{KEY} has no version '{VERSION}'; it has none"):
-            registry.load(KEY, VERSION)
-    card, network = tiny_version(VERSION, ("cell", "lesion"))
-    here.add(KEY, card, network)
-    assert there.load(KEY, VERSION)[1] == card
-    assert {path.name for path in (here.root / KEY).iterdir()} == {VERSION}  # nothing of the killed worker's
 
 
 # Images
