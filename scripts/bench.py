@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("name", choices=[*BENCHMARKS, *OTHERS, *SOAKS])
     parser.add_argument("--profile", choices=PROFILES, default="resnet50_fpn")
     parser.add_argument("--size", type=int, default=512, help="side of the images and of the network's input, pixels")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="publish: two at most")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--requests", type=int, default=2000, help="of webhook and health")
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
@@ -67,6 +67,14 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], help="COCO folders (annotations.json, images/) of polygons")
     parser.add_argument("--tasks", type=int, default=10_000, help="of publish and ingest")
     parser.add_argument("--regions", type=int, default=15, help="polygons of each of these tasks")
+    parser.add_argument(
+        "--label-studio",
+        type=_variable,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the Label Studio of publish",
+    )
     parser.add_argument("--images", type=int, default=10_000, help="of evaluate")
     parser.add_argument("--out", help="folder in which the result is kept as <name>.json")
     parser.add_argument("--json", action="store_true", help="only the JSON line")
@@ -80,6 +88,13 @@ def main() -> None:
     if not options.json:
         print(words)
     print(json.dumps(result))
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
 
 
 def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

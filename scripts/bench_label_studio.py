@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,29 +46,34 @@ class Connected:
         return project.id, name.key, self.client.import_tasks(project.id, tasks)
 
 
-def own_server(folder: Path) -> LabelStudioServer:
-    """A Label Studio for a benchmark alone, which keeps everything in `folder` and ends with the benchmark."""
+def own_server(folder: Path, environment: Mapping[str, str] | None = None) -> LabelStudioServer:
+    """A Label Studio for a benchmark alone, which keeps everything in `folder` and ends with the benchmark, with these
+    variables besides its own."""
     return LabelStudioServer(
         data_dir=folder / "label-studio",
         username="bench@example.com",
         password="as-quick-as-can",
         report=lambda _: None,
         end_with_us=True,
+        environment=environment,
     )
 
 
 @contextmanager
-def connected(server: LabelStudioServer | None = None) -> Iterator[Connected]:
-    """Our service with a Label Studio that runs; without one, a new one is started, which takes a minute more."""
+def connected(
+    server: LabelStudioServer | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[Connected]:
+    """Our service with a Label Studio that runs; without one, a new one is started, which takes a minute more, with
+    these variables besides its own."""
     with ExitStack() as running:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        server = server or running.enter_context(own_server(folder))
-        environment = {
+        server = server or running.enter_context(own_server(folder, environment))
+        ours = {
             "LABEL_STUDIO_URL": server.url,
             "LABEL_STUDIO_API_KEY": server.token,
             "MODEL_DIR": str(folder / "backend"),
         }
-        service = Service.connect(Settings.model_validate(environment))
+        service = Service.connect(Settings.model_validate(ours))
         running.callback(service.close)
         yield Connected(service, server)
 

@@ -20,7 +20,7 @@ from scripts.make_phantoms import CLASS_NAMES
 from scripts.tiny_version import tiny_version
 
 GOAL = 1.2
-ROUNDS = 2
+MOST_ROUNDS = 2
 VERSION, THEIRS = "tsp-1-00000000", "plain"
 _LARGEST_BYTES = 240_000_000  # Label Studio refuses requests of more than 250 MiB
 _LONG_SECONDS = 3600.0
@@ -29,10 +29,12 @@ _LONG_SECONDS = 3600.0
 def publish(options: Namespace, server: LabelStudioServer | None = None) -> dict[str, Any]:
     """`options.tasks` predictions of `options.regions` polygons each. Seconds are wall time: Label Studio does most of
     the work, in a process of its own; `cpu_ratio` compares the CPU seconds of both processes together. Every round
-    has two new projects; which goes first alternates."""
-    with connected(server) as label_studio:
+    has two new projects; which goes first alternates. `options.label_studio` are variables of the Label Studio that is
+    started."""
+    environment = dict(options.label_studio)
+    with connected(server, environment) as label_studio:
         pairs = []
-        for number in range(ROUNDS):
+        for number in range(min(options.rounds, MOST_ROUNDS)):
             sides = (_ours, _theirs) if number % 2 else (_theirs, _ours)
             seconds = {side: side(label_studio, options.tasks, options.regions) for side in sides}
             pairs.append((seconds[_ours], seconds[_theirs]))
@@ -49,6 +51,7 @@ def publish(options: Namespace, server: LabelStudioServer | None = None) -> dict
         "label_studio_peak_memory_mb": memory,
         "tasks": options.tasks,
         "regions": options.regions,
+        "label_studio": environment,
     }
 
 
