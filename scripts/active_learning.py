@@ -117,6 +117,7 @@ def _load(folder: Path, name: RunName, experiment: Experiment, data: Data) -> di
         "pool_images": len(data.pool.images),
         "pool_instances": sum(len(image.labels) for image in data.pool.images),
         "test_images": len(data.test.images),
+        **({"random_split": True} if data.random_split else {}),  # runs that do not say it are older, or have none
     }
     settings = json.loads(json.dumps(settings))
     path = folder / "run.json"

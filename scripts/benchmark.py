@@ -122,6 +122,9 @@ def _options() -> argparse.Namespace:
     runner.add_argument("--size", type=int, help="shorter side the network sees, in pixels")
     runner.add_argument("--pool", type=int, help="images of the pool (a fixed random subset); cpu: 300, paper: all")
     runner.add_argument("--test", type=int, help="images of the test set (a fixed random subset); cpu: 120, paper: all")
+    runner.add_argument(
+        "--random-split", action="store_true", help="test on a random fourth of the images, not on the set's own split"
+    )
     runner.add_argument("--crop", type=int, help="of larger images only the middle, so many pixels square")
     runner.add_argument("--first-batch", type=int)
     runner.add_argument("--batch", type=int)
@@ -196,6 +199,7 @@ def _task(options: argparse.Namespace) -> tuple[Data, Experiment, list[RunName]]
         test_size=options.test or effort.test,
         crop=options.crop,
         shared=options.out / "shared",
+        random_split=options.random_split,
     )
     return data, _experiment(options, data), names
 

@@ -23,7 +23,8 @@ from scripts.shared_files import locked, write_png
 class Data:
     """The pool, the test set, and by image the vertices of its outlines, where the set has polygons.
 
-    `crop` is the side, in pixels, to which larger images were cut, if they were.
+    `crop` is the side, in pixels, to which larger images were cut, if they were; `random_split` says that the set's own
+    split was not asked.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Data:
     test: LabeledSet
     drawn_vertices: Mapping[str, int] = field(default_factory=dict)
     crop: int | None = None
+    random_split: bool = False
 
     @cached_property
     def fingerprints(self) -> tuple[str, str]:
@@ -39,16 +41,22 @@ class Data:
 
 
 def read_data(
-    folder: Path, *, pool_size: int | None, test_size: int | None, crop: int | None = None, shared: Path | None = None
+    folder: Path,
+    *,
+    pool_size: int | None,
+    test_size: int | None,
+    crop: int | None = None,
+    shared: Path | None = None,
+    random_split: bool = False,
 ) -> Data:
     """The set's own split ("train" and "test" on its images), or a random fourth of the images, for testing.
 
-    With sizes, a random subset of that many images, always the same. With `crop`, of larger images only the middle, so
-    many pixels square, kept in a folder of `shared`.
+    With `random_split` always the latter. With sizes, a random subset of that many images, always the same. With
+    `crop`, of larger images only the middle, so many pixels square, kept in a folder of `shared`.
     """
     file = folder / "annotations.json"
     pool, test = read_coco(file, split="train"), read_coco(file, split="test")
-    if not pool.images or not test.images:
+    if random_split or not pool.images or not test.images:
         everything = read_coco(file)
         order = np.random.default_rng(0).permutation(len(everything.images))
         images = [everything.images[i] for i in order]
@@ -57,12 +65,14 @@ def read_data(
     pool, test = _subset(pool, pool_size), _subset(test, test_size)
     if not any(len(image.labels) for image in test.images):
         raise ValueError(f"{file}: there is no instance in the {len(test.images)} test images: nothing can be measured")
-    name = folder.resolve().name
+    data = Data(
+        name=folder.resolve().name + ", split at random" * random_split, pool=pool, test=test, random_split=random_split
+    )
     if crop is None or shared is None:
-        return Data(name=name, pool=pool, test=test, drawn_vertices=_drawn_vertices(file))
+        return replace(data, drawn_vertices=_drawn_vertices(file))
     crops = shared / f"crops-{crop}-{fingerprint(pool)}-{fingerprint(test)}"
     pool, test = _cropped(pool, crops, crop), _cropped(test, crops, crop)
-    return Data(name=f"{name}, {crop} px crops", pool=pool, test=test, crop=crop)
+    return replace(data, name=f"{data.name}, {crop} px crops", pool=pool, test=test, crop=crop)
 
 
 def fingerprint(dataset: LabeledSet) -> str:

@@ -131,6 +131,7 @@ def _from_run(options: argparse.Namespace) -> tuple[MaskRCNNWithScores, ModelCar
         test_size=settings["test_images"],
         crop=settings.get("crop"),  # older runs do not say it
         shared=options.run.resolve().parent / "shared",  # where the benchmark keeps its crops
+        random_split=settings.get("random_split", False),
     )
     if data.fingerprints[0] != settings["pool"]:
         raise ValueError(f"{options.run} was made with other images than those in {options.data}")

@@ -94,6 +94,18 @@ def test_vertices_are_those_of_the_polygons_or_else_of_outlines_of_the_masks(fol
     assert 10 < vertices["1"] <= 2 * 40
 
 
+def test_on_demand_a_random_fourth_is_for_testing_whatever_the_set_says(folder):
+    coco = json.loads((folder / "annotations.json").read_text())
+    for image in coco["images"]:
+        image["split"] = "test" if image["id"] > 4 else "train"
+    (folder / "annotations.json").write_text(json.dumps(coco))
+    own, other = (read_data(folder, pool_size=None, test_size=None, random_split=split) for split in (False, True))
+    assert [len(part.images) for part in (own.pool, own.test, other.pool, other.test)] == [4, 4, 6, 2]
+    everything = {image.image_id for part in (own.pool, own.test) for image in part.images}
+    assert {image.image_id for part in (other.pool, other.test) for image in part.images} == everything
+    assert (own.name, other.name) == ("set", "set, split at random")
+
+
 def test_a_part_of_a_set_is_always_the_same(folder):
     one = read_data(folder, pool_size=3, test_size=1)
     other = read_data(folder, pool_size=3, test_size=1)
