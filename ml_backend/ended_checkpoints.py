@@ -23,19 +23,20 @@ class EndedCheckpoints:
         self._told: dict[str, str] = {}
 
     def remove(self, project_key: str) -> None:
-        """Once for each cycle that has ended, and for all when a worker has started. What the store refuses, or does
-        not answer, is told once, and each further call tries again. For whoever has the project's claim."""
+        """Once for each cycle that has ended, and for all when a worker has started. What cannot be removed, and a
+        store that does not answer, are told once, and each further call tries again. For whoever has the project's
+        claim."""
         ended = self._ended(project_key)
         if ended == self._removed.get(project_key, {}):
             return
-        for number in ended:
-            (self._service.cycle_folder(project_key, number) / CHECKPOINT).unlink(missing_ok=True)
         try:
+            for number in ended:
+                (self._service.cycle_folder(project_key, number) / CHECKPOINT).unlink(missing_ok=True)
             if (store := self._service.store) is not None:
                 self._remove_from(store, project_key, ended)
-        except StoreUnavailableError as error:
+        except (OSError, StoreUnavailableError) as error:
             if self._told.get(project_key) != str(error):
-                logger.warning("project %s: checkpoints of ended cycles stay in the store: %s", project_key, error)
+                logger.warning("project %s: checkpoints of ended cycles stay for now: %s", project_key, error)
             self._told[project_key] = str(error)
         else:
             self._removed[project_key] = ended

@@ -28,7 +28,7 @@ def files_of(service: Service, number: int) -> set[str]:
 
 def leave_files(service: Service, number: int) -> None:
     folder = service.cycle_folder(KEY, number)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (CHECKPOINT, "training.json"):
         (folder / name).write_bytes(b"")
 
@@ -56,4 +56,21 @@ def test_a_worker_that_starts_removes_what_the_one_before_it_has_left(service: S
     leave_files(service, 1)
     log.finish("done")
     EndedCheckpoints(service).remove(KEY)
+    assert files_of(service, 1) == {"training.json"}
+
+
+def test_what_cannot_be_removed_is_told_once_and_tried_again(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = begin_cycle(service, KEY)
+    in_the_way = service.cycle_folder(KEY, 1) / CHECKPOINT
+    in_the_way.mkdir(parents=True)  # not a file
+    log.finish("done")
+    ended = EndedCheckpoints(service)
+    for _ in range(2):
+        ended.remove(KEY)
+    assert caplog.text.count("checkpoints of ended cycles stay for now") == 1
+    in_the_way.rmdir()
+    leave_files(service, 1)
+    ended.remove(KEY)
     assert files_of(service, 1) == {"training.json"}

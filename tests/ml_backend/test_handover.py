@@ -307,7 +307,7 @@ def test_a_removal_that_the_store_refuses_is_told_once_and_done_later(
     ended = EndedCheckpoints(first)
     for _ in range(2):
         ended.remove(key)
-    assert caplog.text.count("checkpoints of ended cycles stay in the store: the store does not answer") == 1
+    assert caplog.text.count("checkpoints of ended cycles stay for now: the store does not answer") == 1
     store.with_name("away").rename(store)
     ended.remove(key)
     assert list(folder.iterdir()) == []
