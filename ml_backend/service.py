@@ -1,9 +1,12 @@
 """What both processes work with: settings, database, model registry, Label Studio and its images."""
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from sqlalchemy.exc import OperationalError
 
 from ml_backend.db import Database
 from ml_backend.errors import SettingsError
@@ -42,6 +45,8 @@ class Service:
         )
         try:
             settings.model_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=settings.model_dir):  # it may belong to somebody else
+                pass
         except OSError as error:
             raise SettingsError(
                 f"MODEL_DIR: expected a folder that can be made and written to, got {settings.model_dir} "
@@ -50,7 +55,7 @@ class Service:
         store, versions = open_store(settings, remembers_seconds=remembers_seconds), settings.model_dir / "versions"
         return cls(
             settings=settings,
-            database=Database(settings.database),
+            database=_open_database(settings),
             registry=StoredRegistry(versions, store) if store else Registry(versions),
             store=store,
             label_studio=client,
@@ -150,3 +155,13 @@ class Service:
     def scores_folder(self, project_key: str) -> Path:
         """Where a project's versions keep what they saw."""
         return self.settings.model_dir / "scores" / project_key
+
+
+def _open_database(settings: Settings) -> Database:
+    """SettingsError when it does not answer, or does not let us in."""
+    try:
+        return Database(settings.database)
+    except OperationalError as error:
+        reason = " ".join(str(error.orig).split())
+        where = "DATABASE_URL" if settings.database_url else f"the database in MODEL_DIR, {settings.model_dir}"
+        raise SettingsError(f"{where}: expected a database that answers and lets us in, but: {reason}") from error

@@ -132,9 +132,24 @@ def _load(folder: Path, name: RunName, experiment: Experiment, data: Data) -> di
             "cycles": [],
         }
     state: dict[str, Any] = json.loads(path.read_text())
-    if state["settings"] != settings:
-        raise ValueError(f"{path} was made with other settings or images: choose another --out, or delete it")
+    if differing := _differing(state["settings"], settings):
+        raise ValueError(
+            f"{path} was made with other settings or images ({', '.join(differing)}): choose another --out, or delete "
+            "it"
+        )
     return state
+
+
+def _differing(kept: dict[str, Any], wanted: dict[str, Any], within: str = "") -> list[str]:
+    """The names of settings that differ, such as training.epochs."""
+    names = []
+    for name in sorted({*kept, *wanted}):
+        old, new = kept.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += _differing(old, new, f"{within}{name}.")
+        elif old != new:
+            names.append(within + name)
+    return names
 
 
 class _Cycles:

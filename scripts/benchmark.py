@@ -32,6 +32,7 @@ from model.config import PROFILES, PseudoLabelConfig, TrainingConfig
 from model.errors import TSPError
 from model.strategies import STRATEGIES
 from scripts.active_learning import anchors_for, cycles_done, run
+from scripts.arguments import not_negative, positive
 from scripts.benchmark_lines import FULL, RECIPES, Experiment, RunName, Selection, parse_line
 from scripts.benchmark_report import write_reports
 from scripts.benchmark_sets import Data, read_data
@@ -90,6 +91,7 @@ _LINES_HELP = (
 def main() -> None:
     """Run what is missing, or report what is there."""
     options = _options()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
     try:
         if options.command == "report":
             _report(options)
@@ -113,24 +115,28 @@ def _options() -> argparse.Namespace:
     runner.add_argument("--out", type=Path, help=f"where the runs are kept; default: {_OUT}/<the set's name>")
     runner.add_argument("--lines", default="random,tsp,random+ssl,tsp+ssl,full", help=_LINES_HELP)
     runner.add_argument("--seeds", default="0,1,2", help="by commas")
-    runner.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    runner.add_argument("--jobs", type=positive, default=1, help="processes, one thread each")
     runner.add_argument("--max-minutes", type=float, help="start no new cycle after so many minutes")
     runner.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     runner.add_argument("--profile", choices=EFFORTS, default="cpu")
     runner.add_argument("--network", choices=PROFILES, help="another network than the profile's")
     runner.add_argument("--weights", help="none, imagenet, coco or a .safetensors file; default: the profile's")
-    runner.add_argument("--size", type=int, help="shorter side the network sees, in pixels")
-    runner.add_argument("--pool", type=int, help="images of the pool (a fixed random subset); cpu: 300, paper: all")
-    runner.add_argument("--test", type=int, help="images of the test set (a fixed random subset); cpu: 120, paper: all")
+    runner.add_argument("--size", type=positive, help="shorter side the network sees, in pixels")
+    runner.add_argument(
+        "--pool", type=positive, help="images of the pool (a fixed random subset); cpu: 300, paper: all"
+    )
+    runner.add_argument(
+        "--test", type=positive, help="images of the test set (a fixed random subset); cpu: 120, paper: all"
+    )
     runner.add_argument(
         "--random-split", action="store_true", help="test on a random fourth of the images, not on the set's own split"
     )
-    runner.add_argument("--crop", type=int, help="of larger images only the middle, so many pixels square")
-    runner.add_argument("--first-batch", type=int)
-    runner.add_argument("--batch", type=int)
-    runner.add_argument("--cycles", type=int)
-    runner.add_argument("--epochs", type=int)
-    runner.add_argument("--min-steps", type=int)
+    runner.add_argument("--crop", type=positive, help="of larger images only the middle, so many pixels square")
+    runner.add_argument("--first-batch", type=positive)
+    runner.add_argument("--batch", type=positive)
+    runner.add_argument("--cycles", type=positive)
+    runner.add_argument("--epochs", type=positive)
+    runner.add_argument("--min-steps", type=not_negative)
     runner.add_argument("--learning-rate", type=float)
     runner.add_argument("--beta", type=float)
     runner.add_argument("--thresholds", help="sigma_c,sigma_b,sigma_m of the pseudo labels")
@@ -192,6 +198,8 @@ def _speaks(options: argparse.Namespace) -> bool:
 
 def _task(options: argparse.Namespace) -> tuple[Data, Experiment, list[RunName]]:
     names = _names(options)
+    if not (options.data / "annotations.json").exists():
+        raise ValueError(f"--data: expected a COCO folder, with annotations.json and images/, got {options.data}")
     effort = EFFORTS[options.profile]
     data = read_data(
         options.data,
@@ -201,7 +209,20 @@ def _task(options: argparse.Namespace) -> tuple[Data, Experiment, list[RunName]]
         shared=options.out / "shared",
         random_split=options.random_split,
     )
-    return data, _experiment(options, data), names
+    experiment = _experiment(options, data)
+    if any(name.strategy != FULL for name in names):
+        _check_sizes(experiment, len(data.pool.images))
+    return data, experiment, names
+
+
+def _check_sizes(experiment: Experiment, images: int) -> None:
+    """ValueError when the pool is used up before the last cycle."""
+    needed = experiment.first_batch + (experiment.cycles - 1) * experiment.batch
+    if needed > images:
+        raise ValueError(
+            f"a first batch of {experiment.first_batch} and {experiment.cycles - 1} of {experiment.batch} are {needed} "
+            f"images, the pool has {images}: choose smaller ones by --first-batch, --batch and --cycles"
+        )
 
 
 def _print_what_is_smaller(options: argparse.Namespace, data: Data) -> None:
@@ -261,7 +282,22 @@ def _stop(signal_number: int, frame: FrameType | None) -> None:
 
 def _names(options: argparse.Namespace) -> list[RunName]:
     """Seeds outermost, so that an unfinished benchmark has all lines at the first seeds."""
-    return [parse_line(line, int(seed)) for seed, line in product(options.seeds.split(","), options.lines.split(","))]
+    return [parse_line(line, seed) for seed, line in product(_seeds(options.seeds), options.lines.split(","))]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--seeds: expected whole numbers, by commas, got {text!r}") from error
+
+
+def _thresholds(text: str) -> PseudoLabelConfig:
+    try:
+        c, b, m = (float(value) for value in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--thresholds: expected three numbers, by commas, got {text!r}") from error
+    return PseudoLabelConfig(class_threshold=c, box_threshold=b, mask_threshold=m)
 
 
 def _experiment(options: argparse.Namespace, data: Data) -> Experiment:
@@ -279,9 +315,7 @@ def _experiment(options: argparse.Namespace, data: Data) -> Experiment:
         sides = {"min_size": options.size, "max_size": 2 * options.size}
         experiment = replace(experiment, network={**experiment.network, **sides})
     if options.thresholds:
-        c, b, m = (float(value) for value in options.thresholds.split(","))
-        pseudo = PseudoLabelConfig(class_threshold=c, box_threshold=b, mask_threshold=m)
-        experiment = replace(experiment, pseudo=pseudo)
+        experiment = replace(experiment, pseudo=_thresholds(options.thresholds))
     if options.queue_threshold is not None:
         experiment = replace(experiment, selection=Selection(queue_threshold=options.queue_threshold))
     most = max(len(image.labels) for image in data.pool.images)

@@ -26,6 +26,7 @@ from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
 from ml_backend.predictor import UNTRAINED
 from model.dataset import LabeledSet, read_coco
 from model.errors import TSPError
+from scripts.arguments import not_negative, positive
 from scripts.backend_processes import BackendProcessError, BackendProcesses
 from scripts.label_studio_server import LabelStudioServer, LabelStudioServerError, refuse_taken_port
 from scripts.make_phantoms import make_phantoms
@@ -62,7 +63,7 @@ def main() -> None:
     try:
         _run(options)
     except KeyboardInterrupt:
-        print("\nStopped. `make demo` goes on where this left off.")
+        print("\nStopped. The same command goes on where this left off.")
     except (TSPError, LabelStudioServerError, BackendProcessError) as error:
         sys.exit(f"The demo cannot go on: {error}")
 
@@ -74,7 +75,8 @@ def _run(options: argparse.Namespace) -> None:
     images = _images(options, folder)
     if options.oracle and images.truth is None:
         raise TSPError(f"{options.data}: the simulated annotator needs a COCO annotations.json beside images/")
-    options.batch_size = _batch_size(options.batch_size, options.cycles, len(images.paths))
+    wanted = options.batch_size or _positive_from_environment("TSP_BATCH_SIZE", 20)
+    options.batch_size = _batch_size(wanted, options.cycles, len(images.paths))
     with ExitStack() as running:
         server = running.enter_context(
             LabelStudioServer(
@@ -110,16 +112,26 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", default="", help="folder of images, or with images/ and annotations.json (COCO)")
     parser.add_argument("--labels", default="object", help="class names for a folder without annotations, by commas")
     parser.add_argument("--oracle", action="store_true", help="a simulated annotator submits the ground truth")
-    parser.add_argument("--cycles", type=int, default=2, help="cycles that the simulated annotator stays for")
+    parser.add_argument("--cycles", type=positive, default=2, help="cycles that the simulated annotator stays for")
     parser.add_argument("--exit-when-done", action="store_true", help="stop when the simulated annotator is done")
-    parser.add_argument("--batch-size", type=int, default=20, help="annotated images that start a cycle")
-    parser.add_argument("--image-size", type=int, help="shorter side the network sees (192 for phantoms, else 256)")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the annotated images in a cycle")
-    parser.add_argument("--min-steps", type=int, default=300, help="training steps of a cycle, at least")
+    # None: TSP_* of the environment, else the demo's own.
+    parser.add_argument("--batch-size", type=positive, help="annotated images that start a cycle (20)")
+    parser.add_argument(
+        "--image-size", type=positive, help="shorter side the network sees (192 for phantoms, else 256)"
+    )
+    parser.add_argument("--epochs", type=positive, help="passes over the annotated images in a cycle (10)")
+    parser.add_argument("--min-steps", type=not_negative, help="training steps of a cycle, at least (300)")
     parser.add_argument("--folder", default=".demo", help="where everything is kept")
     parser.add_argument("--port", type=int, default=8080, help="Label Studio's port")
     parser.add_argument("--backend-port", type=int, default=9090, help="our port")
     return parser.parse_args()
+
+
+def _positive_from_environment(name: str, default: int) -> int:
+    try:
+        return positive(os.environ.get(name) or str(default))
+    except argparse.ArgumentTypeError as error:
+        raise TSPError(f"{name}: {error}") from error
 
 
 def _batch_size(wanted: int, cycles: int, images: int) -> int:
@@ -131,19 +143,28 @@ def _batch_size(wanted: int, cycles: int, images: int) -> int:
 
 
 def _settings(options: argparse.Namespace, folder: Path, server: LabelStudioServer) -> dict[str, str]:
-    """The environment's TSP_*, and what the demo's own options say."""
+    """The demo's own settings, unless the environment has others, and what the demo's options say."""
+    own = {
+        "TSP_VALIDATION_FRACTION": "0.25",
+        "TSP_IMAGE_SIZE": str(256 if options.data else PHANTOM_SIZE),
+        "TSP_EPOCHS": "10",
+        "TSP_MIN_STEPS": "300",
+        "TSP_RECONCILE_SECONDS": "15",
+    }
+    given = {
+        "TSP_BATCH_SIZE": options.batch_size,
+        "TSP_IMAGE_SIZE": options.image_size,
+        "TSP_EPOCHS": options.epochs,
+        "TSP_MIN_STEPS": options.min_steps,
+    }
     return {
-        **{name: value for name, value in os.environ.items() if name.startswith("TSP_")},
+        **own,
+        **{name: value for name, value in os.environ.items() if name.startswith("TSP_") or name == "LOG_LEVEL"},
+        **{name: str(value) for name, value in given.items() if value is not None},
         "LABEL_STUDIO_URL": server.url,
         "LABEL_STUDIO_API_KEY": server.token,
         "MODEL_DIR": str(folder / "backend"),
         "PORT": str(options.backend_port),
-        "TSP_BATCH_SIZE": str(options.batch_size),
-        "TSP_VALIDATION_FRACTION": "0.25",
-        "TSP_IMAGE_SIZE": str(options.image_size or (256 if options.data else PHANTOM_SIZE)),
-        "TSP_EPOCHS": str(options.epochs),
-        "TSP_MIN_STEPS": str(options.min_steps),
-        "TSP_RECONCILE_SECONDS": "15",
     }
 
 

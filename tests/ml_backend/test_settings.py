@@ -13,6 +13,7 @@ from ml_backend.settings import Settings
 from model.config import NetworkConfig, PseudoLabelConfig, TrainingConfig
 from model.empty_images import EmptyImagePolicy
 from model.strategies import STRATEGIES
+from scripts.label_studio_server import free_port
 from scripts.settings_table import README, settings_table, table_in, with_table
 
 SECRET = "s3cret-enough"
@@ -378,3 +379,17 @@ def test_a_model_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "file" / "models"
     with pytest.raises(SettingsError, match=f"MODEL_DIR: expected a folder .* got {folder} \\(Not a directory\\)"):
         Service.connect(Settings(MODEL_DIR=folder, LABEL_STUDIO_API_KEY="0" * 40))
+
+
+def test_a_model_dir_that_cannot_be_written_to_is_named() -> None:
+    with pytest.raises(
+        SettingsError, match=r"MODEL_DIR: expected a folder that can be made and written to, got /proc "
+    ):
+        Service.connect(Settings(MODEL_DIR="/proc", LABEL_STUDIO_API_KEY="0" * 40))
+
+
+def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:
+    address = f"postgresql://me:hidden-word@127.0.0.1:{free_port()}/tsp"
+    with pytest.raises(SettingsError, match=r"DATABASE_URL: expected a database that answers .*refused") as told:
+        Service.connect(Settings(MODEL_DIR=tmp_path, LABEL_STUDIO_API_KEY="0" * 40, DATABASE_URL=address))
+    assert "hidden-word" not in str(told.value)

@@ -58,7 +58,7 @@ def test_two_processes_do_each_run_once_and_the_report_comes_out(tmp_path, data,
 
     here(monkeypatch, *arguments)  # nothing is left to do
     assert capsys.readouterr().out == f"{finished}\n"
-    with pytest.raises(SystemExit, match="other settings or images"):
+    with pytest.raises(SystemExit, match=r"other settings or images \(training\.epochs\): choose another --out"):
         here(monkeypatch, *arguments, "--epochs", "2")
 
     here(monkeypatch, "report", "--out", tmp_path, "--json")
@@ -193,3 +193,33 @@ def test_the_papers_profile_is_that_of_the_paper():
     assert (training.milestones, training.momentum, training.weight_decay, training.beta) == ((45, 49), 0.9, 1e-4, 0.01)
     pseudo = experiment.pseudo
     assert (pseudo.class_threshold, pseudo.box_threshold, pseudo.mask_threshold) == (0.9, 0.9, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--first-batch", "8"], r"a first batch of 8 and 1 of 2 are 10 images, the pool has 9: choose smaller ones"),
+        (["--seeds", "a"], r"--seeds: expected whole numbers, by commas, got 'a'"),
+        (["--thresholds", "0.9,0.8"], r"--thresholds: expected three numbers, by commas, got '0\.9,0\.8'"),
+        (["--data", "nowhere"], r"--data: expected a COCO folder, with annotations\.json and images/, got nowhere"),
+    ],
+)
+def test_what_cannot_be_run_is_told_before_anything_is_made(tmp_path, data, monkeypatch, options, told):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=told):
+        here(monkeypatch, "run", "--data", data, "--out", out, "--lines", "random", *COMMAND, *options)
+    assert not list(out.glob("*-seed*"))
+
+
+def test_all_images_at_once_need_no_batches(tmp_path, data, monkeypatch, capsys):
+    arguments = ["run", "--data", data, "--out", tmp_path, "--lines", "full", "--seeds", "0", *COMMAND]
+    here(monkeypatch, *arguments, "--first-batch", "50")
+    assert "full-seed0, cycle 1 of 1: 9 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--first-batch", "--batch", "--cycles", "--pool", "--epochs"])
+@pytest.mark.parametrize("value", ["0", "-4", "many"])
+def test_a_size_that_is_none_is_refused(data, monkeypatch, capsys, option, value):
+    with pytest.raises(SystemExit):
+        here(monkeypatch, "run", "--data", data, f"{option}={value}")
+    assert f"argument {option}: expected a whole number of at least 1, got '{value}'" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 from model.errors import TSPError
 from model.files import write_json
+from scripts import demo
 from scripts.backend_processes import _ended
 from scripts.demo import _images, _settings
 
@@ -18,9 +20,13 @@ OPTIONS = argparse.Namespace(backend_port=9090, batch_size=20, image_size=None, 
 def test_the_environments_settings_count_where_the_demo_has_no_option_of_its_own(monkeypatch):
     monkeypatch.setenv("TSP_STRATEGY", "hybrid")
     monkeypatch.setenv("TSP_BATCH_SIZE", "7")
+    monkeypatch.setenv("TSP_IMAGE_SIZE", "128")
+    monkeypatch.setenv("TSP_VALIDATION_FRACTION", "0.5")
     settings = _settings(OPTIONS, Path("demo"), SimpleNamespace(url="http://127.0.0.1:1", token="t"))
     assert settings["TSP_STRATEGY"] == "hybrid"
     assert settings["TSP_BATCH_SIZE"] == "20"
+    assert (settings["TSP_IMAGE_SIZE"], settings["TSP_VALIDATION_FRACTION"]) == ("128", "0.5")
+    assert settings["TSP_RECONCILE_SECONDS"] == "15"
 
 
 def demo_of(folder):
@@ -57,3 +63,11 @@ def test_a_coco_set_of_such_files_is_refused_before_anything_starts(tmp_path):
 )
 def test_how_a_process_ended_is_told_in_words(status, told):
     assert _ended(status) == told
+
+
+@pytest.mark.parametrize("option", ["--cycles", "--batch-size", "--image-size", "--epochs"])
+def test_a_size_that_is_none_is_refused_before_anything_starts(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["demo", option, "0"])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert f"argument {option}: expected a whole number of at least 1, got '0'" in capsys.readouterr().err
