@@ -321,6 +321,13 @@ class Settings(BaseSettings):
             raise ValueError(f"expected one of {', '.join(STRATEGY_NAMES)}")
         return strategy
 
+    @field_validator("weights")
+    @classmethod
+    def _known_weights(cls, weights: str) -> str:
+        if weights not in ("none", "imagenet", "coco") and not weights.endswith(".safetensors"):
+            raise ValueError("expected imagenet, coco, none or the path of a .safetensors file")
+        return weights
+
     @field_validator("processes")
     @classmethod
     def _an_image_for_each(cls, processes: int, info: ValidationInfo) -> int:

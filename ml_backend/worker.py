@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 if __name__ == "__main__":  # the imports below take seconds; what is wrong with the settings is told before
@@ -458,11 +459,19 @@ def check_device(settings: Settings) -> None:
             raise SettingsError(f"settings: TSP_PRECISION: {error}") from error
 
 
+def check_weights(settings: Settings) -> None:
+    """SettingsError when the file of TSP_WEIGHTS is not there."""
+    weights = settings.weights
+    if weights.endswith(".safetensors") and not Path(weights).is_file():
+        raise SettingsError(f"settings: TSP_WEIGHTS: expected a file, got {Path(weights).resolve()}, which is none")
+
+
 def main() -> None:
     """Run a worker with the settings of the environment."""
     try:
         settings = Settings.from_environment()
         check_device(settings)
+        check_weights(settings)
         service = Service.connect(settings)
         claims = open_claims(settings)
     except TSPError as error:

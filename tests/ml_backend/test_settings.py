@@ -374,6 +374,11 @@ def test_a_readme_without_a_place_for_the_table_is_refused() -> None:
         with_table("# Title\n")
 
 
+def test_weights_that_are_neither_known_nor_a_file_of_the_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected imagenet, coco, none or the path of a \.safetensors file"):
+        Settings(TSP_WEIGHTS="resnet50.pth")
+
+
 def test_a_model_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "models"

@@ -22,7 +22,7 @@ from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.service import Service
 from ml_backend.settings import Settings
-from ml_backend.worker import check_device, free_frames
+from ml_backend.worker import check_device, check_weights, free_frames
 from model.errors import DiskFullError
 from model.files import read_tensors
 from model.registry import Registry
@@ -181,6 +181,14 @@ def test_a_device_that_is_not_there_is_told_at_the_start(tmp_path: Path) -> None
     with pytest.raises(SettingsError, match=r"TSP_DEVICE: expected a device that torch can use .*, got 'cuda'"):
         check_device(settings(tmp_path, TSP_DEVICE="cuda"))
     check_device(settings(tmp_path, TSP_DEVICE="auto"))
+
+
+def test_weights_that_are_not_there_are_told_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"TSP_WEIGHTS: expected a file, got .*body\.safetensors, which is none"):
+        check_weights(settings(tmp_path, TSP_WEIGHTS=str(tmp_path / "body.safetensors")))
+    (tmp_path / "body.safetensors").touch()
+    check_weights(settings(tmp_path, TSP_WEIGHTS=str(tmp_path / "body.safetensors")))
+    check_weights(settings(tmp_path, TSP_WEIGHTS="imagenet"))
 
 
 def test_a_precision_that_this_machine_does_not_have_is_told_at_the_start(
