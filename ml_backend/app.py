@@ -44,6 +44,7 @@ from ml_backend.recorder import EventRecorder
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import TokenCheck
+from model.config import FEWEST_IMAGES
 from model.errors import DiskFullError, InvalidInputError, TSPError
 
 logger = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ def _answer_people(app: FastAPI, service: Service, access: Access, recorder: Eve
             **told,
             progress=progress_title(told["projects"]) if told["worker"]["living"] else "",
             forgotten=forgotten_projects(service),
+            fewest_images=FEWEST_IMAGES,
             token=form_token(service.settings),
         )
         return HTMLResponse(page, headers=NO_FRAMES)

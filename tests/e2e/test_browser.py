@@ -22,6 +22,7 @@ from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.overview import overview
 from ml_backend.service import Service
+from model.config import FEWEST_IMAGES
 from model.geometry import rle_to_mask
 from model.types import Detections
 from scripts.backend_processes import BackendProcesses
@@ -286,10 +287,16 @@ PROJECT: dict[str, Any] = {
                 "loss is not finite",
                 "and 22 more",
                 "cell 0.80.",
+                "6 validation images that never train: too few to tell a good model from a bad one.",
                 "0.400",
                 "2025-01-02 03:04 UTC",
             ],
             id="a running, a failed and a finished cycle",
+        ),
+        pytest.param(
+            [PROJECT | {"cycles": [CYCLE | {"facts": {"metrics": METRICS | {"images": FEWEST_IMAGES}}}]}],
+            [f"{FEWEST_IMAGES} validation images that never train. Newest by class"],
+            id="enough validation images",
         ),
         pytest.param([PROJECT | {"cycles": [UNMEASURED]}], ["finished"], id="nothing could be measured"),
         pytest.param(
@@ -494,5 +501,6 @@ def _show(page: Page, projects: list[dict[str, Any]], worker: dict[str, Any] | N
         events={"problem": ""},
         refused={"problem": ""},
         projects=projects,
+        fewest_images=FEWEST_IMAGES,
     )
     page.set_content(content)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from model.comparison import Compared
-from model.gate import FEWEST_IMAGES, judge
+from model.config import FEWEST_IMAGES
+from model.gate import judge
 
 MARGIN = 0.02
 
