@@ -50,6 +50,7 @@ from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
 from ml_backend.team import STILL_GOING, ScoringTeam
 from model.bfloat16 import check_bfloat16
+from model.device import check_device
 from model.errors import DiskFullError, InvalidInputError, TSPError
 
 logger = logging.getLogger(__name__)
@@ -440,18 +441,14 @@ def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"
 
 
-def check_device(settings: Settings) -> None:
+def check_torch(settings: Settings) -> None:
     """SettingsError when torch cannot use TSP_DEVICE or TSP_PRECISION here: a cycle would find out only after its
     snapshot, or its training."""
     device = settings.torch_device()
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without CUDA
-        reason = str(error).splitlines()[0]
-        raise SettingsError(
-            f"settings: TSP_DEVICE: expected a device that torch can use on this machine, got {device!r}: {reason} "
-            "Set it to auto or cpu."
-        ) from error
+        check_device(device)
+    except InvalidInputError as error:
+        raise SettingsError(f"settings: TSP_DEVICE: {error} Set it to auto or cpu.") from error
     if settings.precision == "bfloat16":
         try:
             check_bfloat16(torch.device(device))
@@ -470,7 +467,7 @@ def main() -> None:
     """Run a worker with the settings of the environment."""
     try:
         settings = Settings.from_environment()
-        check_device(settings)
+        check_torch(settings)
         check_weights(settings)
         service = Service.connect(settings)
         claims = open_claims(settings)

@@ -29,7 +29,8 @@ if not __package__:  # started as a file, not by `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.config import PROFILES, PseudoLabelConfig, TrainingConfig
-from model.errors import TSPError
+from model.device import check_device
+from model.errors import InvalidInputError, TSPError
 from model.strategies import STRATEGIES
 from scripts.active_learning import anchors_for, cycles_done, run
 from scripts.arguments import not_negative, positive
@@ -246,14 +247,19 @@ def _print_what_is_next(names: list[RunName], experiment: Experiment, data: Data
 
 
 def _device(wanted: str | None) -> str:
-    """Under torchrun each process has a GPU of its own."""
+    """Under torchrun each process has a GPU of its own. ValueError when torch cannot use what is wanted."""
     if wanted is not None:
+        try:
+            check_device(wanted)
+        except InvalidInputError as error:
+            raise ValueError(f"--device: {error} Leave it out, or choose cpu.") from error
         return wanted
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _share(options: argparse.Namespace) -> None:
     """The same command in several processes; each takes the runs that no other one works on. They end with this one."""
+    _device(options.device)  # told once, not by each of them
     data, experiment, names = _task(options)
     if _speaks(options):
         _print_what_is_smaller(options, data)

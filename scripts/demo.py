@@ -336,7 +336,8 @@ class _Status:
         return any(cycle["status"] in UNFINISHED for cycle in self.cycles())
 
     def _wait(self, is_over: Callable[[], bool]) -> None:
-        told = ""
+        newest = next(iter(self.cycles()), None)
+        told = self._described(newest) if newest and newest["status"] not in UNFINISHED else ""  # that is no news
         while not is_over():
             newest = next(iter(self.cycles()), None)
             if newest and (now := self._described(newest)) != told:

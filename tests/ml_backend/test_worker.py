@@ -22,7 +22,7 @@ from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.service import Service
 from ml_backend.settings import Settings
-from ml_backend.worker import check_device, check_weights, free_frames
+from ml_backend.worker import check_torch, check_weights, free_frames
 from model.errors import DiskFullError
 from model.files import read_tensors
 from model.registry import Registry
@@ -179,8 +179,8 @@ def test_a_label_studio_that_never_answers_does_not_keep_the_worker_from_giving_
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test says is missing")
 def test_a_device_that_is_not_there_is_told_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"TSP_DEVICE: expected a device that torch can use .*, got 'cuda'"):
-        check_device(settings(tmp_path, TSP_DEVICE="cuda"))
-    check_device(settings(tmp_path, TSP_DEVICE="auto"))
+        check_torch(settings(tmp_path, TSP_DEVICE="cuda"))
+    check_torch(settings(tmp_path, TSP_DEVICE="auto"))
 
 
 def test_weights_that_are_not_there_are_told_at_the_start(tmp_path: Path) -> None:
@@ -195,9 +195,9 @@ def test_a_precision_that_this_machine_does_not_have_is_told_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.bfloat16.has_bfloat16", lambda: False)
-    check_device(settings(tmp_path, TSP_DEVICE="cpu"))
+    check_torch(settings(tmp_path, TSP_DEVICE="cpu"))
     with pytest.raises(SettingsError, match=r"TSP_PRECISION: bfloat16: this CPU has no instructions for it"):
-        check_device(settings(tmp_path, TSP_DEVICE="cpu", TSP_PRECISION="bfloat16"))
+        check_torch(settings(tmp_path, TSP_DEVICE="cpu", TSP_PRECISION="bfloat16"))
 
 
 def test_an_error_that_is_kept_does_not_keep_what_its_functions_held() -> None:

@@ -182,6 +182,11 @@ def test_each_rank_of_torchrun_takes_its_own_gpu(monkeypatch):
     assert benchmark._device(None) == "cpu"
 
 
+def test_a_device_that_is_not_there_is_told_at_the_start():
+    with pytest.raises(ValueError, match="--device: expected a device that torch can use on this machine, got 'gpu'"):
+        benchmark._device("gpu")
+
+
 def test_the_papers_profile_is_that_of_the_paper():
     paper = benchmark.EFFORTS["paper"]
     assert (paper.pool, paper.test) == (None, None)

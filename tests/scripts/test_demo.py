@@ -12,7 +12,8 @@ from model.errors import TSPError
 from model.files import write_json
 from scripts import demo
 from scripts.backend_processes import _ended
-from scripts.demo import _images, _settings
+from scripts.demo import _images, _settings, _Status
+from tests.scripted_server import says, scripted_server
 
 OPTIONS = argparse.Namespace(backend_port=9090, batch_size=20, image_size=None, data=None, epochs=10, min_steps=300)
 
@@ -71,3 +72,12 @@ def test_a_size_that_is_none_is_refused_before_anything_starts(monkeypatch, caps
     with pytest.raises(SystemExit):
         demo.main()
     assert f"argument {option}: expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "told"), [("running", ["cycle 3: training, 50 %"]), ("done", [])])
+def test_a_cycle_that_ended_before_the_waiting_began_is_no_news(capsys, status, told):
+    cycle = {"number": 3, "status": status, "stage": "training", "done": 5, "total": 10}
+    answers = {"/status": [says(200, {"projects": [{"id": 1, "cycles": [cycle]}]})]}
+    with scripted_server(answers) as (url, _):
+        _Status(SimpleNamespace(url=url, check=lambda: None), 1)._wait(iter([False, False, True]).__next__)
+    assert [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()] == told
