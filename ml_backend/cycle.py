@@ -131,7 +131,7 @@ def _train(service: Service, project_key: str, number: int, log: CycleLog, read_
     def on_step(progress: Progress) -> None:
         logger.debug("project %s, cycle %d: step %d of %d", project_key, number, progress.step, progress.steps)
         log.progress(progress.step, progress.steps)
-        shared.after_step(steps=progress.steps)
+        shared.after_step()
 
     checkpoint = folder / CHECKPOINT
     run = partial(

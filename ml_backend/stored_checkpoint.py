@@ -42,9 +42,8 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Index:
-    """What the store has of a training of so many steps (0: unknown), the furthest first."""
+    """What the store has of a training, the furthest first."""
 
-    steps: int = 0
     kept: tuple[_Kept, ...] = ()
 
     @classmethod
@@ -53,7 +52,7 @@ class _Index:
         try:
             known = json.loads(store.read(folder / _INDEX) or b"{}")
             kept = [_Kept(str(one["name"]), int(one["step"]), str(one["sha256"])) for one in known.get("kept", ())]
-            return cls(int(known.get("steps", 0)), tuple(one for one in kept if one.name in _KEPT))
+            return cls(tuple(one for one in kept if one.name in _KEPT))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             logger.warning(
                 "%s of the store cannot be read, so that no checkpoint is taken from there: %s", _INDEX, error
@@ -66,34 +65,37 @@ class _Index:
 
 def bring_checkpoint(service: Service, project_key: str, number: int) -> bool:
     """Make a cycle's checkpoint the furthest that the store has whole, unless the one here is as far. Whether it is
-    that of a finished training; not when the store does not know how long that is. Without a store: whether there is
-    one."""
+    that of a finished training; not when it does not say so, as those of older releases."""
     folder = service.cycle_folder(project_key, number)
     checkpoint = folder / CHECKPOINT
-    if (store := service.store) is None:
-        return checkpoint.exists()
+    if service.store is not None:
+        _bring_furthest(service.store, folder, f"project {project_key}, cycle {number}")
+    step, steps = _steps_of(checkpoint)
+    return 0 < steps <= step
+
+
+def _bring_furthest(store: Store, folder: Path, cycle: str) -> None:
+    """`bring_checkpoint` from a store; `cycle` is what the log calls it."""
+    checkpoint = folder / CHECKPOINT
     index = _Index.of(store, folder)
     (folder / _HELD).unlink(missing_ok=True)  # of a worker that was killed here
     useless = []
     for kept in index.kept:
-        if kept.step <= _step_of(checkpoint):
+        if kept.step <= _steps_of(checkpoint)[0]:
             break
         try:
             if store.download(folder / kept.name, sha256=kept.sha256, target=checkpoint):
-                logger.info(
-                    "project %s: the training of cycle %d goes on after step %d", project_key, number, kept.step
-                )
+                logger.info("%s: the training goes on after step %d", cycle, kept.step)
                 break
-            logger.warning("project %s, cycle %d: the store has lost %s", project_key, number, kept.name)
+            logger.warning("%s: the store has lost %s", cycle, kept.name)
             useless.append(kept)
         except StoreUnavailableError:
             raise
         except StoreError as error:
-            logger.warning("project %s, cycle %d: an earlier checkpoint is taken: %s", project_key, number, error)
+            logger.warning("%s: an earlier checkpoint is taken: %s", cycle, error)
             useless.append(kept)
     if useless:
-        _Index(index.steps, tuple(one for one in index.kept if one not in useless)).write(store, folder)
-    return 0 < index.steps <= _step_of(checkpoint)
+        _Index(tuple(one for one in index.kept if one not in useless)).write(store, folder)
 
 
 class SharedCheckpoint:
@@ -103,38 +105,37 @@ class SharedCheckpoint:
         self._store, self._folder = service.store, folder
         self._shared_at = time.monotonic()
 
-    def after_step(self, *, steps: int) -> None:
-        """If it is time, in a training of so many steps, which waits neither for a store that is away nor for space."""
+    def after_step(self) -> None:
+        """If it is time. The training waits neither for a store that is away nor for space."""
         if self._store is None or time.monotonic() - self._shared_at < _EVERY_SECONDS:
             return
         try:
-            self._share(steps)
+            self._share()
         except (StoreUnavailableError, DiskFullError) as error:
             self._shared_at = time.monotonic()
             logger.warning("a checkpoint is only here until the next one: %s", error)
 
     def share_finished(self) -> None:
         """Keep that of a finished training, unless the store has it; StoreUnavailableError when it does not answer."""
-        self._share(None)
+        self._share()
 
     def drop(self) -> None:
         """The training begins anew."""
         if self._store is not None:
-            _Index(_Index.of(self._store, self._folder).steps).write(self._store, self._folder)
+            _Index().write(self._store, self._folder)
 
-    def _share(self, steps: int | None) -> None:
-        """None: the last of its steps is done."""
+    def _share(self) -> None:
         if self._store is None:
             return
         index = _Index.of(self._store, self._folder)
         with _held(self._folder / CHECKPOINT) as held:
-            step = _step_of(held)
+            step, _ = _steps_of(held)
             if step > max((one.step for one in index.kept), default=0):
                 best = index.kept[:1]
                 name = next(name for name in _KEPT if name not in {one.name for one in best})
                 self._store.upload(self._folder / name, source=held)
                 kept = _Kept(name, step, digest_of(held))
-                _Index(steps or step, (kept, *best)).write(self._store, self._folder)
+                _Index((kept, *best)).write(self._store, self._folder)
         self._shared_at = time.monotonic()
 
 
@@ -157,10 +158,11 @@ def _held(checkpoint: Path) -> Iterator[Path]:
         held.unlink(missing_ok=True)
 
 
-def _step_of(checkpoint: Path) -> int:
-    """How many steps a checkpoint holds; 0 when there is none that can be read."""
+def _steps_of(checkpoint: Path) -> tuple[int, int]:
+    """How many steps a checkpoint holds, and how many its training has; 0 when there is none that says so."""
     try:
         with safe_open(checkpoint, framework="np") as file:
-            return int((file.metadata() or {})["step"])
+            metadata = file.metadata() or {}
+            return int(metadata["step"]), int(metadata.get("steps", 0))
     except (OSError, SafetensorError, KeyError, ValueError):
-        return 0
+        return 0, 0

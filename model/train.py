@@ -104,7 +104,7 @@ def train(
         if (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == len(steps):
             _check_weights(network, step + 1)
             if checkpoint and (ranks is None or ranks.rank == 0):
-                _save(checkpoint, run, step + 1, network, optimizer, teacher)
+                _save(checkpoint, run, progress, network, optimizer, teacher)
         if on_step:
             on_step(progress)
     if teacher:
@@ -339,7 +339,7 @@ def _check_weights(network: MaskRCNNWithScores, step: int) -> None:
 def _save(
     path: Path,
     run: str,
-    step: int,
+    progress: Progress,
     network: MaskRCNNWithScores,
     optimizer: torch.optim.Optimizer,
     teacher: Teacher | None,
@@ -349,7 +349,7 @@ def _save(
         tensors |= {f"teacher.{name}": tensor for name, tensor in teacher.network.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():  # momentum, or both moments and the step
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
-    write_tensors(path, tensors, {"run": run, "step": str(step)})
+    write_tensors(path, tensors, {"run": run, "step": str(progress.step), "steps": str(progress.steps)})
 
 
 def _resume(

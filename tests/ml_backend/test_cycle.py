@@ -389,15 +389,23 @@ def test_a_checkpoint_that_cannot_be_gone_on_with_is_removed_and_training_starts
     assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
 
 
-def test_what_a_training_has_come_to_is_made_again_when_it_is_gone(
-    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+@pytest.mark.parametrize("what", ["gone", "damaged"])
+def test_what_a_training_has_come_to_is_made_again_to_its_end(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog, tmp_path: Path, what: str
 ) -> None:
     annotate(client, project, phantom_images(1))
-    version = snapshot(service, key, 1, log)
-    train_version(service, key, 1, log)
-    trained = weights(service.cycle_folder(key, 1))
-    (service.cycle_folder(key, 1) / "checkpoint.safetensors").unlink()
-    evaluate_version(service, key, 1, version, log)
+    with another_service(service, tmp_path, TSP_EPOCHS=4, TSP_CHECKPOINT_STEPS=1) as four_steps:
+        version = snapshot(four_steps, key, 1, log)
+        train_version(four_steps, key, 1, log)
+        checkpoint = four_steps.cycle_folder(key, 1) / "checkpoint.safetensors"
+        trained = weights(checkpoint.parent)
+        if what == "damaged":
+            write_bytes(checkpoint, checkpoint.read_bytes()[:-1000])
+        else:
+            checkpoint.unlink()
+        with pytest.raises(PowerCutError):
+            evaluate_version(four_steps, key, 1, version, LogUntilPowerCut(four_steps.database, key, 1))
+        evaluate_version(four_steps, key, 1, version, log)
     network, _ = service.registry.load(key, version)
     assert [
         name for name, tensor in network.state_dict().items() if not torch.equal(tensor, trained[f"network.{name}"])
