@@ -120,8 +120,8 @@ def _limits(report: Report, names: Sequence[str]) -> tuple[float, float]:
     lines = [report["lines"][name] for name in names]
     pairs = [p for line in lines for p in zip(line["map_50"], line["map_50_half_width_95"], strict=True)]
     full = [report["full_supervision"]["map_50"]] if report["full_supervision"] else []
-    lowest = min(*(height - width for height, width in pairs), *full)
-    highest = max(0.01, *(height + width for height, width in pairs), *full)
+    lowest = min([*(height - width for height, width in pairs), *full])
+    highest = max([0.01, *(height + width for height, width in pairs), *full])
     margin = max(0.05 * (highest - lowest), 0.01)
     return lowest - margin, highest + margin
 
@@ -205,7 +205,7 @@ def _head(name: str) -> str:
 
 
 def _is_ssl(name: str) -> bool:
-    return name.split("@")[0].endswith("+ssl")
+    return "+" in name.split("@")[0]
 
 
 def _mark_full(axes: Axes, report: Report) -> None:

@@ -160,7 +160,7 @@ def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None, pool: 
         "area_under_curve_half_width_95": float(half_width(areas)),
         "second_cycle_over_random": _over_random(runs, lines, 1),
         "last_cycle_over_random": _over_random(runs, lines, -1),
-        "images_to_reach": _reached(images, curves.mean(axis=0), full, pool),
+        "images_to_reach": _reached(images, curves, full, pool),
         **_costs(cycles[-1], runs[0]["settings"]),
         "seconds": {
             part: _mean([_seconds(run, part) for run in runs]) for part in ("training", "evaluation", "scoring")
@@ -220,20 +220,35 @@ def _differences(one: Sequence[Run], other: Sequence[Run], value: Any) -> FloatA
 
 
 def _reached(
-    images: list[int], curve: FloatArray, full: dict[str, Any] | None, pool: int
-) -> dict[str, dict[str, float] | None]:
-    """By percent of full supervision: the annotated images that the mean curve needs, and their share of the pool.
+    images: list[int], curves: FloatArray, full: dict[str, Any] | None, pool: int
+) -> dict[str, dict[str, Any] | None]:
+    """By percent of full supervision: the annotated images from which on the mean curve stays above, their share of
+    the pool, and the same images for each seed's own curve (None: it ends below).
 
-    Between cycles the curve is straight, and nobody annotates a part of an image: rounded up.
+    Between cycles the curve is straight, and nobody annotates a part of an image: rounded up. With as many as the first
+    cycle has, fewer may have done.
     """
     if full is None:
         return {}
-    result: dict[str, dict[str, float] | None] = {}
+    result: dict[str, dict[str, Any] | None] = {}
     for percent in _SHARES_OF_FULL:
-        reached = images_to_reach(images, curve, full["map_50"] * percent / 100)
-        whole = None if reached is None else math.ceil(round(reached, 6))
-        result[str(percent)] = None if whole is None else {"images": whole, "share_of_pool": whole / pool}
+        target = full["map_50"] * percent / 100
+        mean, *by_seed = (_whole(images_to_reach(images, curve, target)) for curve in (curves.mean(axis=0), *curves))
+        result[str(percent)] = (
+            None
+            if mean is None
+            else {
+                "images": mean,
+                "share_of_pool": mean / pool,
+                "from_the_first_cycle": mean == images[0],
+                "images_by_seed": by_seed,
+            }
+        )
     return result
+
+
+def _whole(images: float | None) -> int | None:
+    return None if images is None else math.ceil(round(images, 6))
 
 
 def _costs(last: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, float | None]:
@@ -320,7 +335,9 @@ def _comparisons(lines: Lines) -> list[dict[str, Any]]:
     return comparisons
 
 
-def _comparison(one: str, other: str, lines: Lines, resampled: dict[str, FloatArray]) -> dict[str, Any] | None:
+def _comparison(
+    one: str, other: str, lines: Lines, resampled: dict[tuple[str, int], FloatArray]
+) -> dict[str, Any] | None:
     images = [cycle["annotated_images"] for cycle in lines[one][0]["cycles"]]
     differences = _differences(lines[one], lines[other], lambda run: area_under(images, _curves([run]))[0])
     if len(differences) < 2:
@@ -336,29 +353,27 @@ def _comparison(one: str, other: str, lines: Lines, resampled: dict[str, FloatAr
         "smallest_sign_p": smallest_sign_p(len(differences)),
         "test_images_interval_95": None,
     }
-    if one in resampled and other in resampled:
-        interval = np.quantile(resampled[one] - resampled[other], [0.025, 0.975])
+    seeds = {run["seed"] for run in lines[one]} & {run["seed"] for run in lines[other]}
+    pairs = [(resampled.get((one, seed)), resampled.get((other, seed))) for seed in sorted(seeds)]
+    known = [a - b for a, b in pairs if a is not None and b is not None]
+    if len(known) == len(seeds):
+        interval = np.quantile(np.mean(known, axis=0), [0.025, 0.975])
         comparison["test_images_interval_95"] = [float(value) for value in interval]
     return comparison
 
 
-def _resampled(lines: Lines) -> dict[str, FloatArray]:
-    """By line, the last cycle's mAP@0.5 (mean over the seeds that all lines have) on resampled test sets."""
-    seeds = set.intersection(*({run["seed"] for run in runs} for runs in lines.values())) if lines else set()
-    result = {}
-    for line, runs in lines.items():
-        kept = [run for run in runs if run["seed"] in seeds and run["cycles"][-1].get("matches")]
-        if seeds and len(kept) == len(seeds):
-            by_seed = [
-                resampled_map_50(
-                    {name: unpacked(text) for name, text in run["cycles"][-1]["matches"].items()},
-                    run["test_instances"],
-                    _TEST_RESAMPLES,
-                )
-                for run in kept
-            ]
-            result[line] = np.mean(by_seed, axis=0)
-    return result
+def _resampled(lines: Lines) -> dict[tuple[str, int], FloatArray]:
+    """By line and seed, the last cycle's mAP@0.5 on resampled test sets, which are the same ones for all."""
+    return {
+        (line, run["seed"]): resampled_map_50(
+            {name: unpacked(text) for name, text in run["cycles"][-1]["matches"].items()},
+            run["test_instances"],
+            _TEST_RESAMPLES,
+        )
+        for line, runs in lines.items()
+        for run in runs
+        if run["cycles"][-1].get("matches")
+    }
 
 
 def _reliability(lines: Lines, branch: str) -> list[list[float]]:

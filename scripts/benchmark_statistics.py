@@ -78,14 +78,16 @@ def area_under(images: Sequence[int], heights: FloatArray) -> FloatArray:
 
 
 def images_to_reach(images: Sequence[int], curve: FloatArray, target: float) -> float | None:
-    """How many annotated images reach the target, between cycles by a straight line; None if the curve does not."""
-    for i, height in enumerate(curve):
-        if height >= target:
-            if i == 0:
-                return float(images[0])
-            share = (target - curve[i - 1]) / (height - curve[i - 1])
-            return float(images[i - 1] + share * (images[i] - images[i - 1]))
-    return None
+    """From how many annotated images on the curve, straight between cycles, stays at or above the target; None if it
+    ends below."""
+    below = np.flatnonzero(curve < target)
+    if not len(below):
+        return float(images[0])
+    last = int(below[-1])
+    if last == len(curve) - 1:
+        return None
+    share = (target - curve[last]) / (curve[last + 1] - curve[last])
+    return float(images[last] + share * (images[last + 1] - images[last]))
 
 
 def _below(degrees: int) -> FloatArray:
