@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,34 +36,36 @@ class LabeledSet:
 def read_coco(annotations: Path, images_folder: Path | None = None, *, split: str | None = None) -> LabeledSet:
     """Read a COCO instance file; images lie in `images_folder` (default: `images/` beside the file).
 
-    Polygons, compressed and uncompressed RLE are understood; crowd regions are left out. Labels follow the order of the
-    category ids. With `split`, only images whose own "split" field says so. Raises DatasetError.
+    Polygons, compressed and uncompressed RLE are understood; crowd regions are left out, and so are instances without a
+    pixel, such as polygons wholly outside the image. Labels follow the order of the category ids. With `split`, only
+    images whose own "split" field says so. Raises DatasetError.
     """
     folder = images_folder or annotations.parent / "images"
     try:
         coco = json.loads(annotations.read_text())
-        categories = sorted(coco["categories"], key=lambda category: category["id"])
+        categories = sorted(_listed(coco, "categories"), key=lambda category: category["id"])
         labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+        instances = [instance for instance in _listed(coco, "annotations") if not instance.get("iscrowd", 0)]
+        _check_ids(_listed(coco, "images"), categories, instances)
         by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-        for annotation in coco["annotations"]:
-            if not annotation.get("iscrowd", 0):
-                by_image[annotation["image_id"]].append(annotation)
+        for instance in instances:
+            by_image[instance["image_id"]].append(instance)
         images = tuple(
             _coco_image(image, by_image[image["id"]], folder, labels)
             for image in coco["images"]
             if split is None or image.get("split") == split
         )
+        return LabeledSet(images=images, class_names=tuple(str(category["name"]) for category in categories))
     except (OSError, ValueError) as error:
         raise DatasetError(f"{annotations}: expected a readable COCO JSON file: {error}") from error
     except KeyError as error:
         raise DatasetError(
             f"{annotations}: expected COCO instances (images, annotations, categories with ids), {error} is missing"
         ) from error
-    except TypeError as error:
+    except (TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DatasetError(
             f"{annotations}: expected COCO instances (lists of images, annotations and categories): {error}"
         ) from error
-    return LabeledSet(images=images, class_names=tuple(str(category["name"]) for category in categories))
 
 
 def write_coco(path: Path, dataset: LabeledSet) -> None:
@@ -303,12 +305,50 @@ def _boxes_xyxy(masks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return boxes
 
 
+def _listed(coco: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    listed = coco[name]
+    if not isinstance(listed, list):
+        raise TypeError(f"{name}: expected a list, got {listed!r:.50}")
+    return listed
+
+
+def _check_ids(
+    images: Sequence[Mapping[str, Any]],
+    categories: Sequence[Mapping[str, Any]],
+    annotations: Sequence[Mapping[str, Any]],
+) -> None:
+    """InvalidInputError when two images or categories have one id, or when an annotation's id of one leads nowhere."""
+    for kind, entries in (("image", images), ("category", categories)):
+        ids = [entry["id"] for entry in entries]
+        _check_unique(f"{kind} id", ids)
+        known, name = set(ids), f"{kind}_id"
+        if lost := [annotation for annotation in annotations if annotation[name] not in known]:
+            wanted = lost[0][name]
+            alike = [known_id for known_id in ids if str(known_id) == str(wanted)]
+            hint = f"; there is {alike[0]!r}: write both as numbers or both as text" if alike else ""
+            raise InvalidInputError(
+                f"expected the {name} of each annotation among the ids of the file, {len(lost)} of {len(annotations)} "
+                f"are not, the first is {wanted!r} of annotation {lost[0].get('id')}{hint}"
+            )
+    _check_unique("image key", [_key(image) for image in images])
+
+
+def _check_unique(name: str, values: Sequence[Any]) -> None:
+    for value, count in Counter(values).most_common(1):
+        if count > 1:
+            raise InvalidInputError(f"expected each {name} once, got {value!r} {count} times")
+
+
+def _key(image: Mapping[str, Any]) -> str:
+    return str(image.get("key", image["id"]))
+
+
 def _coco_image(
     image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], folder: Path, labels: Mapping[Any, int]
 ) -> LabeledImage:
     hw = (int(image["height"]), int(image["width"]))
-    return LabeledImage(
-        image_id=str(image.get("key", image["id"])),
+    whole = LabeledImage(
+        image_id=_key(image),
         path=folder / image["file_name"],
         image_hw=hw,
         labels=np.array([labels[annotation["category_id"]] for annotation in annotations], dtype=np.int64),
@@ -316,6 +356,13 @@ def _coco_image(
         pseudo=bool(image.get("pseudo", False)),
         triplets=_columns(image.get("triplets"), 3),
         ignored_boxes_xyxy=_columns(image.get("ignored_boxes_xyxy"), 4),
+    )
+    seen = [i for i, rle in enumerate(whole.rles) if coco_mask.area(dict(rle))]
+    return replace(
+        whole,
+        labels=whole.labels[seen],
+        rles=tuple(whole.rles[i] for i in seen),
+        triplets=None if whole.triplets is None else whole.triplets[seen],
     )
 
 
@@ -331,9 +378,11 @@ def _coco_rle(annotation: Mapping[str, Any], hw: tuple[int, int]) -> Rle:
             raise InvalidInputError(f"expected an outline, got {segmentation!r}")
         if isinstance(segmentation, list):
             return polygons_to_rle([np.array(ring, dtype=np.float64).reshape(-1, 2) for ring in segmentation], hw)
-        compressed = not isinstance(segmentation["counts"], list)
-        rle = segmentation if compressed else coco_mask.frPyObjects(segmentation, *hw)
-    except ValueError as error:
+        counts = segmentation["counts"]
+        if isinstance(counts, list):
+            counts = coco_mask.frPyObjects(segmentation, *hw)["counts"].decode()
+        rle = Rle(size=[int(side) for side in segmentation["size"]], counts=counts)
+        rle_area(rle)  # nobody else checks the counts
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
         raise InvalidInputError(f"annotation {annotation.get('id')}: segmentation: {error}") from error
-    counts = rle["counts"]
-    return Rle(size=list(rle["size"]), counts=counts.decode() if isinstance(counts, bytes) else counts)
+    return rle

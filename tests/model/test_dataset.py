@@ -1,4 +1,5 @@
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.real_sets import annotations_of
 
 CONFIG = NetworkConfig.for_profile("efficientnet_lite0_fpn", 3, **TINY)
 HW = (20, 30)
+PICTURE = {"id": 1, "file_name": "a.png", "height": 20, "width": 30}
 MASK = rectangle(4, 5, 14, 12, hw=HW)
 
 POLYGON = [[4, 5, 14, 5, 14, 12, 4, 12]]
@@ -39,7 +41,7 @@ UNCOMPRESSED = {"size": list(HW), "counts": [4 * 20 + 5, *[7, 13] * 9, 7, 20 * 3
 
 def coco(**changes):
     return {
-        "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],
+        "images": [PICTURE],
         "annotations": [{"id": 5, "image_id": 1, "category_id": 3, "segmentation": POLYGON, "iscrowd": 0}],
         "categories": [{"id": 3, "name": "cell"}],
         **changes,
@@ -158,7 +160,12 @@ def test_others_can_read_what_is_written(tmp_path):
         pytest.param(coco(images=None), "lists of images", id="images are null"),
         pytest.param(coco(images=[{"id": 1}]), "'height' is missing", id="no size"),
         pytest.param(coco(images=[{"id": 1, "height": 20, "width": 30}]), "'file_name' is missing", id="no file"),
-        pytest.param(coco(annotations=[annotation(category_id=9)]), "9 is missing", id="unknown category"),
+        pytest.param(coco(images={}), "images: expected a list, got {}", id="images are an object"),
+        pytest.param(coco(annotations={"a": 1}), "annotations: expected a list", id="annotations are an object"),
+        pytest.param(coco(annotations=[[1, 2]]), "lists of images", id="an annotation is a list"),
+        pytest.param(coco(categories=[{"id": 3}]), "'name' is missing", id="a category without a name"),
+        pytest.param(coco(images=[{**PICTURE, "height": math.inf}]), "infinity", id="infinitely high"),
+        pytest.param("[" * 100_000, "recursion", id="too deep"),
         pytest.param(coco(annotations=[{"image_id": 1, "category_id": 3}]), "'segmentation' is missing", id="no mask"),
         pytest.param(coco(annotations=[annotation(segmentation=[])]), "annotation 5: .*outline", id="empty polygons"),
         pytest.param(coco(annotations=[annotation(segmentation=None)]), "annotation 5: .*outline", id="null mask"),
@@ -168,12 +175,48 @@ def test_others_can_read_what_is_written(tmp_path):
         pytest.param(
             coco(annotations=[annotation(segmentation=[[1, 1, None, 5, 7, 7]])]), "annotation 5: .*finite", id="a gap"
         ),
+        pytest.param(
+            coco(annotations=[annotation(segmentation=[[1, 1, 1e8, 5, 7, 7]])]),
+            "1000000, got 1 to 1e.08",
+            id="far away",
+        ),
         pytest.param(coco(annotations=[annotation(segmentation=[[1, 1, 5, 5, 7]])]), "annotation 5", id="half a point"),
         pytest.param(
             coco(annotations=[annotation(segmentation={"size": [9, 9], "counts": [81]})]),
             r"image 1: its size is \(20, 30\) .* a mask has \[9, 9\]",
             id="mask of another size",
         ),
+        *(
+            pytest.param(
+                coco(annotations=[annotation(segmentation={"size": list(HW), "counts": counts})]),
+                rf"annotation 5: segmentation: .*{message}",
+                id=f"counts {counts}",
+            )
+            for counts, message in [
+                ([1, 2], r"fill 20 x 30 pixels, got runs of 3"),
+                ([-1, 601], "out of bounds"),
+                ([2**33], "out of bounds"),
+                ([], "compressed text"),
+                ([None], "NoneType"),
+                ("abc", "compressed text"),
+                ("12", "fill 20 x 30 pixels"),
+                ("zzzz", "compressed text"),
+                ("", "compressed text"),
+                (None, "NoneType"),
+                (600, "int"),
+            ]
+        ),
+        *(
+            pytest.param(
+                coco(annotations=[annotation(segmentation={"size": size, "counts": counts})]),
+                "annotation 5: segmentation: ",
+                id=f"size {size}, counts {counts}",
+            )
+            for size in ([20], 20, [20, None], [-20, 30], [20, math.inf])
+            for counts in ([600], COMPRESSED["counts"])
+        ),
+        pytest.param(coco(annotations=[annotation(segmentation="abc")]), "annotation 5: segmentation", id="a text"),
+        pytest.param(coco(annotations=[annotation(segmentation=5)]), "annotation 5: segmentation", id="a number"),
     ],
 )
 def test_a_file_that_is_not_coco_is_refused_by_name(content, message, tmp_path):
@@ -181,6 +224,71 @@ def test_a_file_that_is_not_coco_is_refused_by_name(content, message, tmp_path):
     with pytest.raises(DatasetError, match=message) as caught:
         read_coco(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(coco(images=[PICTURE, PICTURE]), "each image id once, got 1 2 times", id="an image twice"),
+        pytest.param(
+            coco(images=[PICTURE, {**PICTURE, "id": "1"}]), "each image key once, got '1' 2 times", id="1 and '1'"
+        ),
+        pytest.param(
+            coco(images=[{**PICTURE, "id": i, "key": "a"} for i in (1, 2)]), "image key once, got 'a'", id="a key twice"
+        ),
+        pytest.param(
+            coco(categories=[{"id": 3, "name": name} for name in "ab"]),
+            "category id once, got 3",
+            id="a category twice",
+        ),
+        pytest.param(
+            coco(annotations=[annotation(), annotation(id=6, image_id="1"), annotation(id=7, image_id="1")]),
+            "image_id .*, 2 of 3 are not, the first is '1' of annotation 6; there is 1: write both as numbers",
+            id="an image's number as text",
+        ),
+        pytest.param(
+            coco(annotations=[annotation(image_id=2)]), r"image_id .*the first is 2 of annotation 5$", id="no image"
+        ),
+        pytest.param(
+            coco(annotations=[annotation(category_id=9)]),
+            r"category_id .*1 of 1 are not, the first is 9 of annotation 5$",
+            id="no category",
+        ),
+        pytest.param(
+            coco(annotations=[annotation(category_id="3")]), "'3' of annotation 5; there is 3", id="category as text"
+        ),
+    ],
+)
+@pytest.mark.parametrize("split", [None, "train"])
+def test_ids_that_lead_nowhere_or_to_two_are_refused(content, message, split, tmp_path):
+    with pytest.raises(DatasetError, match=message):
+        read_coco(written(tmp_path, content), split=split)
+
+
+def test_crowd_regions_need_no_image_and_the_annotations_of_other_splits_have_theirs(tmp_path):
+    images = [{**PICTURE, "split": "train"}, {**PICTURE, "id": 2, "split": "test"}]
+    content = coco(images=images, annotations=[annotation(), annotation(image_id=2), {"iscrowd": 1}])
+    (image,) = read_coco(written(tmp_path, content), split="train").images
+    assert (image.image_id, len(image.rles)) == ("1", 1)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        pytest.param([[40, 5, 50, 5, 50, 12]], id="a polygon beside the image"),
+        pytest.param({"size": list(HW), "counts": [600]}, id="an empty mask"),
+        pytest.param(mask_to_rle(np.zeros(HW, dtype=bool)), id="an empty compressed mask"),
+    ],
+)
+def test_instances_without_a_pixel_are_left_out(nothing, tmp_path):
+    annotations = [annotation(segmentation=nothing, category_id=3), annotation(category_id=4)]
+    picture = {**PICTURE, "pseudo": True, "triplets": [[0.1] * 3, [0.9] * 3]}
+    categories = [{"id": 3, "name": "cell"}, {"id": 4, "name": "dot"}]
+    (image,) = read_coco(
+        written(tmp_path, coco(images=[picture], annotations=annotations, categories=categories))
+    ).images
+    assert [rle_to_mask(rle).sum() for rle in image.rles] == [70]
+    assert (image.labels.tolist(), image.triplets.tolist()) == ([2], [[0.9] * 3])
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
