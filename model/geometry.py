@@ -26,8 +26,8 @@ TOLERANCE_GROWTH = 1.25
 CULLED_PER_VERTEX = 1.25
 # A larger tolerance than this share of its thickness would eat up a thin mask.
 MAX_TOLERANCE_BY_THICKNESS = 0.15
-# pycocotools walks along the edges of a polygon and keeps each step, also of those that leave the image.
-FARTHEST_PX = 1e6
+# pycocotools keeps each step along the edges of a polygon, outside of the image, too: at most so far from it.
+FARTHEST_PX = 1_000_000
 # All pairs of edges are compared, this many rows of the table at a time to bound the memory.
 EDGES_PER_BLOCK = 256
 
@@ -72,9 +72,9 @@ def polygons_to_rle(polygons_xy: Sequence[FloatArray], image_hw: tuple[int, int]
             raise InvalidInputError(
                 f"polygon {index}: expected at least 3 finite points, shape (V, 2), got shape {points.shape}"
             )
-        if np.abs(points).max() > FARTHEST_PX:
+        if np.abs(points).max() > FARTHEST_PX + max(height, width):
             raise InvalidInputError(
-                f"polygon {index}: expected pixels from {-FARTHEST_PX:.0f} to {FARTHEST_PX:.0f}, "
+                f"polygon {index}: expected points within {FARTHEST_PX} pixels of the image, "
                 f"got {points.min():.3g} to {points.max():.3g}"
             )
     flat = [np.asarray(polygon_xy, dtype=np.float64).ravel().tolist() for polygon_xy in polygons_xy]

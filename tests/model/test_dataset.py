@@ -177,7 +177,7 @@ def test_others_can_read_what_is_written(tmp_path):
         ),
         pytest.param(
             coco(annotations=[annotation(segmentation=[[1, 1, 1e8, 5, 7, 7]])]),
-            "1000000, got 1 to 1e.08",
+            "1000000 pixels of the image, got 1 to 1e.08",
             id="far away",
         ),
         pytest.param(coco(annotations=[annotation(segmentation=[[1, 1, 5, 5, 7]])]), "annotation 5", id="half a point"),
