@@ -50,7 +50,7 @@ from ml_backend.stored_checkpoint import CHECKPOINT, SharedCheckpoint, bring_che
 from model.calibration import reliability, true_ious
 from model.comparison import compare
 from model.config import PseudoLabelConfig, TrainingConfig
-from model.dataset import LabeledSet, load_image, write_coco
+from model.dataset import LabeledSet, load_annotated, write_coco
 from model.errors import CheckpointError, DatasetError, TSPError
 from model.evaluate import evaluate
 from model.files import write_json
@@ -212,7 +212,7 @@ def _evaluate(service: Service, project_key: str, number: int, version: str, log
     network = _trained_network(service, folder)
     found: dict[str, Detections] = {}
     for image in validation.images:
-        found[image.image_id] = next(detect(network, [load_image(image.path)]))
+        found[image.image_id] = next(detect(network, [load_annotated(image)]))
         log.progress(len(found), len(validation.images))
     metrics = _measured(found, validation, mask_threshold=network.config.mask_threshold)
     recipe = json.loads((folder / "recipe.json").read_text())

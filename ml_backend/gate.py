@@ -11,7 +11,7 @@ from ml_backend.handover import bring_snapshot
 from ml_backend.publication import cycle_of
 from ml_backend.service import Service
 from model.comparison import compare
-from model.dataset import LabeledSet, load_image, read_coco
+from model.dataset import LabeledSet, load_annotated, read_coco
 from model.errors import RegistryError
 from model.gate import Verdict, judge
 from model.predict import detect
@@ -67,7 +67,7 @@ def _verdict(
     network.to(service.settings.torch_device())
     of_active: dict[str, Detections] = {}
     for image in images:
-        of_active[image.image_id] = next(detect(network, [load_image(image.path)]))
+        of_active[image.image_id] = next(detect(network, [load_annotated(image)]))
         log.progress(len(of_active), len(images))
     truth = [_truth_of(image, validation.class_names, names) for image in images]
     new, old = (

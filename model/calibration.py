@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from model.errors import InvalidInputError
 from model.geometry import roi_mask_to_rle
-from model.types import Detections, FloatArray, LabeledImage
+from model.types import Detections, FloatArray, LabeledImage, found_in
 
 _BINS = 10
 _LEAST_SLOPE = 0.05  # of a calibration: a branch that is wrong in its order is flattened, not turned round
@@ -33,11 +33,11 @@ def true_ious(
     """For all detections that overlap an instance of their class by a box IoU of at least 0.5, columns (N,):
 
     `box_scores`, `mask_scores` (predicted) and `box_ious`, `mask_ious` (true, with the instance of the best box IoU).
-    The branches learn from such RoIs only (section 3.1).
+    The branches learn from such RoIs only (section 3.1). Raises InvalidInputError as `model.comparison` does.
     """
     columns: dict[str, list[float]] = {"box_scores": [], "mask_scores": [], "box_ious": [], "mask_ious": []}
     for image in images:
-        found = detections[image.image_id]
+        found = found_in(detections, image)
         for i, label in enumerate(found.labels):
             truth = [dict(rle) for rle, other in zip(image.rles, image.labels, strict=True) if other == label]
             if not truth:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from model.geometry import roi_mask_to_rle
-from model.types import BoolArray, Detections, FloatArray, LabeledImage
+from model.types import BoolArray, Detections, FloatArray, LabeledImage, found_in
 
 _IOUS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0.0, 1.0, 101)
@@ -40,10 +40,13 @@ Matches = tuple[NDArray[np.int64], BoolArray]  # of one class: by rank, the numb
 def compare(
     found: Mapping[str, Detections], images: Sequence[LabeledImage], class_count: int, *, mask_threshold: float
 ) -> list[Compared]:
-    """Compare the detections of each image with its ground truth, class by class; images are numbered in order."""
+    """Compare the detections of each image with its ground truth, class by class; images are numbered in order.
+
+    Raises InvalidInputError for an image without detections or with detections for another size.
+    """
     result = []
     for number, image in enumerate(images):
-        detections = found[image.image_id]
+        detections = found_in(found, image)
         for label in range(1, class_count + 1):
             chosen = detections.select(np.flatnonzero(detections.labels == label))
             truth = [dict(rle) for rle, other in zip(image.rles, image.labels, strict=True) if other == label]

@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from model.errors import InvalidInputError
 from model.geometry import rle_area, rle_to_box_xyxy, roi_mask_to_rle
-from model.types import BoolArray, Detections, FloatArray, LabeledImage
+from model.types import BoolArray, Detections, FloatArray, LabeledImage, found_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,11 @@ def evaluate(
     mask_threshold: float,
     max_detections: int = 1000,
 ) -> Evaluation:
-    """Compare the detections of each image (by image_id) with its ground truth, at every IoU from .5 to .95."""
+    """Compare the detections of each image (by image_id) with its ground truth, at every IoU from .5 to .95.
+
+    Crowd regions are not known here (`read_coco` leaves them out): what is found in one counts as a false alarm, which
+    COCO's own evaluation would ignore. Raises InvalidInputError for an image without detections or of another size.
+    """
     if missing := [image.image_id for image in images if image.image_id not in detections]:
         raise InvalidInputError(
             f"expected detections for every image, {len(missing)} have none, the first is {missing[0]}"
@@ -76,7 +80,7 @@ def results_of(
     """The detections of these images as COCO's results, by the numbers of `ground_truth`."""
     results: list[dict[str, Any]] = []
     for number, image in enumerate(images, start=1):
-        found = detections[image.image_id]
+        found = found_in(detections, image)
         for i in range(len(found)):
             rle = roi_mask_to_rle(
                 found.roi_masks[i], found.boxes_xyxy[i], found.image_hw, mask_threshold=mask_threshold

@@ -1,5 +1,6 @@
 """What the rooms of the project hand to each other: frozen, and checked when they are made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -123,3 +124,17 @@ class Detections:
             mask_scores=self.mask_scores[keep],
             roi_masks=self.roi_masks[keep],
         )
+
+
+def found_in(detections: Mapping[str, Detections], image: LabeledImage) -> Detections:
+    """The detections in an image, by its id. InvalidInputError when it has none or they are for another size, in which
+    no mask could overlap those of its annotations."""
+    if image.image_id not in detections:
+        raise InvalidInputError(f"expected detections for every image, {image.image_id} has none")
+    found = detections[image.image_id]
+    if found.image_hw != image.image_hw:
+        raise InvalidInputError(
+            f"image {image.image_id}: its annotations are for size {image.image_hw} (height, width), its detections "
+            f"for {found.image_hw}: {image.path} may be another file than the annotated one"
+        )
+    return found

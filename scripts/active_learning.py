@@ -19,7 +19,7 @@ import torch
 from model.calibration import fit_calibration
 from model.comparison import compare
 from model.config import NetworkConfig, TrainingConfig
-from model.dataset import LabeledSet, fitting_anchors, load_image
+from model.dataset import LabeledSet, fitting_anchors, load_annotated
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.registry import ModelCard, Registry
@@ -345,9 +345,7 @@ class _Cycles:
     ) -> Iterator[tuple[str, Sight, Detections]]:
         """What the network sees in each image, by its id."""
         for done, image in enumerate(images, start=1):
-            sight, found = look(
-                network, load_image(image.path), queue_threshold=self.settings.selection.queue_threshold
-            )
+            sight, found = look(network, load_annotated(image), queue_threshold=self.settings.selection.queue_threshold)
             self.signs.give(stage, done, len(images))
             yield image.image_id, sight, found
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.dataset import LabeledSet, load_image, write_coco
+from model.dataset import LabeledSet, load_annotated, write_coco
 from model.geometry import mask_to_rle, rle_area, rle_to_mask
 from model.types import LabeledImage
 from scripts.shared_files import write_png
@@ -21,7 +21,7 @@ def cropped(image: LabeledImage, path: Path, *, size: int) -> LabeledImage:
     y, x = max(0, (height - size) // 2), max(0, (width - size) // 2)
     window = np.s_[y : y + size, x : x + size]
     if not path.exists():
-        write_png(path, load_image(image.path)[window])
+        write_png(path, load_annotated(image)[window])
     rles = [mask_to_rle(np.ascontiguousarray(rle_to_mask(rle)[window])) for rle in image.rles]
     seen = [i for i, rle in enumerate(rles) if rle_area(rle) >= _LEAST_AREA]
     return LabeledImage(

@@ -1,6 +1,7 @@
 """Images that are damaged in the cache after the snapshot was taken, with a real Label Studio and real training."""
 
 import io
+import json
 import re
 import shutil
 import threading
@@ -242,6 +243,25 @@ def test_an_image_that_only_the_training_cannot_read_ends_no_cycle(
     assert (facts["training_problem_count"], facts["training_mended"]) == (1, 0)
     assert "OpenCV" in facts["training_problems"][0]
     with_it.close()
+
+
+def test_a_validation_image_of_another_size_than_its_annotations_measures_nothing(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    annotate(client, project, [*phantom_images(2), *phantom_images(3, validation=True)])
+    log = begin_cycle(service, key)
+    version = snapshot(service, key, 1, log)
+    train_version(service, key, 1, log)
+    frozen = service.cycle_folder(key, 1) / "validation.json"
+    part = json.loads(frozen.read_text())
+    part["images"][0].update(height=10, width=20)
+    part["annotations"] = [one for one in part["annotations"] if one["image_id"] != part["images"][0]["id"]]
+    frozen.write_text(json.dumps(part))
+    evaluate_version(service, key, 1, version, log)
+    facts = cycle_row(service, key).facts
+    assert facts["metrics"]["images"] == 2
+    assert (facts["validation_problem_count"], facts["validation_mended"]) == (1, 0)
+    assert "its annotations are for size (10, 20), the file has (" in facts["validation_problems"][0]
 
 
 def test_images_of_the_pool_and_of_the_batch_before_are_fetched_again_when_they_are_scored(

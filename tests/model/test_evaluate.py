@@ -7,6 +7,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from model.calibration import true_ious
+from model.comparison import compare
 from model.errors import InvalidInputError
 from model.evaluate import _matches, evaluate, ground_truth, precision, results_of
 from model.geometry import mask_to_rle, rle_area, rle_to_box_xyxy, rle_to_mask, roi_mask_to_rle
@@ -239,3 +241,21 @@ def plain_coco(found, images):
 def test_an_image_that_nobody_looked_at_is_named():
     with pytest.raises(InvalidInputError, match="1 have none, the first is b"):
         measure({"a": detections([]), "empty": detections([])}, IMAGES)
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        pytest.param(measure, id="evaluate"),
+        pytest.param(lambda found, images: compare(found, images, 2, mask_threshold=0.3), id="compare"),
+        pytest.param(lambda found, images: true_ious(found, images, mask_threshold=0.3), id="true_ious"),
+    ],
+)
+def test_detections_for_another_size_are_no_misses_but_refused(measured):
+    found = {image.image_id: perfect(image) for image in IMAGES}
+    measured(found, IMAGES)
+    found["b"] = detections([[40, 10, 60, 60]], image_hw=(128, 128))
+    with pytest.raises(
+        InvalidInputError, match=r"image b: .* size \(64, 64\) .* detections for \(128, 128\): b\.png may"
+    ):
+        measured(found, IMAGES)
