@@ -393,6 +393,13 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "TSP_MACHINES is more than 1: set TSP_MEETING_POINT to host:port of the worker's machine"
             )
+        in_all = settings.machines * settings.processes
+        if settings.strategy == "learning_loss" and settings.images_per_step <= in_all:
+            raise SettingsError(
+                f"TSP_IMAGES_PER_STEP: learning_loss compares the images that a process has in one step, expected at "
+                f"least {2 * in_all}, two for each of {in_all}, got {settings.images_per_step}: set it higher, or "
+                "choose another TSP_STRATEGY"
+            )
         settings._check_store_folder()
         if (settings.basic_auth_user is None) != (settings.basic_auth_pass is None):
             raise SettingsError("BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither")

@@ -188,6 +188,12 @@ class TrainingSteps(Dataset[Batch]):
                 f"batch_size: each of {share[1]} processes needs an annotated image in every step, got batch_size "
                 f"{training.batch_size} and {len(self.annotated)} annotated images"
             )
+        processes = share[1] if share else 1
+        if network.learning_loss and training.batch_size <= processes:
+            raise InvalidInputError(
+                "batch_size: learning_loss learns from images that one process has in the same step, expected at least "
+                f"{2 * processes}, two for each of {processes}, got {training.batch_size}"
+            )
         self.network, self.training, self.share = network, training, share
         self.steps_per_epoch = -(-len(self.annotated) // training.batch_size)
         steps = len(self)

@@ -2,7 +2,8 @@
 
 Started by torchrun, which sets RANK, WORLD_SIZE and where the processes meet. A step comes out as if one process had
 done it (`model.train`), but for rounding, for images of different sizes, which are padded to the largest of their
-share, and for batch norms that are not frozen, which see their own share.
+share, and for batch norms that are not frozen, which see their own share. The ranking loss of `learning_loss` compares
+the images of one process: with one image for each there is nothing to learn from, which `TrainingSteps` refuses.
 """
 
 import os

@@ -279,6 +279,20 @@ def test_an_error_shows_the_value_that_came(monkeypatch: pytest.MonkeyPatch, nam
         read(monkeypatch, {name: text})
 
 
+@pytest.mark.parametrize(
+    ("processes", "machines", "images", "needed"), [(1, 1, 1, 2), (2, 1, 2, 4), (1, 2, 2, 4), (2, 2, 4, 8)]
+)
+def test_learning_loss_without_two_images_for_a_process_is_refused(
+    monkeypatch: pytest.MonkeyPatch, processes: int, machines: int, images: int, needed: int
+) -> None:
+    place = {"TSP_PROCESSES": str(processes), "TSP_MACHINES": str(machines), "TSP_MEETING_POINT": "10.0.0.5:29400"}
+    few, enough = ({**place, "TSP_IMAGES_PER_STEP": str(count)} for count in (images, needed))
+    read(monkeypatch, few)
+    read(monkeypatch, {**enough, "TSP_STRATEGY": "learning_loss"})
+    with pytest.raises(SettingsError, match=f"TSP_IMAGES_PER_STEP: learning_loss .* at least {needed}, .*got {images}"):
+        read(monkeypatch, {**few, "TSP_STRATEGY": "learning_loss"})
+
+
 @pytest.mark.parametrize("name", ["BASIC_AUTH_USER", "BASIC_AUTH_PASS"])
 def test_half_of_the_basic_authentication_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(SettingsError, match="BASIC_AUTH_USER and BASIC_AUTH_PASS: set both or neither") as caught:

@@ -604,6 +604,19 @@ def test_there_is_nothing_to_train_on_without_annotated_images(pictures):
         steps(pictures[5:])
 
 
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 1), (2, 2), (3, 3)], ids=str)
+def test_learning_loss_needs_two_images_in_a_process_to_compare(processes, batch_size, pictures):
+    def made(batch_size, **options):
+        network, training = replace(CONFIG, **options), TrainingConfig(batch_size=batch_size)
+        return TrainingSteps(pictures, network=network, training=training, share=share)
+
+    share = (0, processes) if processes > 1 else None
+    message = f"learning_loss .* at least {2 * processes}, two for each of {processes}, got {batch_size}"
+    with pytest.raises(InvalidInputError, match=message):
+        made(batch_size, learning_loss=True)
+    assert len(made(batch_size)) and len(made(batch_size + 1, learning_loss=True))
+
+
 # --- real sets
 
 
