@@ -108,12 +108,17 @@ def coco_annotation(rle: Rle, *, number: int, image_id: int, category_id: int) -
 def load_image(path: Path) -> NDArray[np.uint8]:
     """The image as (H, W, 3) uint8 RGB; grey becomes three equal channels, EXIF orientation is applied.
 
-    Raises ImageFileError.
+    Raises ImageFileError, also for more than 8 bits: their upper 8 are all but black where a scan fills the lower 12.
     """
-    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if pixels is None:
         raise ImageFileError(
             f"{path}: expected an image that OpenCV can read; the file is missing, damaged or of a new kind"
+        )
+    if pixels.dtype != np.uint8:
+        raise ImageFileError(
+            f"{path}: expected 8 bits a channel, got {pixels.dtype}: window the image to 8 bits, so that what "
+            "people look for can be seen, and save it anew"
         )
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 

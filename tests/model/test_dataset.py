@@ -23,7 +23,7 @@ from model.dataset import (
     training_sample,
     write_coco,
 )
-from model.errors import DatasetError, InvalidInputError
+from model.errors import DatasetError, ImageFileError, InvalidInputError
 from model.geometry import mask_to_rle, rle_to_box_xyxy, rle_to_mask
 from model.types import LabeledImage
 from tests.model.examples import TINY, ellipse, labeled_image, rectangle
@@ -312,12 +312,31 @@ def test_the_channels_are_red_green_blue_and_transparency_is_dropped(tmp_path):
     assert pixels[0, 0].tolist() == [250, 120, 10]
 
 
-def test_sixteen_bits_become_the_upper_eight(tmp_path):
-    deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
-    cv2.imwrite(str(tmp_path / "deep.png"), deep)
-    pixels = load_image(tmp_path / "deep.png")
-    assert pixels.dtype == np.uint8
-    assert np.abs(pixels[:, :, 0].astype(int) - deep // 256).max() <= 1
+@pytest.mark.parametrize("shape", [(16, 16), (16, 16, 3), (16, 16, 4)], ids=["grey", "colour", "alpha"])
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_more_than_eight_bits_are_refused_rather_than_cut_off(kind, shape, tmp_path):
+    cv2.imwrite(str(tmp_path / f"deep.{kind}"), np.full(shape, 4095, dtype=np.uint16))
+    with pytest.raises(
+        ImageFileError, match=rf"deep\.{kind}: expected 8 bits .* got uint16: window the image to 8 bits"
+    ):
+        load_image(tmp_path / f"deep.{kind}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("png", mode) for mode in ("RGB", "RGBA", "L", "LA", "P", "1")),
+        *(("jpg", mode) for mode in ("RGB", "L", "CMYK")),
+        *(("tif", mode) for mode in ("RGB", "RGBA", "L", "P", "1")),
+        *(("bmp", mode) for mode in ("RGB", "L", "P", "1")),
+        *(("webp", mode) for mode in ("RGB", "RGBA")),
+    ],
+)
+def test_eight_bits_are_read_as_opencv_reads_colour(kind, mode, tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    path = tmp_path / f"a.{kind}"
+    noise.convert(mode).save(path)
+    assert np.array_equal(load_image(path)[:, :, ::-1], cv2.imread(str(path), cv2.IMREAD_COLOR))
 
 
 @pytest.mark.parametrize(("orientation", "hw"), [(1, (20, 30)), (3, (20, 30)), (6, (30, 20)), (8, (30, 20))])
@@ -614,7 +633,8 @@ def test_learning_loss_needs_two_images_in_a_process_to_compare(processes, batch
     message = f"learning_loss .* at least {2 * processes}, two for each of {processes}, got {batch_size}"
     with pytest.raises(InvalidInputError, match=message):
         made(batch_size, learning_loss=True)
-    assert len(made(batch_size)) and len(made(batch_size + 1, learning_loss=True))
+    assert len(made(batch_size))
+    assert len(made(batch_size + 1, learning_loss=True))
 
 
 # --- real sets
