@@ -151,7 +151,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def observe(self, sight: Sight) -> Observation:
-        """What to keep of an image."""
+        """What to keep of an image. InvalidInputError when the network was not built with `network_options`."""
 
     def choose(
         self,

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+from model.errors import InvalidInputError
 from model.strategies.base import Observation, Sight, Strategy
 
 
@@ -16,5 +17,10 @@ class LearningLoss(Strategy):
     network_options: ClassVar[dict[str, Any]] = {"learning_loss": True}
 
     def observe(self, sight: Sight) -> Observation:
+        if "predicted_loss" not in sight.output:
+            raise InvalidInputError(
+                f"{self.name}: expected a network that predicts its loss: build it with the strategy's "
+                f"network_options, {self.network_options}"
+            )
         loss = float(sight.output["predicted_loss"])
         return Observation(score=(1 - loss / (1 + abs(loss))) / 2, feature=sight.feature)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from model.errors import InvalidInputError
 from model.strategies.base import Observation, Sight, Strategy, confident, mean_or_none
 
 
@@ -23,6 +24,11 @@ class MCDropout(Strategy):
     passes = 5
 
     def observe(self, sight: Sight) -> Observation:
+        if not sight.network.config.dropout:
+            raise InvalidInputError(
+                f"{self.name}: expected a network with dropout, without which all passes are one: build it with the "
+                f"strategy's network_options, {self.network_options}"
+            )
         with torch.inference_mode():
             first, *others = sight.network.stochastic_passes(sight.image, self.passes, seed=_seed(sight.image))
         first = confident(first, sight.queue_threshold)

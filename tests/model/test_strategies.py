@@ -333,8 +333,8 @@ def dropouts_of(network):
     return [module for module in network.modules() if isinstance(module, nn.Dropout)]
 
 
-def test_without_dropout_the_passes_agree_entirely():
-    network = tiny_network().eval()
+def test_with_next_to_no_dropout_the_passes_agree_entirely():
+    network = tiny_network(dropout=1e-9).eval()
     sight = seen_by(network)
     assert len(sight.output["scores"]) > 0
     assert STRATEGIES["mc_dropout"].observe(sight).score == pytest.approx(1, abs=1e-5)
@@ -394,6 +394,14 @@ def test_passes_without_dropout_find_what_the_network_finds():
     for output in passes:
         for name in ("boxes", "scores", "class_probabilities", "mask_scores", "roi_masks"):
             torch.testing.assert_close(output[name], usual[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("mc_dropout", r"\{'dropout': 0.2\}"), ("learning_loss", r"\{'learning_loss': True\}")]
+)
+def test_a_network_without_what_a_strategy_looks_at_is_refused(name, options):
+    with pytest.raises(InvalidInputError, match=rf"{name}: .* network_options, {options}"):
+        STRATEGIES[name].observe(seen_by(tiny_network().eval()))
 
 
 # --- learning loss
