@@ -53,7 +53,7 @@ def build_model(profile: str, num_classes: int, *, weights: str = "none", **opti
 class MaskRCNNWithScores(nn.Module):
     """Takes what torchvision's detectors take: a list of images (3, H, W) in [0, 1] and, in training, targets.
 
-    Targets: `boxes` (N, 4) xyxy pixels, `labels` (N,) int64 from 1, `masks` (N, H, W) uint8, and optionally
+    Targets: `boxes` (N, 4) xyxy pixels, `labels` (N,) int64 from 1, `masks` (N, H, W) uint8 0/1, and optionally
     `pseudo` (bool): the image was labelled by the model, so that eq. 4 applies to it, with `weights` (N, 3) and
     `ignored` (K, 4) if these are there (`model.pseudo_weights`); and `seed` (int): which anchors and RoIs of the image
     are sampled depends on it alone, otherwise on torch's generator and on the images before it. All have one or none.
@@ -488,6 +488,8 @@ def _checked_targets(images: Sequence[Tensor], targets: Sequence[Target] | None,
         for key, shape in (("boxes", (count, 4)), ("masks", (count, *image.shape[-2:]))):
             if tuple(target[key].shape) != shape:
                 raise InvalidInputError(f"target {i}, {key}: expected shape {shape}, got {tuple(target[key].shape)}")
+        if count and int(target["masks"].max()) > 1:
+            raise InvalidInputError(f"target {i}, masks: expected 0 and 1, got up to {int(target['masks'].max())}")
         if not bool((target["boxes"][:, 2:] > target["boxes"][:, :2]).all()):
             raise InvalidInputError(f"target {i}: every box needs x0 < x1 and y0 < y1")
         if outside := [label for label in target["labels"].tolist() if not 1 <= label < num_classes]:

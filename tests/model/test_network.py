@@ -410,6 +410,9 @@ def changed(**values):
         pytest.param(
             [changed(masks=torch.zeros(2, 9, 9))], r"masks: expected shape \(2, 64, 64\)", id="masks of another size"
         ),
+        pytest.param(
+            [changed(masks=255 * target(*OBJECTS)["masks"])], "masks: expected 0 and 1, got up to 255", id="255"
+        ),
         pytest.param([changed(boxes=torch.tensor([[8.0, 8, 8, 9], [1, 1, 2, 2]]))], "x0 < x1", id="flat box"),
         pytest.param([changed(boxes=torch.full((2, 4), math.nan))], "x0 < x1", id="NaN box"),
         pytest.param([changed(labels=torch.tensor([1, 3]))], r"labels in 1\.\.2, got 3", id="label too high"),
