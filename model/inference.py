@@ -13,7 +13,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from model.bfloat16 import check_bfloat16, shapes_only, to_bfloat16
+from model.bfloat16 import check_bfloat16, to_bfloat16
 from model.errors import InvalidInputError
 from model.network import MaskRCNNWithScores
 from model.winograd import WinogradConv
@@ -91,12 +91,10 @@ class _RoIPool(MultiScaleRoIAlign):
         if pool.sampling_ratio != _SAMPLES:
             raise InvalidInputError(f"sampling_ratio: expected {_SAMPLES}, got {pool.sampling_ratio}")
         super().__init__(pool.featmap_names, pool.output_size, pool.sampling_ratio)
+        self.scales, self.map_levels = pool.scales, pool.map_levels
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Features (R, C, P, P), channels last, of R boxes xyxy in pixels of the network's input, by image."""
-        if self.scales is None:  # torchvision finds them with the first image
-            shapes = dict(zip(x, shapes_only(list(x.values())), strict=True))
-            super().forward(shapes, [box[:0].float() for box in boxes], image_shapes)
         levels = [x[name] for name in self.featmap_names]
         rois, level_of = torch.cat(boxes), self.map_levels(boxes)
         image_of = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(box) for box in boxes]))

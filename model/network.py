@@ -21,6 +21,7 @@ from torchvision.ops import (
     clip_boxes_to_image,
     remove_small_boxes,
 )
+from torchvision.ops.poolers import LevelMapper
 
 from model import losses
 from model.backbones import Backbone, normalisation
@@ -434,10 +435,9 @@ def _rpn(config: NetworkConfig) -> _ScoringRPN:
 
 
 def _roi_heads(config: NetworkConfig) -> _ScoringRoIHeads:
-    levels, channels = ["0", "1", "2", "3"], config.fpn_channels
-    mask_channels = config.mask_head_widths[-1]
+    channels, mask_channels = config.fpn_channels, config.mask_head_widths[-1]
     return _ScoringRoIHeads(
-        box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
+        box_roi_pool=_roi_pool(7),
         box_head=TwoMLPHead(channels * 7 * 7, config.box_head_width),
         box_predictor=FastRCNNPredictor(config.box_head_width, config.num_classes),
         fg_iou_thresh=0.5,
@@ -448,7 +448,7 @@ def _roi_heads(config: NetworkConfig) -> _ScoringRoIHeads:
         score_thresh=config.score_threshold,
         nms_thresh=config.nms_threshold,
         detections_per_img=config.detections_per_image,
-        mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
+        mask_roi_pool=_roi_pool(14),
         mask_head=MaskRCNNHeads(channels, config.mask_head_widths, 1),
         mask_predictor=MaskRCNNPredictor(mask_channels, mask_channels, config.num_classes),
         box_iou_branch=IoUBranch(channels),
@@ -456,6 +456,15 @@ def _roi_heads(config: NetworkConfig) -> _ScoringRoIHeads:
         mask_threshold=config.mask_threshold,
         dropout=config.dropout,
     )
+
+
+def _roi_pool(output_size: int) -> MultiScaleRoIAlign:
+    """RoIAlign over the four stages of a body, with their strides. Left alone, torchvision guesses them from the first
+    batch and keeps them: after one of 65 pixels in height, padded to 96, all would be taken for half as large."""
+    pool = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=output_size, sampling_ratio=2)
+    pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    pool.map_levels = LevelMapper(2, 5)
+    return pool
 
 
 def _mean_inside(stage: Tensor, image_hw: tuple[int, int], padded_hw: tuple[int, ...]) -> Tensor:

@@ -424,6 +424,38 @@ def test_targets_that_do_not_fit_are_refused_by_index(targets, message):
         tiny_network().train()([image()], targets)
 
 
+def a_low_image(network):
+    """65 pixels high, padded to 96."""
+    network.eval()([image((65, 200))])
+
+
+def a_high_pseudo_labelled_image(network):
+    """Beside an annotated one of 65, whose RoIs are pooled first."""
+    high, low = (200, 65), (65, 65)
+    targets = [
+        target((1, rectangle(8, 8, 30, 28, hw=hw)), pseudo=pseudo, hw=hw) for hw, pseudo in ((low, False), (high, True))
+    ]
+    network.eval().losses([image(low), image(high)], targets)  # batch norm as it is
+
+
+@pytest.mark.parametrize("first", [a_low_image, a_high_pseudo_labelled_image])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_what_a_network_finds_does_not_depend_on_its_first_batch(profile, first):
+    plain, used = (build_model(profile, 3, **{**TINY, "min_size": 65, "max_size": 200}) for _ in range(2))
+    used.load_state_dict(plain.state_dict())
+    pools = [(n.roi_heads.box_roi_pool, n.roi_heads.mask_roi_pool) for n in (plain, used)]
+    for pool in pools[0]:
+        pool.scales = pool.map_levels = None  # torchvision finds them
+    with torch.inference_mode():
+        first(used)
+        (expected,), (found,) = (network.eval()([image((130, 98))]) for network in (plain, used))
+    assert len(expected["boxes"]) > 0
+    for name, values in expected.items():
+        assert torch.equal(found[name], values), name
+    for theirs, ours in zip(*pools, strict=True):
+        assert (theirs.scales, vars(theirs.map_levels)) == (ours.scales, vars(ours.map_levels))
+
+
 # --- what the strategies look at
 
 
