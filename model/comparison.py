@@ -73,16 +73,16 @@ def average_precisions(compared: Sequence[Compared], class_count: int, ranking: 
 
 def matched(ious: FloatArray, scores: FloatArray, thresholds: FloatArray) -> BoolArray:
     """Which of D detections are hits at T thresholds, (T, D): the best first, each takes the best instance left."""
+    thresholds = np.minimum(thresholds, 1 - 1e-10)
     hits = np.zeros((len(thresholds), len(scores)), dtype=np.bool_)
-    if ious.shape[1] == 0:
-        return hits
-    taken = np.zeros((len(thresholds), ious.shape[1]), dtype=np.bool_)
+    left = np.ones((len(thresholds), ious.shape[1]), dtype=np.bool_)
     rows = np.arange(len(thresholds))
-    for d in np.argsort(-scores, kind="stable"):
-        free = np.where(taken, -1.0, ious[d])
+    order = np.argsort(-scores, kind="stable")
+    for d in order[ious.max(axis=1, initial=-1.0)[order] >= thresholds.min()]:
+        free = np.where(left, ious[d], -1.0)
         best = free.shape[1] - 1 - free[:, ::-1].argmax(axis=1)  # of equal ones the last, as in COCO's evaluation
-        hits[:, d] = free[rows, best] >= np.minimum(thresholds, 1 - 1e-10)
-        taken[rows[hits[:, d]], best[hits[:, d]]] = True
+        hits[:, d] = free[rows, best] >= thresholds
+        left[rows[hits[:, d]], best[hits[:, d]]] = False
     return hits
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from model.comparison import matched
 from model.errors import InvalidInputError
 from model.geometry import rle_area, rle_to_box_xyxy, roi_mask_to_rle
 from model.types import BoolArray, Detections, FloatArray, LabeledImage, found_in
@@ -130,28 +131,13 @@ class _QuickCOCOeval(COCOeval):
         scores = np.array([detection["score"] for detection in found])
         scores = scores[np.argsort(-scores, kind="mergesort")][:maxDet]
         ious = np.reshape(self.ious[imgId, catId], (len(scores), count))  # a list where one of both is empty
-        matches = _matches(ious, np.minimum(self.params.iouThrs, 1 - 1e-10))
+        matches = matched(ious, scores, self.params.iouThrs)
         return {
             "dtScores": scores.tolist(),
             "dtMatches": matches,
             "dtIgnore": np.zeros_like(matches),
             "gtIgnore": np.zeros(count),
         }
-
-
-def _matches(ious: FloatArray, thresholds: FloatArray) -> BoolArray:
-    """Which detections are hits (T, D) at each threshold (T,), by their IoUs with the ground truth (D, G), the best
-    detection first: each takes what it overlaps most of what is left, the last of equals."""
-    matches = np.zeros((len(thresholds), len(ious)), dtype=bool)
-    left = np.ones((len(thresholds), ious.shape[1]), dtype=bool)
-    rows = np.arange(len(thresholds))
-    for number in np.flatnonzero(ious.max(axis=1, initial=0.0) >= thresholds.min()):
-        free = np.where(left, ious[number], -1.0)
-        best = free.shape[1] - 1 - free[:, ::-1].argmax(axis=1)
-        hit = free[rows, best] >= thresholds
-        matches[:, number] = hit
-        left[rows[hit], best[hit]] = False
-    return matches
 
 
 def _has_truth(truth: dict[str, Any]) -> BoolArray:

@@ -67,12 +67,14 @@ def score_threshold(scores: FloatArray, right: BoolArray, precision: float) -> f
     """The lowest sigma_s for which at least `precision` of the predictions with s >= sigma_s, of N, are right.
 
     One more wrong one is counted than there is, `hits / (n + 1)`, so that a few lucky ones are not enough: for 0.9 it
-    takes nine. 1 if there is no such threshold: nothing is trusted then.
+    takes nine. 1 if there is no such threshold: nothing is trusted then. Of equal scores, the first ones are counted
+    first, wherever the threshold falls among them.
     """
     order = np.argsort(-scores, kind="stable")
     enough = right[order].cumsum() >= precision * (np.arange(len(scores)) + 2)
     last = np.flatnonzero(enough)
-    # Between this score and the next lower one: what is as good as the last one is trusted, by s > sigma_s.
+    # Just below this score, so that by s > sigma_s what equals it is trusted in float64. Scores in float32 are compared
+    # with sigma_s rounded to float32, which is the score itself: what equals it is not trusted then.
     return float(np.nextafter(scores[order[last[-1]]], 0)) if len(last) else 1.0
 
 

@@ -1,16 +1,14 @@
-"""Triplet Scoring Predictions: how uncertain the model is about an instance (eq. 2), an image (eq. 3) and a pool.
+"""Triplet Scoring Predictions: how uncertain the model is about an instance (eq. 2) and an image (eq. 3).
 
 The lower a score, the more uncertain the model, and the sooner a person should annotate the image.
 """
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.empty_images import EmptyImagePolicy, empty_image_score
 from model.errors import EmptyImageError, InvalidInputError
 
 Array = TypeVar("Array", NDArray[np.floating], torch.Tensor)
@@ -38,9 +36,7 @@ def image_score(instance_scores: Array, *, when_empty: float | None = None) -> f
     scores = _scores("instance_scores", instance_scores)
     if len(scores) == 0:
         if when_empty is None:
-            raise EmptyImageError(
-                "eq. 3 needs at least one detection, got none: pass `when_empty` or use `pool_scores`"
-            )
+            raise EmptyImageError("eq. 3 needs at least one detection, got none: pass `when_empty`")
         return when_empty
     return float(_consistent_mean(scores))
 
@@ -55,14 +51,6 @@ def expected_uncertainty(class_scores: Array, instance_scores: Array) -> float:
     if c.shape != s.shape:
         raise InvalidInputError(f"expected as many scores of each kind, got {len(c)} and {len(s)}")
     return float((c * (1 - s)).sum())
-
-
-def pool_scores(instance_scores_by_image: Sequence[Array], policy: EmptyImagePolicy) -> NDArray[np.float64]:
-    """Eq. 3 for every image of a pool (P,); images without detections are placed by `policy`."""
-    scores = np.array([image_score(s, when_empty=np.nan) for s in instance_scores_by_image], dtype=np.float64)
-    empty = np.isnan(scores)
-    scores[empty] = empty_image_score(scores[~empty], policy)
-    return scores
 
 
 def _consistent_mean(scores: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from model.calibration import true_ious
-from model.comparison import compare
+from model.comparison import compare, matched
 from model.errors import InvalidInputError
-from model.evaluate import _matches, evaluate, ground_truth, precision, results_of
+from model.evaluate import evaluate, ground_truth, precision, results_of
 from model.geometry import mask_to_rle, rle_area, rle_to_box_xyxy, rle_to_mask, roi_mask_to_rle
 from model.types import LabeledImage
 from scripts.bench_evaluate import CLASSES as BENCH_CLASSES
@@ -203,7 +203,11 @@ def test_each_precision_is_the_very_one_that_pycocotools_computes(seed, max_dete
     ],
 )
 def test_detections_take_what_they_overlap_most(ious, hits):
-    assert _matches(np.array(ious), np.array([0.5, 0.75])).astype(int).tolist() == hits
+    scores = np.linspace(1, 0, len(ious))
+    found = matched(np.array(ious), scores, np.array([0.5, 0.75]))
+    assert found.astype(int).tolist() == hits
+    backwards = matched(np.array(ious)[::-1], scores[::-1], np.array([0.5, 0.75]))  # the best first all the same
+    assert np.array_equal(backwards, found[:, ::-1])
 
 
 def plain_coco(found, images):

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from model.empty_images import EmptyImagePolicy
 from model.errors import EmptyImageError, InvalidInputError
-from model.tsp import image_score, instance_scores, pool_scores
+from model.strategies import Observation
+from model.strategies.base import Candidates
+from model.tsp import image_score, instance_scores
 
 UNIT = st.floats(0, 1, width=64)
 KINDS = [
@@ -83,6 +85,13 @@ def test_an_image_without_instances_has_no_score_unless_one_is_given(empty):
     with pytest.raises(EmptyImageError, match="at least one detection"):
         image_score(empty)
     assert image_score(empty, when_empty=0.25) == 0.25
+
+
+def pool_scores(pool, policy):
+    """The scores of a pool, from the instance scores of each image."""
+    scores = [image_score(instances) if len(instances) else None for instances in pool]
+    seen = [Observation(score=score, feature=np.zeros(1)) for score in scores]
+    return Candidates(pool=seen, labelled=[], count=1, seed=0, empty_policy=policy).scores
 
 
 @pytest.mark.parametrize(
