@@ -7,6 +7,7 @@ process at once.
 """
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -213,6 +214,7 @@ class Worker:
         self._busy_with: dict[str, str | None] = dict.fromkeys(_QUEUES)  # the project whose cycle or activation runs
         self._next_look: dict[str, float] = {}
         self._pause_until: dict[str, float] = {}  # after trouble, so that it is not asked for every second
+        self._pool_looked_at: dict[str, float] = {}  # when each was last whole; missing: to be looked at
         self._published: set[str] = set()  # projects in which every task that was scored has its prediction
         self._first_batches: dict[str, Iterator[None]] = {}  # those that are being prepared
         self._ended = EndedCheckpoints(service)
@@ -227,6 +229,17 @@ class Worker:
 
     def run(self) -> None:
         """Never returns."""
+        self.start()
+        logger.info("the worker is ready as %s; it looks after %s", self._name, self._service.settings.label_studio_url)
+        while True:
+            try:
+                self.round()
+            except Exception:  # the database is away or locked; cycles that run wait for it, too
+                logger.exception("no look at the projects this time")
+            time.sleep(_LOOK_EVERY_SECONDS)
+
+    def start(self) -> None:
+        """Begin to run what workers that died left, and to give signs of life."""
         DBOS(config=_workflow_engine(self._service.settings, self._process))
         DBOS.listen_queues([*self._queues.values(), *([self._team.queue] if self._team else [])])
         DBOS.launch()
@@ -238,16 +251,13 @@ class Worker:
         if self._team:
             self._team.start()
         self.sign_of_life.start()
-        logger.info("the worker is ready as %s; it looks after %s", self._name, self._service.settings.label_studio_url)
-        while True:
-            try:
-                for project_key in forgotten_projects(self._service):
-                    self._forget(project_key)
-                for project_key in self._projects():
-                    self._look_after(project_key)
-            except Exception:  # the database is away or locked; cycles that run wait for it, too
-                logger.exception("no look at the projects this time")
-            time.sleep(_LOOK_EVERY_SECONDS)
+
+    def round(self) -> None:
+        """Every project's turn."""
+        for project_key in forgotten_projects(self._service):
+            self._forget(project_key)
+        for project_key in self._projects():
+            self._look_after(project_key)
 
     def _forget(self, project_key: str) -> None:
         """Let unfinished work of a forgotten project end, which it does when it finds that; then remove the data.
@@ -299,9 +309,8 @@ class Worker:
             self._claims.release(project_key)
 
     def _turn(self, project_key: str) -> None:
-        due = self._is_due(project_key)
-        if due or inbox.has_new(self._service.database, project_key):
-            self._look(project_key, due=due)
+        if self._is_due(project_key) or inbox.has_new(self._service.database, project_key):
+            self._look(project_key)
         self._go_on_with_first_batch(project_key)
 
     def _is_waiting(self, project_key: str) -> bool:
@@ -334,16 +343,25 @@ class Worker:
             if self._busy_with[what] == project_key and what not in unfinished:
                 self._busy_with[what] = None
 
-    def _look(self, project_key: str, *, due: bool) -> None:
+    def _look(self, project_key: str) -> None:
         """Compare with Label Studio, and do what follows from it."""
         actions = {action for _, action in inbox.unhandled(self._service.database, project_key)}
         self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
         decision = reconcile(self._service, project_key)
         logger.debug("project %s: %s", project_key, decision.reason)
+        if actions & _CHANGE_THE_POOL:  # a cycle may have listed its pool before
+            self._pool_looked_at.pop(project_key, None)
         self._ended.remove(project_key)
         self._go_on_with_work(project_key)
-        if unfinished_work(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
+        if unfinished_work(self._service.database, project_key) is None and self._is_pool_due(project_key):
             self._predict_new_tasks(project_key)
+            self._pool_looked_at[project_key] = time.monotonic()
+
+    def _is_pool_due(self, project_key: str) -> bool:
+        """Whether this worker has to look at the pool: it has a clock of its own, for events keep `_is_due` from ever
+        being true while people annotate."""
+        age = time.monotonic() - self._pool_looked_at.get(project_key, -math.inf)
+        return age >= self._service.settings.reconcile_seconds
 
     def _go_on_with_work(self, project_key: str) -> None:
         """Hand the project's unfinished cycle or activation to the workflow engine of this process, which runs one of
