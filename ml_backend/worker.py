@@ -278,7 +278,8 @@ class Worker:
             self._claims.release(project_key)
 
     def _delete_workflows(self, project_key: str, names: list[str]) -> None:
-        """Of a project's cycles and activations, which have these names, and of its chunks."""
+        """Of a project's cycles and activations, which have these names and are over, and of its chunks."""
+        self._note_finished_work(project_key)  # the last chance: nobody looks after the project from now on
         DBOS.delete_workflows(names)
         if self._team:
             self._team.forget_project(project_key)

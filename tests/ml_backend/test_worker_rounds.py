@@ -12,14 +12,15 @@ from dbos._dbos import _get_or_create_dbos_registry
 from ml_backend import inbox
 from ml_backend.claims import open_claims
 from ml_backend.cycle_log import CycleLog
-from ml_backend.db import CycleRow, ProjectRow
+from ml_backend.db import CycleRow, ProjectRow, unfinished_work
+from ml_backend.forget import forget, forgotten_projects, remove_forgotten_data
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.service import Service
 from ml_backend.worker import Worker
 from scripts.label_studio_server import LabelStudioServer
 from tests.ml_backend.examples import VERSION, add_version, import_images, key_of, phantom_images, settings
-from tests.ml_backend.test_worker import SECONDS
+from tests.ml_backend.test_worker import SECONDS, wait
 
 pytestmark = pytest.mark.label_studio
 
@@ -29,6 +30,10 @@ class Rounds:
 
     def __init__(self, service: Service, worker: Worker) -> None:
         self.service, self.worker = service, worker
+
+    def start(self) -> None:
+        """From now on the worker also runs cycles."""
+        self.worker.start()
 
     def go(self) -> None:
         self.worker.round()
@@ -57,7 +62,7 @@ def begin(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Callable[
             claims = stack.enter_context(closing(open_claims(service.settings)))
             worker = Worker(service, claims, name="here")
             stack.callback(_get_or_create_dbos_registry().instance_info_map.clear)
-            stack.callback(DBOS.destroy)
+            stack.callback(lambda: DBOS.destroy(workflow_completion_timeout_sec=10))
             return Rounds(service, worker)
 
         yield begin
@@ -107,3 +112,25 @@ def test_tasks_that_come_during_a_cycle_are_looked_at_after_it(
     inbox.record(rounds.service.database, key, "ANNOTATION_UPDATED")
     rounds.go()
     assert client.predicted_task_ids(project.id, VERSION) == {*tasks, *late}
+
+
+def test_a_cycle_that_ends_while_its_project_is_removed_does_not_keep_the_worker_busy(
+    begin: Callable[..., Rounds], project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = begin()
+    key = key_of(rounds.service, project)
+    with rounds.service.database.session() as session:
+        session.add(CycleRow(project_key=key, number=1))
+    forget(rounds.service, key, delete_data=True)
+
+    def remove_late(service: Service, project_key: str, delete_workflows: Callable[[list[str]], None]) -> None:
+        wait(lambda: unfinished_work(service.database, key) is None, rounds.problems)
+        remove_forgotten_data(service, project_key, delete_workflows)
+
+    monkeypatch.setattr("ml_backend.worker.remove_forgotten_data", remove_late)
+    rounds.start()
+    rounds.go()
+    assert forgotten_projects(rounds.service) == []
+    assert rounds.worker._busy_with == {"cycle": None, "activation": None}
+    with closing(open_claims(rounds.service.settings)) as others:
+        assert others.take(key)
