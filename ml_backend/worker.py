@@ -230,6 +230,7 @@ class Worker:
     def run(self) -> None:
         """Never returns."""
         self.start()
+        self.sign_of_life.start()
         logger.info("the worker is ready as %s; it looks after %s", self._name, self._service.settings.label_studio_url)
         while True:
             try:
@@ -239,7 +240,7 @@ class Worker:
             time.sleep(_LOOK_EVERY_SECONDS)
 
     def start(self) -> None:
-        """Begin to run what workers that died left, and to give signs of life."""
+        """Make this process able to run what is to be done in the rounds."""
         DBOS(config=_workflow_engine(self._service.settings, self._process))
         DBOS.listen_queues([*self._queues.values(), *([self._team.queue] if self._team else [])])
         DBOS.launch()
@@ -250,7 +251,6 @@ class Worker:
             DBOS.register_queue(name, worker_concurrency=1)
         if self._team:
             self._team.start()
-        self.sign_of_life.start()
 
     def round(self) -> None:
         """Every project's turn."""
