@@ -332,7 +332,7 @@ PROJECT: dict[str, Any] = {
                 PROJECT
                 | {"pool_look": RUNNING | {"stage": "scoring the unlabelled images", "time_left": "about 12 min"}}
             ],
-            ["New tasks: scoring the images", "33 of 280, about 12 min left in this stage"],
+            ["New tasks: scoring the unlabelled images", "33 of 280, about 12 min left in this stage"],
             id="a look at imported tasks",
         ),
         pytest.param(
