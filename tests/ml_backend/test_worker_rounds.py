@@ -21,6 +21,7 @@ from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.overview import overview
 from ml_backend.pool import read_scores
+from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.versions import request_activation
 from ml_backend.worker import Worker
@@ -166,6 +167,19 @@ def test_a_cycle_that_ends_while_its_project_is_removed_does_not_keep_the_worker
     assert rounds.worker._busy_with == {"cycle": None, "activation": None}
     with closing(open_claims(rounds.service.settings)) as others:
         assert others.take(key)
+
+
+def test_a_worker_that_is_started_while_people_annotate_goes_on_with_the_first_batch(
+    begin: Callable[..., Rounds], client: LabelStudioClient, project: Project
+) -> None:
+    rounds = begin(TSP_RECONCILE_SECONDS=3600, TSP_COLD_START="spread", TSP_BATCH_SIZE=3)
+    key = key_of(rounds.service, project)
+    import_images(client, project, phantom_images(4))
+    reconcile(rounds.service, key)  # somebody has looked just now
+    rounds.until(
+        lambda: client.project(project.id).model_version.startswith("tsp-0-"),
+        each_time=lambda: inbox.record(rounds.service.database, key, "ANNOTATION_UPDATED"),
+    )
 
 
 @pytest.mark.usefixtures("one_task_a_turn")
