@@ -91,8 +91,9 @@ class StoredPool(CutPool):
 class Team(Protocol):
     """Several workers."""
 
-    def see(self, pool: CutPool) -> Iterator[Json]:
-        """What is found in each task of a pool, in the order of the tasks; returns when every chunk was looked at."""
+    def see(self, pool: CutPool) -> Iterator[Json | None]:
+        """What is found in each task of a pool, in the order of the tasks; returns when every chunk was looked at.
+        None, several times a second, while nothing new is found."""
         ...
 
     def forget(self, pool: CutPool) -> None:

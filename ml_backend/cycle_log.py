@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, Database, Work, is_forgotten, utc_now
+from sqlalchemy import delete
+
+from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, Database, PoolLookRow, Work, is_forgotten, utc_now
 from ml_backend.pace import Pace
 from model.errors import TSPError
 
@@ -123,6 +125,25 @@ class ActivationLog(CycleLog):
 
     _table = ActivationRow
     _what = "activation"
+
+
+class PoolLookLog(CycleLog):
+    """The same for a look at tasks that came after the last cycle. Its row is there from the first stage that has
+    something to do until the `end`."""
+
+    _table = PoolLookRow
+    _what = "look at new tasks"
+
+    def stage(self, stage: str, *, done: int = 0, total: int = 0) -> None:
+        if total:
+            with self._database.session() as session:
+                session.merge(PoolLookRow(project_key=self._identity[0], number=self._identity[1], status="running"))
+            super().stage(stage, done=done, total=total)
+
+    def end(self) -> None:
+        """It is over, or given up."""
+        with self._database.session() as session:
+            session.execute(delete(PoolLookRow).where(PoolLookRow.project_key == self._identity[0]))
 
 
 def _without(facts: dict[str, Any], name: str) -> dict[str, Any]:

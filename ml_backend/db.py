@@ -90,6 +90,12 @@ class ActivationRow(Work, Base):
     __tablename__ = "activations"
 
 
+class PoolLookRow(Work, Base):
+    """A look at the tasks that came after the last cycle, while it lasts; number 1 of its project."""
+
+    __tablename__ = "pool_looks"
+
+
 class ForgottenRow(Base):
     """A project that people do not want to see any more; it is left alone until it is connected again."""
 

@@ -11,6 +11,7 @@ from ml_backend.db import (
     CycleRow,
     EventRow,
     ForgottenRow,
+    PoolLookRow,
     PostponedTaskRow,
     ProjectRow,
     UsedTaskRow,
@@ -74,7 +75,7 @@ def _remove(service: Service, project_key: str, delete_workflows: Callable[[list
         ]
     delete_workflows(workflows)
     with service.database.session() as session:
-        for rows in (CycleRow, ActivationRow, UsedTaskRow, PostponedTaskRow, EventRow):
+        for rows in (CycleRow, ActivationRow, PoolLookRow, UsedTaskRow, PostponedTaskRow, EventRow):
             session.execute(delete(rows).where(rows.project_key == project_key))
         session.execute(delete(ProjectRow).where(ProjectRow.key == project_key))
         # The row stays, so that a webhook that is left in Label Studio does not bring the project back.

@@ -84,7 +84,7 @@ def _polygon_control(tags: Sequence[Element], images: dict[str, Element], from_n
         named = [tag for tag in controls if tag.get("name") == from_name]
         if not named:
             names = ", ".join(tag.get("name", "") for tag in controls)
-            _refuse(f"expected a PolygonLabels with name={from_name!r}, found only: {names}", tags)
+            _refuse(f"expected a PolygonLabels with name={from_name!r}, found only: {names}; mend TSP_FROM_NAME", tags)
         return named[0]
     return next((tag for tag in controls if _image_name(tag, images) is not None), controls[0])
 

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import select
 
 from ml_backend import inbox
-from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, ForgottenRow, ProjectRow, WorkerRow
+from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, ForgottenRow, PoolLookRow, ProjectRow, WorkerRow
 from ml_backend.errors import StoreUnavailableError
 from ml_backend.first_batch import first_batch_progress
 from ml_backend.pace import in_words, seconds_left
@@ -72,14 +72,15 @@ def _problems(rows: Sequence[WorkerRow], silent: Set[str]) -> list[str]:
 
 def overview(service: Service) -> list[dict[str, Any]]:
     """For each project: its progress towards the next cycle, its active version, and its cycles, the newest first."""
+    now = service.database.now()
     with service.database.session() as session:
         forgotten = select(ForgottenRow.project_key)
         projects = session.scalars(
             select(ProjectRow).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
         ).all()
         cycles = session.scalars(select(CycleRow).order_by(CycleRow.number.desc())).all()
+        looks = {look.project_key: _cycle(look, now) for look in session.scalars(select(PoolLookRow))}
         activations = session.scalars(select(ActivationRow).order_by(ActivationRow.number.desc())).all()
-    now = service.database.now()
     return [
         {
             "key": project.key,
@@ -93,6 +94,7 @@ def overview(service: Service) -> list[dict[str, Any]]:
             "checked_at": project.checked_at,
             "events": inbox.event_counts(service.database, project.key),
             "activations": [_cycle(wish, now) for wish in activations if wish.project_key == project.key],
+            "pool_look": looks.get(project.key),
             **_versions(service, project.key),
             "cycles": [_cycle(cycle, now) for cycle in cycles if cycle.project_key == project.key],
         }
@@ -148,7 +150,7 @@ def progress_title(projects: Sequence[Mapping[str, Any]]) -> str:
     return f"{stage} - {project['title'] or 'project ' + str(project['id'])}{others}"
 
 
-def _cycle(cycle: CycleRow | ActivationRow, now: str) -> dict[str, Any]:
+def _cycle(cycle: CycleRow | ActivationRow | PoolLookRow, now: str) -> dict[str, Any]:
     left = seconds_left(cycle.facts.get("pace"), cycle.total - cycle.done, now=now)
     return {
         "number": cycle.number,

@@ -52,6 +52,14 @@ def score_pool(
     prediction, and what may become pseudo labels of the next cycle. A `team` looks at chunks of TSP_SCORING_CHUNK
     images; the file is the same.
     """
+    return sum(score_pool_in_steps(service, project_key, version, log, team=team))
+
+
+def score_pool_in_steps(
+    service: Service, project_key: str, version: str, log: CycleLog | None = None, *, team: Team | None = None
+) -> Generator[bool, None, int]:
+    """`score_pool` for callers who stop in between, or for good: yields after each task whether it is seen now, and
+    also while there is nothing but to wait for the team. Returns how many tasks the version has seen in all."""
     viewer = Viewer.of_project(service, project_key, version)
     path = service.scores_file(project_key, version)
     service.bring_lines(path)
@@ -65,21 +73,26 @@ def score_pool(
         pool = cut(folder, project_key, version, waiting, size=size, store=service.store)
     seeing = _Seeing(pool.total if pool else len(waiting), log)
     if not seeing.total:
-        return 0
+        return len(seen)
     shared_at = time.monotonic()
     with open_lines(path) as lines:
         for line in team.see(pool) if team and pool else viewer.lines(waiting):
+            if line is None:
+                yield False
+                continue
             if "away" not in line and line["task"] not in seen:
                 append_line(lines, line)
+                seen.add(line["task"])
             if time.monotonic() - shared_at > _SHARE_EVERY_SECONDS:
                 service.share_lines(path)
                 shared_at = time.monotonic()
             seeing.count(line)
+            yield "away" not in line
     service.share_lines(path)
     if team and pool:
         team.forget(pool)
     seeing.tell()
-    return seeing.total - seeing.away
+    return len(seen)
 
 
 class _Seeing:

@@ -71,8 +71,8 @@ class ScoringTeam(DBOSConfiguredInstance):
         finally:
             self._is_paused = False
 
-    def see(self, pool: CutPool) -> Iterator[Json]:
-        """What is found in each task, in the order of the tasks, as the chunks are finished.
+    def see(self, pool: CutPool) -> Iterator[Json | None]:
+        """What is found in each task, in the order of the tasks, as the chunks are finished; None in between.
 
         A chunk whose worker died waits again. One that failed is looked at here, so that its error is raised here.
         TSPError when the project was forgotten, or worker after worker dies at a chunk.
@@ -80,7 +80,9 @@ class ScoringTeam(DBOSConfiguredInstance):
         self._without_context(self._enqueue, pool)
         deaths: Counter[int] = Counter()
         for number in range(pool.chunks):
-            self._without_context(self._wait_for, pool, number, deaths)
+            while not self._without_context(self._is_over, pool, number, deaths):
+                yield None
+                time.sleep(_POLL_SECONDS)
             yield from pool.lines(number)
 
     def forget(self, pool: CutPool) -> None:
@@ -159,24 +161,27 @@ class ScoringTeam(DBOSConfiguredInstance):
             with SetWorkflowID(name):
                 DBOS.enqueue_workflow(_WAITING, self.look, pool.project_key, pool.version, pool.folder.name, number)
 
-    def _wait_for(self, pool: CutPool, number: int, deaths: Counter[int]) -> None:
+    def _is_over(self, pool: CutPool, number: int, deaths: Counter[int]) -> bool:
+        """Whether a chunk has been looked at; it is done here if nobody else does it any more."""
         name = _name(pool, number)
-        while (status := DBOS.get_workflow_status(name)) is not None and status.status in STILL_GOING:
+        status = DBOS.get_workflow_status(name)
+        if status is not None and status.status in STILL_GOING:
             self._check_wanted(pool)
             if self._is_paused and status.queue_name == _WAITING and self._claims.take(name):
                 try:  # a training must not keep those waiting who want an older model back
                     self._look(pool, number)
                 finally:
                     self._claims.release(name)
-                return
+                return True
             if self._has_lost_its_worker(name, status):
                 self._give_back(pool, number, deaths)
-            time.sleep(_POLL_SECONDS)
+            return False
         if not pool.is_seen(number):
             logger.info(
                 "project %s: chunk %d of %s failed, it is repeated here", pool.project_key, number, pool.version
             )
             self._look(pool, number)
+        return True
 
     def _has_lost_its_worker(self, name: str, status: WorkflowStatus) -> bool:
         return status.queue_name not in (_WAITING, self.queue) and self._claims.take(name)

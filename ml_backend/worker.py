@@ -7,6 +7,7 @@ process at once.
 """
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -14,8 +15,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -36,13 +38,14 @@ from ml_backend.activation import activate_version, end_refused_cycle
 from ml_backend.batch import choose_batch
 from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cold_start import prepare_first_batch
-from ml_backend.cycle_log import ActivationLog, CycleLog
+from ml_backend.cycle_log import ActivationLog, CycleLog, PoolLookLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
 from ml_backend.ended_checkpoints import EndedCheckpoints
 from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError, SettingsError, StoreUnavailableError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
 from ml_backend.logs import start_logging
-from ml_backend.pool import score_pool
+from ml_backend.pool import score_pool, score_pool_in_steps
+from ml_backend.publication import POOL, publication_of
 from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
@@ -58,7 +61,7 @@ logger = logging.getLogger(__name__)
 _QUEUES = ("cycle", "activation")  # two: nobody who wants an older model back waits for a training
 _LOOK_EVERY_SECONDS = 1.0
 _WAIT_FOR_LABEL_STUDIO_SECONDS = 15.0
-_FIRST_BATCH_SECONDS = 5.0  # how long a project without a version is worked on before the others have their turn
+_SLICE_SECONDS = 5.0  # how long a project's new tasks are worked on before the others have their turn
 _MOST_RESTARTS = 100  # of a cycle whose worker died
 _FAREWELL_SECONDS = 2.0
 _CHANGE_THE_POOL = {"TASKS_CREATED", "ANNOTATIONS_DELETED"}  # what may leave a task without a prediction
@@ -213,8 +216,10 @@ class Worker:
         self._busy_with: dict[str, str | None] = dict.fromkeys(_QUEUES)  # the project whose cycle or activation runs
         self._next_look: dict[str, float] = {}
         self._pause_until: dict[str, float] = {}  # after trouble, so that it is not asked for every second
-        self._published: set[str] = set()  # projects in which every task that was scored has its prediction
-        self._first_batches: dict[str, Iterator[None]] = {}  # those that are being prepared
+        self._pool_looked_at: dict[str, float] = {}  # when each was last whole; missing: to be looked at
+        self._pool_changed: set[str] = set()  # projects of which an event said so since the last look began
+        self._published: dict[str, _Published] = {}  # what stood in Label Studio when it was last made whole
+        self._pool_looks: dict[str, Generator[object, None, None]] = {}  # those that go on, a slice at each turn
         self._ended = EndedCheckpoints(service)
         self.sign_of_life = SignOfLife(
             service.database,
@@ -227,6 +232,18 @@ class Worker:
 
     def run(self) -> None:
         """Never returns."""
+        self.start()
+        self.sign_of_life.start()
+        logger.info("the worker is ready as %s; it looks after %s", self._name, self._service.settings.label_studio_url)
+        while True:
+            try:
+                self.round()
+            except Exception:  # the database is away or locked; cycles that run wait for it, too
+                logger.exception("no look at the projects this time")
+            time.sleep(_LOOK_EVERY_SECONDS)
+
+    def start(self) -> None:
+        """Make this process able to run what is to be done in the rounds."""
         DBOS(config=_workflow_engine(self._service.settings, self._process))
         DBOS.listen_queues([*self._queues.values(), *([self._team.queue] if self._team else [])])
         DBOS.launch()
@@ -237,17 +254,13 @@ class Worker:
             DBOS.register_queue(name, worker_concurrency=1)
         if self._team:
             self._team.start()
-        self.sign_of_life.start()
-        logger.info("the worker is ready as %s; it looks after %s", self._name, self._service.settings.label_studio_url)
-        while True:
-            try:
-                for project_key in forgotten_projects(self._service):
-                    self._forget(project_key)
-                for project_key in self._projects():
-                    self._look_after(project_key)
-            except Exception:  # the database is away or locked; cycles that run wait for it, too
-                logger.exception("no look at the projects this time")
-            time.sleep(_LOOK_EVERY_SECONDS)
+
+    def round(self) -> None:
+        """Every project's turn."""
+        for project_key in forgotten_projects(self._service):
+            self._forget(project_key)
+        for project_key in self._projects():
+            self._look_after(project_key)
 
     def _forget(self, project_key: str) -> None:
         """Let unfinished work of a forgotten project end, which it does when it finds that; then remove the data.
@@ -257,6 +270,7 @@ class Worker:
         if self._is_pausing(project_key):
             return
         try:
+            self._end_pool_look(project_key)
             self._note_finished_work(project_key)
             if self._claims.take(project_key):
                 self._go_on_with_work(project_key)
@@ -268,7 +282,8 @@ class Worker:
             self._claims.release(project_key)
 
     def _delete_workflows(self, project_key: str, names: list[str]) -> None:
-        """Of a project's cycles and activations, which have these names, and of its chunks."""
+        """Of a project's cycles and activations, which have these names and are over, and of its chunks."""
+        self._note_finished_work(project_key)  # the last chance: nobody looks after the project from now on
         DBOS.delete_workflows(names)
         if self._team:
             self._team.forget_project(project_key)
@@ -289,27 +304,24 @@ class Worker:
             self._pause_until[project_key] = time.monotonic() + _WAIT_FOR_LABEL_STUDIO_SECONDS
             with self._service.database.session() as session:
                 session.get_one(ProjectRow, project_key).problem = _in_words(error)
-        # Whoever is free may do what comes next; work, a first batch and a pause stay with the one who has them.
+        # Whoever is free may do what comes next; work, a look at the pool and a pause stay with the one who has them.
         is_kept = (
-            project_key in self._busy_with.values()
-            or project_key in self._first_batches
-            or self._is_pausing(project_key)
+            project_key in self._busy_with.values() or project_key in self._pool_looks or self._is_pausing(project_key)
         )
         if not is_kept:
             self._claims.release(project_key)
 
     def _turn(self, project_key: str) -> None:
-        due = self._is_due(project_key)
-        if due or inbox.has_new(self._service.database, project_key):
-            self._look(project_key, due=due)
-        self._go_on_with_first_batch(project_key)
+        if self._is_due(project_key) or inbox.has_new(self._service.database, project_key):
+            self._look(project_key)
+        self._go_on_with_pool_look(project_key)
 
     def _is_waiting(self, project_key: str) -> bool:
         """Whether there is something to do, here and now."""
         database = self._service.database
         return (
             any(self._busy_with[work.what] in (None, project_key) for work in unfinished_works(database, project_key))
-            or project_key in self._first_batches
+            or project_key in self._pool_looks
             or self._is_due(project_key)
             or inbox.has_new(database, project_key)
         )
@@ -334,25 +346,38 @@ class Worker:
             if self._busy_with[what] == project_key and what not in unfinished:
                 self._busy_with[what] = None
 
-    def _look(self, project_key: str, *, due: bool) -> None:
+    def _look(self, project_key: str) -> None:
         """Compare with Label Studio, and do what follows from it."""
         actions = {action for _, action in inbox.unhandled(self._service.database, project_key)}
         self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
         decision = reconcile(self._service, project_key)
         logger.debug("project %s: %s", project_key, decision.reason)
+        if actions & _CHANGE_THE_POOL:  # a cycle, or a look, may have listed its pool before
+            self._pool_changed.add(project_key)
         self._ended.remove(project_key)
         self._go_on_with_work(project_key)
-        if unfinished_work(self._service.database, project_key) is None and (due or actions & _CHANGE_THE_POOL):
-            self._predict_new_tasks(project_key)
+        is_busy = unfinished_work(self._service.database, project_key) is not None
+        if not is_busy and project_key not in self._pool_looks and self._is_pool_due(project_key):
+            self._pool_looks[project_key] = self._look_at_pool(project_key)
+
+    def _is_pool_due(self, project_key: str) -> bool:
+        """Whether this worker has to look at the pool: it has a clock of its own, for events keep `_is_due` from ever
+        being true while people annotate."""
+        age = time.monotonic() - self._pool_looked_at.get(project_key, -math.inf)
+        return project_key in self._pool_changed or age >= self._service.settings.reconcile_seconds
 
     def _go_on_with_work(self, project_key: str) -> None:
         """Hand the project's unfinished cycle or activation to the workflow engine of this process, which runs one of
         each at a time.
 
         Also one that another worker left unfinished: it is dead, for its claim is ours. What this process runs already
-        is left alone, and work that waits while this process is busy is left to the others.
+        is left alone, and work that waits while this process is busy is left to the others. A look at the pool ends:
+        the work makes it needless, or writes into the same files.
         """
-        for work in unfinished_works(self._service.database, project_key):
+        works = unfinished_works(self._service.database, project_key)
+        if works:
+            self._end_pool_look(project_key)
+        for work in works:
             if self._busy_with[work.what] in (None, project_key):
                 self._busy_with[work.what] = project_key
                 self._hand_over(project_key, work)
@@ -380,31 +405,52 @@ class Worker:
                 DBOS.cancel_workflow(name)
                 log.abandon(f"the worker died {_MOST_RESTARTS} times at it; its log may say why. {_TRY_AGAIN}")
 
-    def _predict_new_tasks(self, project_key: str) -> None:
-        """Tasks that were imported, or lost their annotation, since the last cycle join the queue of its version."""
+    def _look_at_pool(self, project_key: str) -> Generator[object, None, None]:
+        """In steps: tasks that were imported, or lost their annotation, since the last cycle join the queue of its
+        version; before the first version, a first batch is prepared."""
+        self._pool_looked_at.pop(project_key, None)
+        self._pool_changed.discard(project_key)
         version = self._service.registry.active(project_key)
-        if version is None:
-            if self._service.settings.cold_start == "spread" and project_key not in self._first_batches:
-                self._first_batches[project_key] = prepare_first_batch(self._service, project_key)
-            return
-        if score_pool(self._service, project_key, version, team=self._team):
-            self._published.discard(project_key)
-        if project_key not in self._published:  # scored just now, or before an import that broke off
-            import_missing(self._service, project_key, version)
-            self._published.add(project_key)
+        if version is not None:
+            yield from self._predict_new_tasks(project_key, version)
+        elif self._service.settings.cold_start == "spread":
+            yield from prepare_first_batch(self._service, project_key)
+        self._pool_looked_at[project_key] = time.monotonic()
 
-    def _go_on_with_first_batch(self, project_key: str) -> None:
-        """A few seconds' work, so that annotations are noticed meanwhile; the first cycle makes the rest needless."""
-        steps = self._first_batches.pop(project_key, None)
-        if steps is None or unfinished_work(self._service.database, project_key) is not None:
+    def _predict_new_tasks(self, project_key: str, version: str) -> Generator[object, None, None]:
+        """Also those whose predictions somebody has deleted in Label Studio, which sends no event for that."""
+        log = PoolLookLog(self._service.database, project_key, 1, confirm=self._claims.confirm)
+        try:
+            seen = yield from score_pool_in_steps(self._service, project_key, version, log, team=self._team)
+            published = self._what_is_published(project_key, version, seen)
+            if published.may_lack_some_since(self._published.get(project_key)):
+                import_missing(self._service, project_key, version, log)
+                published = self._what_is_published(project_key, version, seen)
+            self._published[project_key] = published
+        finally:
+            log.end()
+
+    def _what_is_published(self, project_key: str, version: str, seen: int) -> "_Published":
+        publication = publication_of(self._service, project_key, version)
+        name = publication.name if publication else version
+        counts = self._service.label_studio.model_versions(inbox.label_studio_id(project_key))
+        return _Published(name=name, seen=seen, stored=counts.get(name, 0) + counts.get(name + POOL, 0))
+
+    def _go_on_with_pool_look(self, project_key: str) -> None:
+        """A few seconds' work, so that annotations are noticed meanwhile, and the other projects."""
+        steps = self._pool_looks.pop(project_key, None)
+        if steps is None:
             return
-        if self._service.registry.active(project_key) is not None:
-            return
-        deadline = time.monotonic() + _FIRST_BATCH_SECONDS
+        deadline = time.monotonic() + _SLICE_SECONDS
         for _ in steps:
             if time.monotonic() >= deadline:
-                self._first_batches[project_key] = steps
+                self._pool_looks[project_key] = steps
                 return
+
+    def _end_pool_look(self, project_key: str) -> None:
+        """Whatever it has found is kept, and the next look goes on there."""
+        if steps := self._pool_looks.pop(project_key, None):
+            steps.close()
 
     def _projects(self) -> list[str]:
         """Those that nobody has asked to forget."""
@@ -412,6 +458,23 @@ class Worker:
             forgotten = select(ForgottenRow.project_key)
             query = select(ProjectRow.key).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
             return list(session.scalars(query))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Published:
+    """How many tasks a version had seen, and how many predictions Label Studio had under the name of its edition."""
+
+    name: str
+    seen: int
+    stored: int
+
+    def may_lack_some_since(self, last: "_Published | None") -> bool:
+        """Whether predictions may be missing, when none was at the `last` look of this process."""
+        if last is None:
+            return True
+        if self.name != last.name:  # a cycle or an activation has published all
+            return self.stored < self.seen
+        return self.seen != last.seen or self.stored < last.stored
 
 
 def free_frames(error: BaseException) -> None:

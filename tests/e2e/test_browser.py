@@ -265,6 +265,7 @@ PROJECT: dict[str, Any] = {
     "events": {"received": 44, "waiting": 1},
     "labels": {"gone": [], "new": []},
     "activations": [],
+    "pool_look": None,
     "versions": [],
     "versions_problem": "",
     "cycles": [],
@@ -325,6 +326,14 @@ PROJECT: dict[str, Any] = {
             [PROJECT | {"first_batch": {"done": 90, "total": 90, "tasks": 20, "is_published": True}}],
             ["20 images that differ from each other are served first"],
             id="a first batch",
+        ),
+        pytest.param(
+            [
+                PROJECT
+                | {"pool_look": RUNNING | {"stage": "scoring the unlabelled images", "time_left": "about 12 min"}}
+            ],
+            ["New tasks: scoring the unlabelled images", "33 of 280, about 12 min left in this stage"],
+            id="a look at imported tasks",
         ),
         pytest.param(
             [PROJECT | {"cycles": [REFUSED, CYCLE], "versions": KEPT, "activations": [WISH]}],

@@ -37,6 +37,7 @@ def test_a_new_project_has_no_version_and_no_cycle(lonely_service: Service) -> N
             "events": {"received": 0, "waiting": 0},
             "labels": {"gone": [], "new": []},
             "activations": [],
+            "pool_look": None,
             "versions": [],
             "versions_problem": "",
             "cycles": [],

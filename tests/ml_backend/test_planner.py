@@ -31,3 +31,25 @@ def test_a_cycle_starts_with_a_whole_batch_or_when_asked_for_and_never_beside_an
     decision = plan(situation)
     assert decision.start is start
     assert reason in decision.reason
+
+
+FAILED = "the last cycle failed before it had read the annotations. The next one starts at 12:30 UTC, or at once when"
+
+
+@pytest.mark.parametrize(
+    ("new", "requested", "start", "reason", "is_problem"),
+    [
+        pytest.param(10, False, False, FAILED, True, id="a batch"),
+        pytest.param(10, True, True, "10 newly annotated images", False, id="a batch and asked for"),
+        pytest.param(3, True, True, "asked for, with 3 newly annotated images", False, id="asked for"),
+        pytest.param(3, False, False, "3 of 10 images of the next batch", False, id="no batch any more"),
+    ],
+)
+def test_after_a_cycle_that_read_no_annotation_the_next_one_starts_later_or_when_asked_for(
+    new: int, requested: bool, start: bool, reason: str, is_problem: bool
+) -> None:
+    decision = plan(
+        Situation(annotated=30, new=new, batch_size=10, running=False, requested=requested, try_again_at="12:30 UTC")
+    )
+    assert (decision.start, decision.is_problem) == (start, is_problem)
+    assert decision.reason.startswith(reason)

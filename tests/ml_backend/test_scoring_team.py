@@ -78,12 +78,23 @@ def test_a_worker_that_trains_looks_itself_at_chunks_that_nobody_takes(
     """Somebody wants an older version back meanwhile: that must not last as long as the training."""
     _, team = waiting
     with team.paused():
-        found = list(team.see(pool))
+        found = list(filter(None, team.see(pool)))
     assert [line["task"] for line in found] == [10 + number for number in range(TASKS)]
     assert all("result" in line for line in found)
     assert set(chunk_workflows(address).values()) == {"chunks"}  # seen by nobody else
     team.forget(pool)
     assert chunk_workflows(address) == {}
+
+
+def test_who_waits_for_a_chunk_can_do_something_else_meanwhile(
+    waiting: tuple[Service, ScoringTeam], pool: CutPool
+) -> None:
+    _, team = waiting
+    seeing = team.see(pool)
+    assert [next(seeing) for _ in range(3)] == [None] * 3
+    with team.paused():  # it looks itself
+        assert next(line for line in seeing if line)["task"] == 10
+    team.forget(pool)
 
 
 class Dying:
@@ -121,7 +132,7 @@ def test_a_chunk_whose_worker_died_waits_again(
     _, team = waiting
     found: list[dict[str, Any]] = []
     with Dying(address, pool, deaths=2) as dying:
-        looking = threading.Thread(target=lambda: found.extend(team.see(pool)))
+        looking = threading.Thread(target=lambda: found.extend(filter(None, team.see(pool))))
         looking.start()
     wait(
         lambda: chunk_workflows(address).get(f"chunk-{pool.project_key}-{VERSION}-{pool.folder.name}-0") == "chunks",
