@@ -303,8 +303,10 @@ def is_validation(image_sha256: str, fraction: float) -> bool:
 
 def _line(service: Service, network: MaskRCNNWithScores, card: ModelCard, config: LabelConfig, looked: _Looked) -> Json:
     """One line of the scores file. `score` is the strategy's (S of eq. 3 for TSP and for strategies that have none of
-    their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
+    their own) over the `instances` whose class score reaches `threshold`; None when nothing was found. Regions are of
+    the model's own classes, whatever labels the project has at this moment: these come when they are published."""
     settings, fetched = service.settings, looked.fetched
+    config = replace(config, labels=card.class_names, displayed=())
     observation, detections = looked.observation, looked.detections
     shown = detections_for_people(
         detections,
