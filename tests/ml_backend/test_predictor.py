@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ml_backend.errors import StoreUnavailableError
 from ml_backend.order import keep_order, order_of, published_order_of
@@ -52,6 +53,22 @@ def test_classes_that_the_project_no_longer_has_are_not_shown(lonely_service: Se
     predictions = Predictor(lonely_service).predict(KEY, TASKS, OTHER_CLASSES)
     labels = {label for p in predictions for region in p["result"] for label in region["value"]["polygonlabels"]}
     assert labels <= {"axon"}
+
+
+def test_an_image_that_does_not_fit_into_memory_spares_the_others(predictor: Predictor) -> None:
+    expected = predictor.predict(KEY, TASKS, POLYGON_CONFIG)
+    looks: list[int] = []
+
+    def refuse_the_second(*_: object) -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network = predictor._loaded[KEY]._network
+    network.register_forward_pre_hook(refuse_the_second)
+    found = predictor.predict(KEY, TASKS, POLYGON_CONFIG)
+    assert (found[1]["result"], found[1]["score"]) == ([], 1.0)
+    assert [found[n] for n in (0, 2, 3)] == [expected[n] for n in (0, 2, 3)]
 
 
 def test_a_version_that_vanished_is_an_error_that_names_it(predictor: Predictor, lonely_service: Service) -> None:
