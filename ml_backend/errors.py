@@ -19,6 +19,10 @@ class LabelStudioAuthError(LabelStudioError):
     """Label Studio refused the access token."""
 
 
+class ProjectGoneError(LabelStudioError):
+    """Label Studio does not have the project, or does not show it to the token's owner."""
+
+
 class ImageError(TSPError):
     """An image of a task cannot be fetched or read."""
 
