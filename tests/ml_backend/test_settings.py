@@ -383,6 +383,15 @@ def test_weights_that_are_neither_known_nor_a_file_of_the_kind_are_refused() -> 
         Settings(TSP_WEIGHTS="resnet50.pth")
 
 
+@pytest.mark.parametrize("profile", [{}, {"TSP_PROFILE": "resnet18_fpn"}], ids=["the default", "another"])
+def test_weights_that_the_profile_has_none_of_are_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, profile: dict[str, str]
+) -> None:
+    with pytest.raises(SettingsError, match=r"TSP_WEIGHTS: expected .* coco is for resnet50_fpn only, got 'coco'"):
+        read(monkeypatch, {"TSP_WEIGHTS": "coco", **profile})
+    assert read(monkeypatch, {"TSP_WEIGHTS": "coco", "TSP_PROFILE": "resnet50_fpn"}).weights == "coco"
+
+
 def test_a_model_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "models"
