@@ -47,5 +47,9 @@ class DatabaseAwayError(TSPError):
     """The database takes nothing at the moment, so that an event of Label Studio could not be kept."""
 
 
+class TooManyTasksError(TSPError):
+    """More tasks are to be predicted at once than can be while somebody waits."""
+
+
 class SettingsError(TSPError):
     """A setting is missing or cannot be used."""
