@@ -14,6 +14,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment
 
 from ml_backend.db import ProjectRow
+from ml_backend.errors import StoreUnavailableError
 from ml_backend.forget import DATA_GOES, FORGOTTEN, forget
 from ml_backend.inbox import check_known
 from ml_backend.service import Service
@@ -60,8 +61,9 @@ def add_actions(app: FastAPI, service: Service, pages: Environment) -> None:
         try:
             check_token(form)
             request_activation(service, project_key, form.get("version", ""), "asked for on the dashboard")
-        except (InvalidInputError, RegistryError) as error:
-            return answer("This version cannot be used now", str(error), status=422)
+        except (InvalidInputError, RegistryError, StoreUnavailableError) as error:
+            status = 503 if isinstance(error, StoreUnavailableError) else 422
+            return answer("This version cannot be used now", str(error), status=status)
         return RedirectResponse("../../ui", status_code=303)
 
     @app.get("/projects/{project_key}/forget", response_class=HTMLResponse)

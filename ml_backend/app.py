@@ -31,6 +31,7 @@ from ml_backend.errors import (
     LabelStudioUnavailableError,
     SettingsError,
     StoreUnavailableError,
+    TooManyTasksError,
 )
 from ml_backend.forget import forgotten_projects
 from ml_backend.gatekeeper import Gatekeeper
@@ -213,6 +214,7 @@ _STATUS_OF: dict[type[Exception], int] = {
     DatabaseAwayError: 503,
     DiskFullError: 503,
     StoreUnavailableError: 503,
+    TooManyTasksError: 503,
     TSPError: 500,
 }
 

@@ -7,26 +7,35 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ml_backend.errors import ImageError
 from ml_backend.first_batch import FirstBatch, batch_file, first_batch, progress_file
 from ml_backend.label_config import parse_label_config
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING
-from ml_backend.ls_format import Json, image_uri
+from ml_backend.ls_format import Json
 from ml_backend.ls_types import Project, Task
 from ml_backend.network_options import network_options
 from ml_backend.order import QueueOrder
-from ml_backend.pool import append_line, feature_of, go_on_with, is_validation, open_lines, packed, read_scores
+from ml_backend.pool import (
+    OpenedImage,
+    TaskImages,
+    append_line,
+    feature_of,
+    go_on_with,
+    is_validation,
+    open_lines,
+    packed,
+    read_scores,
+)
 from ml_backend.publish import import_lines
 from ml_backend.service import Service
-from model.dataset import load_image
-from model.errors import DatasetError
+from model.errors import TooLargeError
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
 from model.strategies import look
@@ -41,19 +50,19 @@ _VERSIONS = "tsp-0-"  # what their names start with; cycles count from 1
 def prepare_first_batch(service: Service, project_key: str) -> Iterator[None]:
     """Choose the first batch and publish it; yields after each image, for the caller to stop or to look elsewhere.
 
-    Called again, it goes on where it was, and does nothing once the batch is published. Unreadable images are left out.
+    Called again, it goes on where it was, and does nothing once a full batch is published. Unreadable images are left
+    out; those whose host is away for the moment are looked at in a later call, unless the batch is full without them.
     """
     batch = first_batch(service, project_key)
     if batch is not None and batch.is_full and batch.is_published:
         return
     project = service.project(project_key)
-    tasks = list(service.label_studio.tasks(project.id))
-    if batch is None or (not batch.is_full and any(task.id > batch.newest_task for task in tasks)):
-        yield from _observe(service, project_key, project, tasks)
-        newest_task = max((task.id for task in tasks), default=0)
-        # Looking takes long: people have annotated and skipped tasks meanwhile.
-        now = list(service.label_studio.tasks(project.id))
-        batch = _choose(service, project_key, now, newest_task=newest_task)
+    if batch is None or not batch.is_full:
+        yield from _observe(service, project_key, project, list(service.label_studio.tasks(project.id)))
+        lines = list(read_scores(_features_file(service, project_key)))
+        if batch is None or len(lines) > batch.looked_at:
+            # Looking takes long: people have annotated and skipped tasks meanwhile.
+            batch = _choose(service, project_key, list(service.label_studio.tasks(project.id)), lines)
     if not batch.is_published:
         _publish(service, project.id, batch)
         write_json(batch_file(service, project_key), asdict(replace(batch, is_published=True)))
@@ -82,39 +91,49 @@ def spread_batch(
 
 def _observe(service: Service, project_key: str, project: Project, tasks: Sequence[Task]) -> Iterator[None]:
     """Look at the tasks' images, annotated ones too; line by line into a file, so that it can go on in the middle."""
-    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     path = _features_file(service, project_key)
     seen = go_on_with(path, "task")
     waiting = [task for task in tasks if task.id not in seen]
     if not waiting:
         return
     logger.info("project %s: looking at %d images for the first batch", project_key, len(waiting))
-    network = _pretrained(service)
-    told = 0.0
+    config = parse_label_config(project.label_config, from_name=service.settings.from_name)
+    images, network = TaskImages(service, project_key, config), cache(partial(_pretrained, service))
+    told, away = 0.0, []
     with open_lines(path) as lines:
         for done, task in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
-            line: Json = {"task": task.id}
-            try:
-                uri = image_uri({"id": task.id, "data": task.data}, config)
-                fetched = service.images.fetch(task_id=task.id, uri=uri, project_key=project_key)
-                sight, _ = look(network, load_image(fetched.path))
-                line |= {"image": fetched.sha256, "feature": packed(sight.feature)}
-            except (ImageError, DatasetError) as error:
-                logger.warning("%s", error)
-                line["problem"] = str(error)
-            append_line(lines, line)
+            line = _line(images.opened({"id": task.id, "data": task.data}), network)
+            if "away" in line:
+                away.append(line["away"])
+            else:
+                append_line(lines, line)
+            if "problem" in line:
+                logger.warning("%s", line["problem"])
             if done == len(tasks) or time.monotonic() - told >= 1:
                 told = time.monotonic()
                 write_json(progress_file(service, project_key), {"done": done, "total": len(tasks)})
             yield
+    if away:
+        logger.warning("project %s: %d images are looked at later, such as: %s", project_key, len(away), away[0])
 
 
-def _choose(service: Service, project_key: str, tasks: Sequence[Task], *, newest_task: int) -> FirstBatch:
+def _line(image: OpenedImage | Json, network: Callable[[], MaskRCNNWithScores]) -> Json:
+    """What is kept of an image; of one that could not be had, the reason is known already."""
+    if not isinstance(image, OpenedImage):
+        return image
+    try:
+        sight, _ = look(network(), image.pixels)
+    except TooLargeError as error:
+        return {"task": image.task_id, "problem": str(error)}
+    return {"task": image.task_id, "image": image.fetched.sha256, "feature": packed(sight.feature)}
+
+
+def _choose(service: Service, project_key: str, tasks: Sequence[Task], looked_at: Sequence[Json]) -> FirstBatch:
     """Choose and freeze. Tasks that are annotated already count towards the batch; the others keep away from them."""
     settings = service.settings
     annotated_tasks = {task.id for task in tasks if task.is_annotated}
     waiting = {task.id for task in tasks if not task.is_annotated and not task.skip_count}
-    lines = [line for line in read_scores(_features_file(service, project_key)) if "problem" not in line]
+    lines = [line for line in looked_at if "problem" not in line]
     annotated = [line for line in lines if line["task"] in annotated_tasks]
     known = {line["image"] for line in annotated}
     # The same bytes in two tasks are one image.
@@ -127,7 +146,7 @@ def _choose(service: Service, project_key: str, tasks: Sequence[Task], *, newest
     batch = FirstBatch(
         version=f"{_VERSIONS}{digest[:8]}",
         tasks=tuple(chosen),
-        newest_task=newest_task,
+        looked_at=len(looked_at),
         is_full=len(chosen) == count,
     )
     write_json(batch_file(service, project_key), asdict(batch))

@@ -253,6 +253,7 @@ def _measured(found: Mapping[str, Detections], truth: LabeledSet, *, mask_thresh
     pairs = true_ious(found, truth.images, mask_threshold=mask_threshold)
     return {
         **asdict(result),
+        "images_with_instances": sum(len(image.labels) > 0 for image in truth.images),  # which the gate counts
         "rescored_map_50": rescored.map_50,
         "rescored_map_50_95": rescored.map_50_95,
         "box_reliability": asdict(reliability(pairs["box_scores"], pairs["box_ious"])),

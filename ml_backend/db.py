@@ -19,6 +19,15 @@ _SQLITE_LOCKS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 # PostgreSQL: lost connections, rollbacks of rivals, no room or memory, locks, starting or ending
 _PASSING_STATES = ("08", "40", "53", "55", "57")
 _FOR_GOOD = ("password", "does not exist", "pg_hba.conf", "permission denied")
+# For libpq: a server that is gone without a word, or whose packets are dropped, would keep us waiting for minutes, and
+# in the middle of an answer for ever. In seconds; the last in milliseconds, for what was sent and is not acknowledged.
+_NOTICING_SILENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
 _PATIENCE_SECONDS = 0.5  # with whoever is writing, before somebody looks at the dashboard
 
 
@@ -190,7 +199,11 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
-        self._create_tables()
+        try:
+            self._create_tables()
+        except DBAPIError:
+            self.close()
+            raise
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -233,11 +246,14 @@ class Database:
         self.engine.dispose()
 
     def _create_tables(self) -> None:
-        """Make what is missing. The web process and the worker start together: the slower one looks again."""
+        """Make what is missing. The web process and the worker start together: the slower one looks again; not at a
+        server that has been silent for some time, so that people are told of it."""
         for pause in _PAUSES_SECONDS:
             try:
                 return Base.metadata.create_all(self.engine)
-            except DBAPIError:
+            except DBAPIError as error:
+                if _was_silent(error):
+                    raise
                 time.sleep(pause)
         return Base.metadata.create_all(self.engine)
 
@@ -255,15 +271,23 @@ def passes_by_itself(error: DBAPIError) -> bool:
     return str(state).startswith(_PASSING_STATES)
 
 
+def _was_silent(error: DBAPIError) -> bool:
+    """Whether nobody has answered the wish for a connection."""
+    from psycopg.errors import ConnectionTimeout  # not needed with SQLite, as long as nothing fails
+
+    return isinstance(error.orig, ConnectionTimeout)
+
+
 def _sqlite_code(error: sqlite3.Error) -> int:
     """Without the details that SQLite packs into its higher bits; 0 for errors of Python's own."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _engine(url: str) -> Engine:
-    if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True)
     address = make_url(url)
+    if not url.startswith("sqlite"):
+        ours = {name: value for name, value in _NOTICING_SILENCE.items() if name not in address.query}
+        return create_engine(url, pool_pre_ping=True, connect_args=ours)
     if address.database:
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
     waits = {} if "timeout" in address.query else {"timeout": 30}  # seconds, for other writers

@@ -19,6 +19,10 @@ class LabelStudioAuthError(LabelStudioError):
     """Label Studio refused the access token."""
 
 
+class ProjectGoneError(LabelStudioError):
+    """Label Studio does not have the project, or does not show it to the token's owner."""
+
+
 class ImageError(TSPError):
     """An image of a task cannot be fetched or read."""
 
@@ -41,6 +45,10 @@ class StoreUnavailableError(StoreError):
 
 class DatabaseAwayError(TSPError):
     """The database takes nothing at the moment, so that an event of Label Studio could not be kept."""
+
+
+class TooManyTasksError(TSPError):
+    """More tasks are to be predicted at once than can be while somebody waits."""
 
 
 class SettingsError(TSPError):

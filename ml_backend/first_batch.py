@@ -10,13 +10,13 @@ from ml_backend.service import Service
 
 @dataclass(frozen=True, kw_only=True)
 class FirstBatch:
-    """The tasks that people get first, in this order. Once it `is_full` it never changes; before that, tasks with an
-    id above `newest_task` (the highest that was looked at) lead to another one."""
+    """The tasks that people get first, in this order. Once it `is_full` it never changes; before that, images beyond
+    the `looked_at` that were known when it was chosen lead to another one."""
 
     version: str
     tasks: tuple[int, ...]
-    newest_task: int
     is_full: bool
+    looked_at: int = 0  # older releases did not say
     is_published: bool = False  # from then on, people may choose what Label Studio shows
 
 
@@ -26,6 +26,7 @@ def first_batch(service: Service, project_key: str) -> FirstBatch | None:
     if not path.exists():
         return None
     frozen = json.loads(path.read_text())
+    frozen.pop("newest_task", None)  # which those wrote instead
     return FirstBatch(**{**frozen, "tasks": tuple(frozen["tasks"])})
 
 

@@ -12,7 +12,7 @@ from ml_backend.ls_format import Json, empty_prediction, image_uri, prediction
 from ml_backend.order import published_order_of
 from ml_backend.pool import detections_for_people, load_to_look, look_at
 from ml_backend.service import Service
-from model.errors import DatasetError
+from model.errors import DatasetError, TooLargeError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class LoadedVersion:
         self.names = version, self._order.version
 
     def predict(self, task: Mapping[str, Any], config: LabelConfig) -> Json:
-        """The Label Studio prediction for a task; an empty one when its image cannot be had."""
+        """The Label Studio prediction for a task; an empty one when its image cannot be had, or looked at."""
         settings, task_id, order = self._service.settings, _task_id(task), self._order
         try:
             uri = image_uri(task, config)
@@ -37,7 +37,7 @@ class LoadedVersion:
                 task_id=task_id, uri=uri, project_key=self._project_key, may_do_without_store=True
             )
             seen, found = look_at(self._service, self._network, self._card, fetched.path)
-        except (ImageError, DatasetError) as error:
+        except (ImageError, DatasetError, TooLargeError) as error:
             logger.warning("%s", error)
             return empty_prediction(order.version, score=1.0)
         mask_threshold = self._network.config.mask_threshold

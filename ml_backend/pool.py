@@ -129,12 +129,11 @@ class _Seeing:
 
 
 class Viewer:
-    """A version that looks at the tasks of its project. Its network is loaded once, for the first image; a host that
-    does not answer is asked once."""
+    """A version that looks at the tasks of its project. Its network is loaded once, for the first image."""
 
     def __init__(self, service: Service, project_key: str, version: str, config: LabelConfig) -> None:
         self._service, self._project_key, self._version, self._config = service, project_key, version, config
-        self._silent: set[str] = set()  # hosts
+        self._images = TaskImages(service, project_key, config)
 
     @classmethod
     def of_project(cls, service: Service, project_key: str, version: str) -> Self:
@@ -155,31 +154,13 @@ class Viewer:
         While the network looks at an image, one thread fetches and reads the next, and the caller's makes the line of
         the one before: at most five images are held, however many tasks there are.
         """
-        for one in ahead(self._looked(ahead(self._opened(tasks)))):
+        for one in ahead(self._looked(ahead(map(self._images.opened, tasks)))):
             yield one if isinstance(one, dict) else _line(self._service, *self._loaded, self._config, one)
 
-    def _opened(self, tasks: Iterable[Json]) -> Iterator["_Opened | Json"]:
-        """The image of each task, or the line that says why there is none."""
-        for task in tasks:
-            host = ""
-            try:
-                uri = image_uri(task, self._config)
-                host = host_of(uri)
-                if host in self._silent:
-                    raise ImageUnavailableError(f"image of task {task['id']}: {host} is away, it is asked again later")
-                fetched = self._service.images.fetch(task_id=task["id"], uri=uri, project_key=self._project_key)
-                yield _Opened(task_id=task["id"], fetched=fetched, pixels=load_image(fetched.path))
-            except ImageUnavailableError as error:
-                if host and isinstance(error, ImageHostSilentError):
-                    self._silent.add(host)
-                yield {"task": task["id"], "away": str(error)}
-            except (ImageError, DatasetError) as error:
-                yield {"task": task["id"], "problem": str(error)}
-
-    def _looked(self, opened: Iterable["_Opened | Json"]) -> Iterator["_Looked | Json"]:
+    def _looked(self, opened: Iterable["OpenedImage | Json"]) -> Iterator["_Looked | Json"]:
         """What the version sees in each image; lines pass unchanged."""
         for one in opened:
-            if not isinstance(one, _Opened):
+            if not isinstance(one, OpenedImage):
                 yield one
                 continue
             try:
@@ -195,8 +176,34 @@ class Viewer:
         return load_to_look(self._service, self._project_key, self._version)
 
 
+class TaskImages:
+    """The images of a project's tasks. A host that does not answer is asked once."""
+
+    def __init__(self, service: Service, project_key: str, config: LabelConfig) -> None:
+        self._service, self._project_key, self._config = service, project_key, config
+        self._silent: set[str] = set()  # hosts
+
+    def opened(self, task: Json) -> "OpenedImage | Json":
+        """The image of a task {"id", "data"}, or why there is none: {"task", "away": the reason} when it may be there
+        later, {"task", "problem": the reason} when it will not."""
+        host = ""
+        try:
+            uri = image_uri(task, self._config)
+            host = host_of(uri)
+            if host in self._silent:
+                raise ImageUnavailableError(f"image of task {task['id']}: {host} is away, it is asked again later")
+            fetched = self._service.images.fetch(task_id=task["id"], uri=uri, project_key=self._project_key)
+            return OpenedImage(task_id=task["id"], fetched=fetched, pixels=load_image(fetched.path))
+        except ImageUnavailableError as error:
+            if host and isinstance(error, ImageHostSilentError):
+                self._silent.add(host)
+            return {"task": task["id"], "away": str(error)}
+        except (ImageError, DatasetError) as error:
+            return {"task": task["id"], "problem": str(error)}
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Opened:
+class OpenedImage:
     """A task whose image lies in memory, (H, W, 3) uint8 RGB."""
 
     task_id: int
@@ -316,8 +323,10 @@ def is_validation(image_sha256: str, fraction: float) -> bool:
 
 def _line(service: Service, network: MaskRCNNWithScores, card: ModelCard, config: LabelConfig, looked: _Looked) -> Json:
     """One line of the scores file. `score` is the strategy's (S of eq. 3 for TSP and for strategies that have none of
-    their own) over the `instances` whose class score reaches `threshold`; None when nothing was found."""
+    their own) over the `instances` whose class score reaches `threshold`; None when nothing was found. Regions are of
+    the model's own classes, whatever labels the project has at this moment: these come when they are published."""
     settings, fetched = service.settings, looked.fetched
+    config = replace(config, labels=card.class_names, displayed=())
     observation, detections = looked.observation, looked.detections
     shown = detections_for_people(
         detections,

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from ml_backend.db import Database
-from ml_backend.errors import SettingsError
+from ml_backend.errors import ProjectGoneError, SettingsError
 from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageLimits, ImageStore
 from ml_backend.inbox import ProjectName, label_studio_id
 from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_http import NotFoundError
 from ml_backend.ls_types import Project
 from ml_backend.settings import Settings
 from ml_backend.store import Store, open_store
@@ -39,7 +40,8 @@ class Service:
     @classmethod
     def connect(cls, settings: Settings, *, remembers_seconds: float = 0.0) -> Self:
         """Opens the database and folders; Label Studio itself and the object store are not called yet. What small files
-        the store has may be as old as `remembers_seconds`. SettingsError without a token."""
+        the store has may be as old as `remembers_seconds`. SettingsError without a token, and for a MODEL_DIR or a
+        database that cannot be used."""
         client = LabelStudioClient(
             settings.label_studio_url, settings.require_api_key(), public_url=settings.browser_url
         )
@@ -80,9 +82,16 @@ class Service:
             raise disk_full("the records of what is done", self.settings.model_dir)
 
     def project(self, project_key: str) -> Project:
-        """The project in Label Studio; TSPError when its id belongs to another one by now."""
+        """The project in Label Studio; ProjectGoneError when there is none, TSPError when its id belongs to another one
+        by now."""
         number = label_studio_id(project_key)
-        project = self.label_studio.project(number)
+        try:
+            project = self.label_studio.project(number)
+        except NotFoundError as error:
+            raise ProjectGoneError(
+                f"project {number} is not in Label Studio any more, or the owner of LABEL_STUDIO_API_KEY may not see "
+                "it: let that user into its workspace, or forget the project on the dashboard"
+            ) from error
         if ProjectName.from_uid(project.uid) != ProjectName(project_key, number):
             raise TSPError(
                 f"project {number} of {self.settings.label_studio_url} is another one than the project {project_key} "
@@ -158,10 +167,13 @@ class Service:
 
 
 def _open_database(settings: Settings) -> Database:
-    """SettingsError when it does not answer, or does not let us in."""
+    """SettingsError when it does not answer, or does not let us in or make our tables."""
     try:
         return Database(settings.database)
-    except OperationalError as error:
-        reason = " ".join(str(error.orig).split())
+    except (DBAPIError, OSError) as error:
+        said = str(error.orig if isinstance(error, DBAPIError) else error)
+        reason = " ".join(said.partition("\nLINE ")[0].split())  # PostgreSQL shows the statement, too
         where = "DATABASE_URL" if settings.database_url else f"the database in MODEL_DIR, {settings.model_dir}"
-        raise SettingsError(f"{where}: expected a database that answers and lets us in, but: {reason}") from error
+        raise SettingsError(
+            f"{where}: expected a database that answers, lets us in and lets us make tables, but: {reason}"
+        ) from error

@@ -174,7 +174,11 @@ class Settings(BaseSettings):
     profile: Profile = _env(
         "TSP_PROFILE", "efficientnet_lite0_fpn", "network: the paper's is `resnet50_fpn` (wants a GPU)"
     )
-    weights: str = _env("TSP_WEIGHTS", "imagenet", "where training starts: imagenet, coco, none or a .safetensors file")
+    weights: str = _env(
+        "TSP_WEIGHTS",
+        "imagenet",
+        "where training starts: imagenet, coco (resnet50_fpn only), none or a .safetensors file",
+    )
     image_size: int | None = _env(
         "TSP_IMAGE_SIZE", None, "shorter side the network sees, in pixels; none: the profile's", ge=32
     )
@@ -323,9 +327,11 @@ class Settings(BaseSettings):
 
     @field_validator("weights")
     @classmethod
-    def _known_weights(cls, weights: str) -> str:
+    def _known_weights(cls, weights: str, info: ValidationInfo) -> str:
         if weights not in ("none", "imagenet", "coco") and not weights.endswith(".safetensors"):
             raise ValueError("expected imagenet, coco, none or the path of a .safetensors file")
+        if weights == "coco" and info.data.get("profile", "resnet50_fpn") != "resnet50_fpn":
+            raise ValueError("expected imagenet, none or a file beside this TSP_PROFILE: coco is for resnet50_fpn only")
         return weights
 
     @field_validator("processes")

@@ -159,6 +159,11 @@ class Store:
         found: list[str] = self._recalled("names", folder)
         return found
 
+    def everything(self, folder: Path) -> list[str]:
+        """`names` as they are now, with what a process that was killed has left unfinished."""
+        with self._asking(folder):
+            return list(self._listed(folder, with_unfinished=True))
+
     def remove(self, path: Path) -> None:
         """Remove a file, or a folder with all that is in it, also what others add to it in this moment; nothing happens
         when it is not there."""
@@ -243,7 +248,7 @@ class Store:
                 parts.append(_Part(folder / name, int(match[1]), int(match[1]) + size, match[2]))
         return parts
 
-    def _listed(self, folder: Path) -> dict[str, int]:
+    def _listed(self, folder: Path, *, with_unfinished: bool = False) -> dict[str, int]:
         """The files below a folder, as paths from there, and their sizes."""
         start = f"{self._key(folder)}/"
         if self._is_folder:
@@ -253,7 +258,9 @@ class Store:
         return {
             key.removeprefix(start): size
             for key, size in sorted(found.items())
-            if key.startswith(start) and not key.endswith("/")  # as consoles show empty folders
+            if key.startswith(start)
+            and not key.endswith("/")  # as consoles show empty folders
+            and (with_unfinished or not is_unfinished(key.rpartition("/")[2]))
         }
 
     # Asking
@@ -366,7 +373,7 @@ def _files_below(folder: str) -> Iterator[tuple[str, int]]:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _files_below(entry.path)
-            elif not is_unfinished(entry.name):
+            else:
                 with suppress(FileNotFoundError):  # removed meanwhile
                     yield entry.path, entry.stat().st_size
 

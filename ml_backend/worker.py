@@ -41,7 +41,13 @@ from ml_backend.cold_start import prepare_first_batch
 from ml_backend.cycle_log import ActivationLog, CycleLog, PoolLookLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
 from ml_backend.ended_checkpoints import EndedCheckpoints
-from ml_backend.errors import LabelStudioAuthError, LabelStudioUnavailableError, SettingsError, StoreUnavailableError
+from ml_backend.errors import (
+    LabelStudioAuthError,
+    LabelStudioUnavailableError,
+    ProjectGoneError,
+    SettingsError,
+    StoreUnavailableError,
+)
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
 from ml_backend.logs import start_logging
 from ml_backend.pool import score_pool, score_pool_in_steps
@@ -111,7 +117,7 @@ class DurableCycles(DBOSConfiguredInstance):
             self.publish(project_key, number, version)
         except Exception as error:  # whatever it was, people must see it
             _log_failure(error, project_key, f"cycle {number}")
-            self.finish(project_key, number, "failed", f"{_as_sentence(error)} {_TRY_AGAIN}")
+            self.finish(project_key, number, "failed", _with_advice(error, _TRY_AGAIN))
         else:
             self.finish(project_key, number, "done", "")
 
@@ -122,7 +128,7 @@ class DurableCycles(DBOSConfiguredInstance):
             self.switch(project_key, number)
         except Exception as error:  # whatever it was, people must see it
             _log_failure(error, project_key, f"activation {number}")
-            message = f"{_as_sentence(error)} Choose a version on the dashboard to try again."
+            message = _with_advice(error, "Choose a version on the dashboard to try again.")
             self.finish_activation(project_key, number, "failed", message)
         else:
             self.finish_activation(project_key, number, "done", "")
@@ -490,6 +496,11 @@ def _log_failure(error: Exception, project_key: str, what: str) -> None:
     """With the way to it, unless it is one of ours: these say what to do."""
     is_ours = isinstance(error, TSPError)
     logger.error("project %s: %s failed: %s", project_key, what, _in_words(error), exc_info=not is_ours)
+
+
+def _with_advice(error: Exception, advice: str) -> str:
+    """For people; nobody can follow it in a project that Label Studio does not show."""
+    return _as_sentence(error) if isinstance(error, ProjectGoneError) else f"{_as_sentence(error)} {advice}"
 
 
 def _as_sentence(error: Exception) -> str:

@@ -33,6 +33,7 @@ from model.types import FloatArray, LabeledImage
 
 logger = logging.getLogger(__name__)
 
+JOB = "together-"  # what the names of folders with what processes need begin with, beside the checkpoint
 _MOST_STARTS = 3  # without a step in between
 _LAST_WORDS_SECONDS = 3.0  # of other machines
 
@@ -65,7 +66,7 @@ def train_in_processes(
             f"processes: expected at most batch_size ({config.batch_size}) on all machines, since each needs an image "
             f"in every step, got {in_all}"
         )
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix="together-") as place:
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=JOB) as place:
         job = Path(place)
         _hand_over(job, network, images, config, pseudo, class_thresholds, checkpoint, device, processes)
         is_done = partial(

@@ -7,6 +7,7 @@ start. A DATA folder holds images, or `images/` and a COCO `annotations.json`.
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -143,7 +144,8 @@ def _batch_size(wanted: int, cycles: int, images: int) -> int:
 
 
 def _settings(options: argparse.Namespace, folder: Path, server: LabelStudioServer) -> dict[str, str]:
-    """The demo's own settings, unless the environment has others, and what the demo's options say."""
+    """The demo's own settings, unless the environment has others (an empty one is none), and what the demo's options
+    say."""
     own = {
         "TSP_VALIDATION_FRACTION": "0.25",
         "TSP_IMAGE_SIZE": str(256 if options.data else PHANTOM_SIZE),
@@ -159,7 +161,7 @@ def _settings(options: argparse.Namespace, folder: Path, server: LabelStudioServ
     }
     return {
         **own,
-        **{name: value for name, value in os.environ.items() if name.startswith("TSP_") or name == "LOG_LEVEL"},
+        **{name: value for name, value in os.environ.items() if value and re.match("TSP_|LOG_LEVEL$", name)},
         **{name: str(value) for name, value in given.items() if value is not None},
         "LABEL_STUDIO_URL": server.url,
         "LABEL_STUDIO_API_KEY": server.token,

@@ -272,6 +272,11 @@ PROJECT: dict[str, Any] = {
 }
 
 
+def telling(images: int) -> dict[str, int]:
+    """What newer cycles add: so many validation images have instances."""
+    return {"images_with_instances": images}
+
+
 @pytest.mark.parametrize(
     ("projects", "texts"),
     [
@@ -297,7 +302,20 @@ PROJECT: dict[str, Any] = {
         pytest.param(
             [PROJECT | {"cycles": [CYCLE | {"facts": {"metrics": METRICS | {"images": FEWEST_IMAGES}}}]}],
             [f"{FEWEST_IMAGES} validation images that never train. Newest by class"],
-            id="enough validation images",
+            id="enough validation images, of an older release",
+        ),
+        pytest.param(
+            [PROJECT | {"cycles": [CYCLE | {"facts": {"metrics": METRICS | {"images": 12} | telling(FEWEST_IMAGES)}}]}],
+            [f"12 validation images that never train, {FEWEST_IMAGES} of them with annotated instances. Newest by"],
+            id="enough validation images with instances",
+        ),
+        pytest.param(
+            [
+                PROJECT
+                | {"cycles": [CYCLE | {"facts": {"metrics": METRICS | {"images": 12} | telling(FEWEST_IMAGES - 1)}}]}
+            ],
+            [f"{FEWEST_IMAGES - 1} of them with annotated instances: too few to tell a good model from a bad one."],
+            id="too few of them with instances",
         ),
         pytest.param([PROJECT | {"cycles": [UNMEASURED]}], ["finished"], id="nothing could be measured"),
         pytest.param(

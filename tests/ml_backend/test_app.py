@@ -202,6 +202,19 @@ def test_predict_says_when_label_studio_is_away(
     assert "no answer from Label Studio" in answer.json()["detail"]
 
 
+def test_predict_says_that_there_are_too_many_tasks(
+    tmp_path: Path, lonely_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ml_backend.predictor._MOST_SECONDS", 0.0)
+    add_version(lonely_service, KEY)
+    lonely_service.registry.activate(KEY, VERSION)
+    with application(tmp_path) as web:
+        tasks = [{"id": 1, "data": {"image": data_uri(grey_images(1)[0])}}]
+        answer = web.post("/predict", json={"tasks": tasks, "project": UID, "label_config": POLYGON_CONFIG})
+    assert answer.status_code == 503
+    assert "Send fewer tasks at once" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize("number", [None, [], {}, True, "1/../..", 1.5, 10**30], ids=repr)
 def test_predict_takes_tasks_whatever_their_ids_are(tmp_path: Path, lonely_service: Service, number: Any) -> None:
     add_version(lonely_service, KEY)

@@ -1,13 +1,20 @@
 """The first batch before there is a version, in a real Label Studio."""
 
+import json
+import threading
 from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ml_backend import cold_start
 from ml_backend.cold_start import prepare_first_batch, spread_batch
 from ml_backend.first_batch import first_batch
 from ml_backend.ls_client import UNCERTAINTY_SAMPLING, LabelStudioClient
@@ -19,7 +26,8 @@ from ml_backend.predictor import UNTRAINED, Predictor
 from ml_backend.publish import publish
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
-from scripts.label_studio_server import LabelStudioServer
+from model.network import MaskRCNNWithScores, build_model
+from scripts.label_studio_server import HOST, LabelStudioServer, free_port
 from tests.label_studio import POLYGON_CONFIG, polygon_result, prediction, raw_api
 from tests.ml_backend.examples import (
     UNREADABLE,
@@ -197,7 +205,7 @@ def test_what_people_did_during_the_looking_counts(
     assert len(list(steps)) == 7
     batch = first_batch(service, key)
     assert batch is not None
-    assert (len(batch.tasks), batch.is_full, batch.newest_task) == (1, True, max(tasks))
+    assert (len(batch.tasks), batch.is_full, batch.looked_at) == (1, True, len(tasks))
     assert not set(batch.tasks) & {*done, skipped}
 
 
@@ -273,6 +281,78 @@ def test_a_batch_that_is_not_full_is_chosen_again_when_tasks_come(
     assert first[0] not in batch.tasks
     assert client.model_versions(project.id) == {batch.version: BATCH - 1}
     assert served_order(client, project)[: BATCH - 1] == list(batch.tasks)
+
+
+@pytest.mark.label_studio
+def test_images_whose_host_is_away_join_a_batch_that_is_not_full_when_it_is_back(
+    service: Service, client: LabelStudioClient, project: Project, key: str, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    place = {
+        "LABEL_STUDIO_URL": service.settings.label_studio_url,
+        "LABEL_STUDIO_API_KEY": service.settings.require_api_key(),
+    }
+    environment = {"TSP_COLD_START": "spread", "TSP_BATCH_SIZE": BATCH, "TSP_ALLOWED_IMAGE_HOSTS": HOST, **place}
+    port, images = free_port(), phantom_images(4)
+    (tmp_path / "files").mkdir()
+    for number, image in enumerate(images[2:]):
+        (tmp_path / "files" / f"{number}.png").write_bytes(image)
+    own = import_images(client, project, images[:2])
+    foreign = import_images(client, project, [f"http://{HOST}:{port}/{number}.png" for number in (0, 1, 2)])
+    with closing(Service.connect(settings(tmp_path, **environment))) as service:
+        assert prepare(service, key) == 5  # nothing listens there
+        batch = first_batch(service, key)
+        assert set(batch_of(service, key)) == set(own)
+        assert caplog.text.count("3 images are looked at later") == 1
+        assert prepare(service, key) == 3
+        assert first_batch(service, key) == batch  # there is nothing new to choose from
+
+        handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "files"))
+        with ThreadingHTTPServer((HOST, port), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            assert prepare(service, key) == 3
+            server.shutdown()
+        assert set(batch_of(service, key)) == {*own, *foreign[:2]}
+        batch = first_batch(service, key)
+        assert batch is not None
+        assert (batch.is_full, batch.looked_at) == (True, 5)  # 404 stays an answer
+        assert client.model_versions(project.id) == {batch.version: BATCH}
+
+
+@pytest.mark.label_studio
+def test_a_batch_that_an_older_release_chose_is_gone_on_with(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    import_images(client, project, phantom_images(2))
+    prepare(service, key)
+    path, batch = service.scores_folder(key) / "cold-start.json", first_batch(service, key)
+    older = json.loads(path.read_text())
+    older["newest_task"] = older.pop("looked_at")
+    path.write_text(json.dumps(older))
+    assert prepare(service, key) == 0
+    assert first_batch(service, key) == batch
+
+
+@pytest.mark.label_studio
+def test_an_image_that_does_not_fit_into_memory_is_left_out(
+    service: Service, client: LabelStudioClient, project: Project, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def refuse_the_second(*_: object) -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def in_little_memory(*arguments: Any, **options: Any) -> MaskRCNNWithScores:
+        network = build_model(*arguments, **options)
+        network.register_forward_pre_hook(refuse_the_second)
+        return network
+
+    monkeypatch.setattr(cold_start, "build_model", in_little_memory)
+    tasks = import_images(client, project, phantom_images(4))
+    assert prepare(service, key) == 4
+    assert set(batch_of(service, key)) == {tasks[0], *tasks[2:]}
 
 
 @pytest.mark.label_studio

@@ -242,6 +242,8 @@ def test_training_and_evaluation_make_a_version_and_repeating_them_changes_nothi
     service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
 ) -> None:
     annotate(client, project, [*phantom_images(4), *phantom_images(2, validation=True)])
+    (empty,) = import_images(client, project, phantom_images(3, validation=True)[2:])
+    client.submit_annotation(empty, result=[], lead_time_seconds=1)
     version = snapshot(service, key, 1, log)
     train_version(service, key, 1, log)
     evaluate_version(service, key, 1, version, log)
@@ -256,10 +258,11 @@ def test_training_and_evaluation_make_a_version_and_repeating_them_changes_nothi
     assert facts["pseudo_labeled"] == 0
     assert facts["training_seconds"] > 0
     assert set(facts["loss"]) >= {"loss_classifier", "loss_mask"}
-    assert facts["metrics"]["images"] == facts["metrics"]["instances"] == 2
+    measured = [facts["metrics"][name] for name in ("images", "images_with_instances", "instances")]
+    assert measured == [3, 2, 2]
     assert 0 <= facts["metrics"]["map_50"] <= 1
     row = cycle_row(service, key)
-    assert (row.stage, row.done, row.total) == ("evaluating", 2, 2)
+    assert (row.stage, row.done, row.total) == ("evaluating", 3, 3)
 
     made = files(service.settings.model_dir / "cycles") | files(service.settings.model_dir / "versions")
     train_version(service, key, 1, log)

@@ -169,6 +169,18 @@ def test_the_address_may_say_how_long_a_writer_waits(tmp_path: Path) -> None:
         database.close()
 
 
+@pytest.mark.parametrize("own", [{}, {"connect_timeout": "7", "keepalives_idle": "60"}], ids=["ours", "the address's"])
+def test_a_server_that_falls_silent_is_noticed_after_seconds(postgres: Postgres, own: dict[str, str]) -> None:
+    url = make_url(postgres.new_database()).set(drivername="postgresql+psycopg", query=own)
+    database = Database(url.render_as_string(hide_password=False))
+    with database.engine.connect() as connection:
+        used = connection.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
+    database.close()
+    ours = {"connect_timeout": "5", "keepalives_idle": "10", "keepalives_interval": "5", "keepalives_count": "3"}
+    expected = {**ours, "tcp_user_timeout": "15000", **own}
+    assert {name: used[name] for name in expected} == expected
+
+
 def test_a_file_that_is_no_database_is_named_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite3"
     path.write_bytes(b"not a database " * 100)

@@ -14,7 +14,8 @@ from ml_backend.errors import LabelConfigError
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.overview import overview
-from ml_backend.publish import publish
+from ml_backend.pool import score_pool
+from ml_backend.publish import import_missing, publish
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from scripts.label_studio_server import LabelStudioServer
@@ -143,6 +144,25 @@ def test_labels_that_change_between_the_scores_and_the_publication_of_a_cycle(
     (told,) = overview(service)
     assert told["labels"] == {"gone": ["lesion"], "new": ["nodule"]}
     assert look(service, key) is None
+
+
+def test_a_label_that_is_gone_while_a_version_scores_comes_back_all_the_same(
+    service: Service, client: LabelStudioClient, project: Project, tasks: list[int], label_studio: LabelStudioServer
+) -> None:
+    key = key_of(service, project)
+    add_version(service, key)  # which sees cells everywhere
+    client.update_project(project.id, label_config=config("lesion"))
+    score_pool(service, key, VERSION)
+    published_by_a_cycle(service, key)
+    later = import_images(client, project, grey_images(3)[2:])
+    score_pool(service, key, VERSION)
+    import_missing(service, key, VERSION)
+    assert published(label_studio, [*tasks, *later]) == [(VERSION, [])] * 3
+
+    client.update_project(project.id, label_config=config("lesion", "cell"))
+    assert look(service, key) == "the labelling configuration has changed: the label 'cell' is back"
+    for name, regions in published(label_studio, [*tasks, *later]):
+        assert (name, set(regions)) == (f"{VERSION}.1", {("label", "cell")})
 
 
 def test_labels_that_change_while_a_publication_is_under_way(

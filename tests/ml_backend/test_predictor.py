@@ -1,14 +1,18 @@
 """Predictions on demand; most of it is tested through `/predict` in test_app.py."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from ml_backend.errors import StoreUnavailableError
+from ml_backend.errors import StoreUnavailableError, TooManyTasksError
+from ml_backend.ls_format import Json
 from ml_backend.order import keep_order, order_of, published_order_of
 from ml_backend.predictor import UNTRAINED, Predictor
 from ml_backend.service import Service
@@ -52,6 +56,65 @@ def test_classes_that_the_project_no_longer_has_are_not_shown(lonely_service: Se
     predictions = Predictor(lonely_service).predict(KEY, TASKS, OTHER_CLASSES)
     labels = {label for p in predictions for region in p["result"] for label in region["value"]["polygonlabels"]}
     assert labels <= {"axon"}
+
+
+def test_one_task_does_not_wait_for_the_many_of_another_request(predictor: Predictor) -> None:
+    expected = predictor.predict(KEY, TASKS, POLYGON_CONFIG)
+    others: list[list[Json]] = []
+
+    class Interrupted(list[dict[str, Any]]):
+        """Tasks between which another request is answered."""
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            for task in list.__iter__(self):
+                others.append(pool.submit(predictor.predict, KEY, TASKS[:1], POLYGON_CONFIG).result(timeout=60))
+                yield task
+
+    with ThreadPoolExecutor(1) as pool:
+        assert predictor.predict(KEY, Interrupted(TASKS), POLYGON_CONFIG) == expected
+    assert others == [expected[:1]] * 4
+
+
+def test_more_tasks_than_label_studio_waits_for_are_refused(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor.predict(KEY, TASKS, POLYGON_CONFIG)
+    monkeypatch.setattr("ml_backend.predictor._MOST_SECONDS", 0.5)
+    looks: list[int] = []
+
+    def dawdle(*_: object) -> None:
+        looks.append(1)
+        time.sleep(0.3)
+
+    predictor._loaded[KEY]._network.register_forward_pre_hook(dawdle)
+    with pytest.raises(TooManyTasksError, match=r"[0-2] of 4 tasks were done, and none is kept"):
+        predictor.predict(KEY, TASKS, POLYGON_CONFIG)
+    assert len(looks) < len(TASKS)
+
+
+def test_who_waits_for_another_request_all_the_time_is_refused_as_well(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor.predict(KEY, TASKS[:1], POLYGON_CONFIG)
+    monkeypatch.setattr("ml_backend.predictor._MOST_SECONDS", 0.1)
+    with predictor._lock, pytest.raises(TooManyTasksError, match="0 of 1 tasks were done"):
+        predictor.predict(KEY, TASKS[:1], POLYGON_CONFIG)
+
+
+def test_an_image_that_does_not_fit_into_memory_spares_the_others(predictor: Predictor) -> None:
+    expected = predictor.predict(KEY, TASKS, POLYGON_CONFIG)
+    looks: list[int] = []
+
+    def refuse_the_second(*_: object) -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network = predictor._loaded[KEY]._network
+    network.register_forward_pre_hook(refuse_the_second)
+    found = predictor.predict(KEY, TASKS, POLYGON_CONFIG)
+    assert (found[1]["result"], found[1]["score"]) == ([], 1.0)
+    assert [found[n] for n in (0, 2, 3)] == [expected[n] for n in (0, 2, 3)]
 
 
 def test_a_version_that_vanished_is_an_error_that_names_it(predictor: Predictor, lonely_service: Service) -> None:

@@ -1,9 +1,12 @@
 """What the environment may say, and what is said when it cannot be used."""
 
+import socket
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from ml_backend.errors import SettingsError
@@ -15,6 +18,7 @@ from model.empty_images import EmptyImagePolicy
 from model.strategies import STRATEGIES
 from scripts.label_studio_server import free_port
 from scripts.settings_table import README, settings_table, table_in, with_table
+from tests.postgres import Postgres
 
 SECRET = "s3cret-enough"
 
@@ -393,6 +397,15 @@ def test_weights_that_are_neither_known_nor_a_file_of_the_kind_are_refused() -> 
         Settings(TSP_WEIGHTS="resnet50.pth")
 
 
+@pytest.mark.parametrize("profile", [{}, {"TSP_PROFILE": "resnet18_fpn"}], ids=["the default", "another"])
+def test_weights_that_the_profile_has_none_of_are_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, profile: dict[str, str]
+) -> None:
+    with pytest.raises(SettingsError, match=r"TSP_WEIGHTS: expected .* coco is for resnet50_fpn only, got 'coco'"):
+        read(monkeypatch, {"TSP_WEIGHTS": "coco", **profile})
+    assert read(monkeypatch, {"TSP_WEIGHTS": "coco", "TSP_PROFILE": "resnet50_fpn"}).weights == "coco"
+
+
 def test_a_model_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "models"
@@ -409,6 +422,41 @@ def test_a_model_dir_that_cannot_be_written_to_is_named() -> None:
 
 def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:
     address = f"postgresql://me:hidden-word@127.0.0.1:{free_port()}/tsp"
-    with pytest.raises(SettingsError, match=r"DATABASE_URL: expected a database that answers .*refused") as told:
+    with pytest.raises(SettingsError, match=r"DATABASE_URL: expected a database that answers, .*refused") as told:
         Service.connect(Settings(MODEL_DIR=tmp_path, LABEL_STUDIO_API_KEY="0" * 40, DATABASE_URL=address))
     assert "hidden-word" not in str(told.value)
+
+
+def refused_database(folder: Path, address: str) -> str:
+    """What is said of it."""
+    with pytest.raises(SettingsError) as told:
+        Service.connect(Settings(MODEL_DIR=folder, LABEL_STUDIO_API_KEY="0" * 40, DATABASE_URL=address))
+    said, _, why = str(told.value).partition(", but: ")
+    assert said == "DATABASE_URL: expected a database that answers, lets us in and lets us make tables"
+    return why
+
+
+def test_a_user_who_may_not_make_tables_is_told(tmp_path: Path, postgres: Postgres) -> None:
+    address = postgres.new_database()
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute("CREATE ROLE guest LOGIN")
+        connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # as PostgreSQL 15 does by itself
+    guest = address.replace("//tests@", "//guest@")
+    assert refused_database(tmp_path, guest) == "permission denied for schema public"
+
+
+def test_a_file_that_is_no_database_or_cannot_be_made_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    path.write_bytes(b"not a database " * 100)
+    assert refused_database(tmp_path, f"sqlite:///{path}") == "file is not a database"
+    assert "Not a directory" in refused_database(tmp_path, f"sqlite:///{path}/below/state.sqlite")
+
+
+def test_a_server_that_never_answers_is_asked_once_and_told(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool, socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"postgresql://me@127.0.0.1:{silent.getsockname()[1]}/tsp"
+        assert "timeout" in pool.submit(refused_database, tmp_path, address).result(timeout=60)
+        silent.setblocking(False)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()

@@ -28,7 +28,7 @@ from ml_backend.service import Service
 from ml_backend.versions import main, request_activation
 from model.errors import TSPError
 from tests.label_studio import POLYGON_CONFIG
-from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, add_version
+from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, add_version, settings
 
 SECOND = "tsp-2-00000000"
 
@@ -147,6 +147,19 @@ def test_the_button_writes_a_wish_down_and_the_dashboard_shows_it(web: TestClien
     (told,) = web.get("/status").json()["projects"]
     assert [wish["version"] for wish in told["activations"]] == [VERSION]
     assert [(v["version"], v["is_active"]) for v in told["versions"]] == [(SECOND, True), (VERSION, False)]
+
+
+def test_while_the_store_is_away_the_button_says_so_and_leads_back(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    of_store = settings(tmp_path).model_copy(update={"store_url": f"file://{tmp_path / 'store'}"})
+    with TestClient(create_app(of_store)) as web:
+        (tmp_path / "store").rmdir()
+        form = {"version": VERSION, "token": form_token(of_store)}
+        answer = web.post(f"/projects/{KEY}/activate", data=form)
+    assert answer.status_code == 503
+    assert "This version cannot be used now" in answer.text
+    assert "the store does not answer for" in answer.text
+    assert '<a href="../../ui">Back to the dashboard</a>' in answer.text
 
 
 def test_a_damaged_card_does_not_take_the_dashboard_away(web: TestClient, service: Service) -> None:

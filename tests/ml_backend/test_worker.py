@@ -15,6 +15,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from ml_backend.app import create_app
+from ml_backend.db import ActivationRow, CycleRow
 from ml_backend.errors import SettingsError
 from ml_backend.forget import forget, forgotten_projects
 from ml_backend.inbox import ProjectName, remember_project
@@ -29,8 +30,19 @@ from model.registry import Registry
 from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import HOST, LabelStudioServer, free_port
 from scripts.tiny_version import tiny_version
-from tests.label_studio import POLYGON_CONFIG, polygon_result
-from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, grey_images, import_images, phantom_images, settings
+from tests.label_studio import POLYGON_CONFIG, polygon_result, raw_api
+from tests.ml_backend.examples import (
+    KEY,
+    NOWHERE,
+    UID,
+    VERSION,
+    add_version,
+    grey_images,
+    import_images,
+    key_of,
+    phantom_images,
+    settings,
+)
 from tests.postgres import Postgres
 
 SECONDS = 120.0
@@ -337,6 +349,31 @@ def test_a_loss_that_is_not_finite_fails_the_cycle_with_its_reason_and_the_old_m
         status = running.wait(lambda _: client.project(project.id).model_version == VERSION)
         assert status["active_version"] == VERSION
         assert [kept["version"] for kept in status["versions"]] == [VERSION]
+
+
+@pytest.mark.label_studio
+def test_work_in_a_project_that_was_deleted_in_label_studio_ends_with_what_is_to_be_done(
+    label_studio: LabelStudioServer, client: LabelStudioClient, project: Project, service: Service, tmp_path: Path
+) -> None:
+    key = key_of(service, project)
+    add_version(service, key)
+    with service.database.session() as session:
+        session.add(CycleRow(project_key=key, number=1))
+    with raw_api(label_studio) as api:
+        api.delete(f"/api/projects/{project.id}/").raise_for_status()
+    with Running(tmp_path, LABEL_STUDIO_URL=label_studio.url, LABEL_STUDIO_API_KEY=label_studio.token) as running:
+        (cycle,) = running.wait(lambda seen: seen["cycles"][0]["finished_at"])["cycles"]
+        with service.database.session() as session:
+            session.add(ActivationRow(project_key=key, number=1, version=VERSION))
+        (wish,) = running.wait(lambda seen: seen["activations"] and seen["activations"][0]["finished_at"])[
+            "activations"
+        ]
+        for work in (cycle, wish):
+            assert work["status"] == "failed"
+            assert work["error"].startswith(f"project {project.id} is not in Label Studio any more")
+            assert work["error"].endswith("or forget the project on the dashboard.")  # there is no other way
+        running.wait(lambda seen: f"project {project.id} is not in Label Studio any more" in seen["problem"])
+        assert "Traceback" not in running.log.read_text()
 
 
 def annotate_next(client: LabelStudioClient, project: Project) -> int:

@@ -12,7 +12,7 @@ from model.errors import TSPError
 from model.files import write_json
 from scripts import demo
 from scripts.backend_processes import _ended
-from scripts.demo import _images, _settings, _Status
+from scripts.demo import _images, _positive_from_environment, _settings, _Status
 from tests.scripted_server import says, scripted_server
 
 OPTIONS = argparse.Namespace(backend_port=9090, batch_size=20, image_size=None, data=None, epochs=10, min_steps=300)
@@ -28,6 +28,35 @@ def test_the_environments_settings_count_where_the_demo_has_no_option_of_its_own
     assert settings["TSP_BATCH_SIZE"] == "20"
     assert (settings["TSP_IMAGE_SIZE"], settings["TSP_VALIDATION_FRACTION"]) == ("128", "0.5")
     assert settings["TSP_RECONCILE_SECONDS"] == "15"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, ("192", "10", "300")), ({"TSP_EPOCHS": "", "TSP_MIN_STEPS": "7"}, ("192", "10", "7"))],
+    ids=["nothing said", "one empty, one said"],
+)
+def test_an_option_that_is_not_given_leaves_it_to_the_environment_and_then_to_the_demo(monkeypatch, given, expected):
+    for name in ("TSP_IMAGE_SIZE", "TSP_EPOCHS", "TSP_MIN_STEPS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    none = argparse.Namespace(**{**vars(OPTIONS), "epochs": None, "min_steps": None})
+    settings = _settings(none, Path("demo"), SimpleNamespace(url="http://127.0.0.1:1", token="t"))
+    assert tuple(settings[name] for name in ("TSP_IMAGE_SIZE", "TSP_EPOCHS", "TSP_MIN_STEPS")) == expected
+
+
+@pytest.mark.parametrize(("given", "size"), [(None, 20), ("7", 7), ("", 20)])
+def test_the_size_of_a_batch_may_come_from_the_environment(monkeypatch, given, size):
+    monkeypatch.delenv("TSP_BATCH_SIZE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("TSP_BATCH_SIZE", given)
+    assert _positive_from_environment("TSP_BATCH_SIZE", 20) == size
+
+
+def test_a_size_of_the_environment_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv("TSP_BATCH_SIZE", "x")
+    with pytest.raises(TSPError, match="TSP_BATCH_SIZE: expected a whole number of at least 1, got 'x'"):
+        _positive_from_environment("TSP_BATCH_SIZE", 20)
 
 
 def demo_of(folder):
