@@ -48,7 +48,6 @@ _CHUNK_BYTES = 1 << 16
 _EXIF_ORIENTATION = 0x0112
 _TURNED = range(2, 9)  # the EXIF orientations that are not upright
 _QUARTER_TURNS = range(5, 9)  # those of them that swap height and width
-_MODE_OF_16_BITS = re.compile(r"(I|LA|RGB|RGBA|RGBX);16")  # not BGR;16, a pixel of three channels
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # Pillow's readers by file extension. `Image.open` is avoided: its guard against decompression bombs is a global of the
@@ -350,11 +349,6 @@ class ImageStore:
                     raise source.error(
                         f"expected at most {self._limits.max_pixels} pixels, got {width} x {height} = {width * height}"
                     )
-                if _has_16_bits(image):
-                    raise source.error(
-                        f"expected 8 bits a channel, got a {extension} file with 16: window the image to 8 bits, "
-                        "so that what people look for can be seen, and save it anew"
-                    )
                 try:
                     orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
                     image.load()
@@ -366,12 +360,6 @@ class ImageStore:
         if orientation in _QUARTER_TURNS:
             width, height = height, width
         return extension, (height, width)
-
-
-def _has_16_bits(image: ImageFile.ImageFile) -> bool:
-    """Of each channel, by the mode of what lies in the file: Pillow's own mode says "RGB" of both."""
-    stored = [tile.args[0] if isinstance(tile.args, tuple) else tile.args for tile in image.tile]
-    return any(isinstance(mode, str) and _MODE_OF_16_BITS.match(mode) for mode in stored)
 
 
 def is_whole(path: Path) -> bool:

@@ -24,6 +24,8 @@ from model.types import LabeledImage, Rle
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
+_LEAST_OF_16_BITS = 4096  # some pixel reaches it, or at most 16 levels of grey are left of an image in 8 bits
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledSet:
@@ -108,19 +110,27 @@ def coco_annotation(rle: Rle, *, number: int, image_id: int, category_id: int) -
 def load_image(path: Path) -> NDArray[np.uint8]:
     """The image as (H, W, 3) uint8 RGB; grey becomes three equal channels, EXIF orientation is applied.
 
-    Raises ImageFileError, also for more than 8 bits: their upper 8 are all but black where a scan fills the lower 12.
+    Of 16 bits a channel, the upper 8 are seen, as browsers show them. Raises ImageFileError, also for a scan that fills
+    the lower 12 of 16 bits at most: there, next to nothing would be left.
     """
-    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    pixels = _read(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if pixels.dtype == np.uint16 and pixels.max() >= _LEAST_OF_16_BITS:
+        pixels = _read(path, cv2.IMREAD_COLOR)
+    if pixels.dtype != np.uint8:
+        raise ImageFileError(
+            f"{path}: expected 8 bits a channel, or 16 with values from {_LEAST_OF_16_BITS} on, got {pixels.dtype} up "
+            f"to {pixels.max()}: window the image to 8 bits, so that what people look for can be seen, and save it anew"
+        )
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+
+def _read(path: Path, flags: int) -> NDArray[Any]:
+    pixels = cv2.imread(str(path), flags)
     if pixels is None:
         raise ImageFileError(
             f"{path}: expected an image that OpenCV can read; the file is missing, damaged or of a new kind"
         )
-    if pixels.dtype != np.uint8:
-        raise ImageFileError(
-            f"{path}: expected 8 bits a channel, got {pixels.dtype}: window the image to 8 bits, so that what "
-            "people look for can be seen, and save it anew"
-        )
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+    return pixels
 
 
 def load_annotated(image: LabeledImage) -> NDArray[np.uint8]:

@@ -314,12 +314,17 @@ def test_the_channels_are_red_green_blue_and_transparency_is_dropped(tmp_path):
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 16, 3), (16, 16, 4)], ids=["grey", "colour", "alpha"])
 @pytest.mark.parametrize("kind", ["png", "tif"])
-def test_more_than_eight_bits_are_refused_rather_than_cut_off(kind, shape, tmp_path):
+def test_twelve_bits_in_sixteen_are_refused_rather_than_cut_off(kind, shape, tmp_path):
     cv2.imwrite(str(tmp_path / f"deep.{kind}"), np.full(shape, 4095, dtype=np.uint16))
-    with pytest.raises(
-        ImageFileError, match=rf"deep\.{kind}: expected 8 bits .* got uint16: window the image to 8 bits"
-    ):
+    with pytest.raises(ImageFileError, match=rf"deep\.{kind}: .* got uint16 up to 4095: window the image to 8 bits"):
         load_image(tmp_path / f"deep.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_of_sixteen_bits_the_upper_eight_are_seen(kind, tmp_path):
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    cv2.imwrite(str(tmp_path / f"deep.{kind}"), values)
+    assert np.array_equal(load_image(tmp_path / f"deep.{kind}")[..., 0], values >> 8)
 
 
 @pytest.mark.parametrize(
