@@ -57,7 +57,12 @@ class EndedCheckpoints:
     def _remove_here(self, project_key: str, number: int) -> Iterator[str]:
         """Why something cannot be removed; the rest is."""
         folder = self._service.cycle_folder(project_key, number)
-        for path in sorted(folder.iterdir()) if folder.exists() else ():
+        try:
+            paths = sorted(folder.iterdir()) if folder.exists() else []
+        except OSError as error:
+            yield str(error)
+            return
+        for path in paths:
             try:
                 if path.name.startswith(JOB):
                     shutil.rmtree(path)

@@ -22,7 +22,11 @@ _REPEATABLE = frozenset({"GET", "HEAD", "PATCH"})  # our PATCHes set values: twi
 
 
 class NotFoundError(LabelStudioError):
-    """Label Studio answered 404."""
+    """Label Studio answered 404; `in_json`: its API did, and not whatever else answers at that address."""
+
+    def __init__(self, message: str, *, in_json: bool) -> None:
+        super().__init__(message)
+        self.in_json = in_json
 
 
 class TooLargeRequestError(LabelStudioError):
@@ -118,7 +122,7 @@ class Http(httpx.Client):
         if _is_unavailable(status) and not (is_file and status == 500):
             raise LabelStudioUnavailableError(f"{what}: {self._excerpt(response)}")
         if status == 404:
-            raise NotFoundError(f"{what}: {self._excerpt(response)}")
+            raise NotFoundError(f"{what}: {self._excerpt(response)}", in_json=_is_json(response))
         if status == 413:
             size = request.headers.get("content-length", "so many")
             raise TooLargeRequestError(

@@ -79,8 +79,14 @@ def overview(service: Service) -> list[dict[str, Any]]:
             select(ProjectRow).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
         ).all()
         cycles = session.scalars(select(CycleRow).order_by(CycleRow.number.desc())).all()
-        looks = {look.project_key: _cycle(look, now) for look in session.scalars(select(PoolLookRow))}
         activations = session.scalars(select(ActivationRow).order_by(ActivationRow.number.desc())).all()
+        at_work = {cycle.project_key for cycle in cycles if cycle.status in UNFINISHED}
+        at_work |= {wish.project_key for wish in activations if wish.status in UNFINISHED}
+        looks = {  # one that is shown beside work was left by a worker that was stopped
+            look.project_key: _cycle(look, now)
+            for look in session.scalars(select(PoolLookRow))
+            if look.project_key not in at_work
+        }
     return [
         {
             "key": project.key,

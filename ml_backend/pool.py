@@ -59,7 +59,8 @@ def score_pool_in_steps(
     service: Service, project_key: str, version: str, log: CycleLog | None = None, *, team: Team | None = None
 ) -> Generator[bool, None, int]:
     """`score_pool` for callers who stop in between, or for good: yields after each task whether it is seen now, and
-    also while there is nothing but to wait for the team. Returns how many tasks the version has seen in all."""
+    also while there is nothing but to wait for the team. Returns how many tasks the version has seen, of those that are
+    still in Label Studio. Of a team's chunks, those that were not read yet are lost to who stops."""
     viewer = Viewer.of_project(service, project_key, version)
     path = service.scores_file(project_key, version)
     service.bring_lines(path)
@@ -67,32 +68,38 @@ def score_pool_in_steps(
     service.share_lines(path)  # those of a worker that was killed here
     folder = service.chunks_folder(project_key, version)
     pool = find_cut(folder, project_key, version, store=service.store) if team else None
-    waiting = [] if pool else viewer.waiting(seen)
+    waiting, there = ([], set(seen)) if pool else viewer.waiting(seen)
     if team and len(waiting) > service.settings.scoring_chunk:
         size = service.settings.scoring_chunk
         pool = cut(folder, project_key, version, waiting, size=size, store=service.store)
     seeing = _Seeing(pool.total if pool else len(waiting), log)
     if not seeing.total:
-        return len(seen)
+        return len(there)
     shared_at = time.monotonic()
-    with open_lines(path) as lines:
-        for line in team.see(pool) if team and pool else viewer.lines(waiting):
-            if line is None:
-                yield False
-                continue
-            if "away" not in line and line["task"] not in seen:
-                append_line(lines, line)
-                seen.add(line["task"])
-            if time.monotonic() - shared_at > _SHARE_EVERY_SECONDS:
-                service.share_lines(path)
-                shared_at = time.monotonic()
-            seeing.count(line)
-            yield "away" not in line
+    try:
+        with open_lines(path) as lines:
+            for line in team.see(pool) if team and pool else viewer.lines(waiting):
+                if line is None:
+                    yield False
+                    continue
+                if "away" not in line and line["task"] not in seen:
+                    append_line(lines, line)
+                    seen.add(line["task"])
+                    there.add(line["task"])
+                if time.monotonic() - shared_at > _SHARE_EVERY_SECONDS:
+                    service.share_lines(path)
+                    shared_at = time.monotonic()
+                seeing.count(line)
+                yield "away" not in line
+    except GeneratorExit:
+        if team and pool:  # nobody would read what the others find
+            team.forget(pool)
+        raise
     service.share_lines(path)
     if team and pool:
         team.forget(pool)
     seeing.tell()
-    return len(seen)
+    return len(there)
 
 
 class _Seeing:
@@ -143,10 +150,15 @@ class Viewer:
             service, project_key, version, parse_label_config(label_config, from_name=service.settings.from_name)
         )
 
-    def waiting(self, seen: Set[int]) -> list[Json]:
-        """The tasks {"id", "data"} without annotation, by id, without those that were seen."""
-        tasks = self._service.label_studio.tasks(self._service.project(self._project_key).id)
-        return [{"id": t.id, "data": t.data} for t in tasks if not t.is_annotated and t.id not in seen]
+    def waiting(self, seen: Set[int]) -> tuple[list[Json], set[int]]:
+        """The tasks {"id", "data"} without annotation, by id, that were not seen, and which of those seen are there."""
+        waiting, there = list[Json](), set[int]()
+        for task in self._service.label_studio.tasks(self._service.project(self._project_key).id):
+            if task.id in seen:
+                there.add(task.id)
+            elif not task.is_annotated:
+                waiting.append({"id": task.id, "data": task.data})
+        return waiting, there
 
     def lines(self, tasks: Iterable[Json]) -> Generator[Json, None, None]:
         """A line of the scores file for each task; {"task", "away": the reason} for one that is to be seen later.

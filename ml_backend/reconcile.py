@@ -41,12 +41,14 @@ _LONGEST_PAUSE = timedelta(hours=1)
 _NEWEST_CYCLES = 10  # whose failures make the pause longer
 
 
-def reconcile(service: Service, project_key: str) -> Decision:
+def reconcile(service: Service, project_key: str, events: Sequence[tuple[int, str]] | None = None) -> Decision:
     """Look at the project in Label Studio; if the planner says so, a cycle row is planned when this returns.
 
-    LabelConfigError, before anything is planned, when no cycle could work with the labelling configuration.
+    `events` are those of `inbox.unhandled` by default. LabelConfigError, before anything is planned, when no cycle
+    could work with the labelling configuration.
     """
-    events = inbox.unhandled(service.database, project_key)
+    if events is None:
+        events = inbox.unhandled(service.database, project_key)
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
     annotated = service.label_studio.annotated_task_ids(project.id)

@@ -88,9 +88,11 @@ class Service:
         try:
             project = self.label_studio.project(number)
         except NotFoundError as error:
+            if not error.in_json:  # a proxy, or another server
+                raise
             raise ProjectGoneError(
                 f"project {number} is not in Label Studio any more, or the owner of LABEL_STUDIO_API_KEY may not see "
-                "it: let that user into its workspace, or forget the project on the dashboard"
+                "it: give that user access, or forget the project on the dashboard"
             ) from error
         if ProjectName.from_uid(project.uid) != ProjectName(project_key, number):
             raise TSPError(

@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -42,6 +41,7 @@ from ml_backend.cycle_log import ActivationLog, CycleLog, PoolLookLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
 from ml_backend.ended_checkpoints import EndedCheckpoints
 from ml_backend.errors import (
+    LabelConfigError,
     LabelStudioAuthError,
     LabelStudioUnavailableError,
     ProjectGoneError,
@@ -67,6 +67,8 @@ logger = logging.getLogger(__name__)
 _QUEUES = ("cycle", "activation")  # two: nobody who wants an older model back waits for a training
 _LOOK_EVERY_SECONDS = 1.0
 _WAIT_FOR_LABEL_STUDIO_SECONDS = 15.0
+_WAIT_FOR_PEOPLE_SECONDS = 60.0  # who have to mend a labelling configuration
+_MOST_POOL_LOOKS = 2  # at once: each has a network in the memory
 _SLICE_SECONDS = 5.0  # how long a project's new tasks are worked on before the others have their turn
 _MOST_RESTARTS = 100  # of a cycle whose worker died
 _FAREWELL_SECONDS = 2.0
@@ -222,9 +224,8 @@ class Worker:
         self._busy_with: dict[str, str | None] = dict.fromkeys(_QUEUES)  # the project whose cycle or activation runs
         self._next_look: dict[str, float] = {}
         self._pause_until: dict[str, float] = {}  # after trouble, so that it is not asked for every second
-        self._pool_looked_at: dict[str, float] = {}  # when each was last whole; missing: to be looked at
+        self._pool_looked_at: dict[str, float] = {}  # when the last whole look at each began; missing: it is due
         self._pool_changed: set[str] = set()  # projects of which an event said so since the last look began
-        self._published: dict[str, _Published] = {}  # what stood in Label Studio when it was last made whole
         self._pool_looks: dict[str, Generator[object, None, None]] = {}  # those that go on, a slice at each turn
         self._ended = EndedCheckpoints(service)
         self.sign_of_life = SignOfLife(
@@ -307,7 +308,8 @@ class Worker:
                     self._turn(project_key)
         except Exception as error:  # whatever it was, people must see it, and the other projects have their turn
             logger.warning("project %s: %s", project_key, error, exc_info=not isinstance(error, TSPError))
-            self._pause_until[project_key] = time.monotonic() + _WAIT_FOR_LABEL_STUDIO_SECONDS
+            pause = _WAIT_FOR_PEOPLE_SECONDS if isinstance(error, LabelConfigError) else _WAIT_FOR_LABEL_STUDIO_SECONDS
+            self._pause_until[project_key] = time.monotonic() + pause
             with self._service.database.session() as session:
                 session.get_one(ProjectRow, project_key).problem = _in_words(error)
         # Whoever is free may do what comes next; work, a look at the pool and a pause stay with the one who has them.
@@ -354,22 +356,23 @@ class Worker:
 
     def _look(self, project_key: str) -> None:
         """Compare with Label Studio, and do what follows from it."""
-        actions = {action for _, action in inbox.unhandled(self._service.database, project_key)}
-        self._next_look[project_key] = time.monotonic() + self._service.settings.reconcile_seconds
-        decision = reconcile(self._service, project_key)
-        logger.debug("project %s: %s", project_key, decision.reason)
-        if actions & _CHANGE_THE_POOL:  # a cycle, or a look, may have listed its pool before
+        events, now = inbox.unhandled(self._service.database, project_key), time.monotonic()
+        if _CHANGE_THE_POOL & {action for _, action in events}:  # a cycle, or a look, may have listed its pool before
             self._pool_changed.add(project_key)
+        self._next_look[project_key] = now + self._service.settings.reconcile_seconds
+        decision = reconcile(self._service, project_key, events)
+        logger.debug("project %s: %s", project_key, decision.reason)
         self._ended.remove(project_key)
         self._go_on_with_work(project_key)
         is_busy = unfinished_work(self._service.database, project_key) is not None
-        if not is_busy and project_key not in self._pool_looks and self._is_pool_due(project_key):
-            self._pool_looks[project_key] = self._look_at_pool(project_key)
+        has_room = project_key not in self._pool_looks and len(self._pool_looks) < _MOST_POOL_LOOKS
+        if has_room and not is_busy and self._is_pool_due(project_key, now):
+            self._pool_looks[project_key] = self._look_at_pool(project_key, began=now)
 
-    def _is_pool_due(self, project_key: str) -> bool:
+    def _is_pool_due(self, project_key: str, now: float) -> bool:
         """Whether this worker has to look at the pool: it has a clock of its own, for events keep `_is_due` from ever
         being true while people annotate."""
-        age = time.monotonic() - self._pool_looked_at.get(project_key, -math.inf)
+        age = now - self._pool_looked_at.get(project_key, -math.inf)
         return project_key in self._pool_changed or age >= self._service.settings.reconcile_seconds
 
     def _go_on_with_work(self, project_key: str) -> None:
@@ -411,7 +414,7 @@ class Worker:
                 DBOS.cancel_workflow(name)
                 log.abandon(f"the worker died {_MOST_RESTARTS} times at it; its log may say why. {_TRY_AGAIN}")
 
-    def _look_at_pool(self, project_key: str) -> Generator[object, None, None]:
+    def _look_at_pool(self, project_key: str, *, began: float) -> Generator[object, None, None]:
         """In steps: tasks that were imported, or lost their annotation, since the last cycle join the queue of its
         version; before the first version, a first batch is prepared."""
         self._pool_looked_at.pop(project_key, None)
@@ -421,26 +424,24 @@ class Worker:
             yield from self._predict_new_tasks(project_key, version)
         elif self._service.settings.cold_start == "spread":
             yield from prepare_first_batch(self._service, project_key)
-        self._pool_looked_at[project_key] = time.monotonic()
+        self._pool_looked_at[project_key] = began
 
     def _predict_new_tasks(self, project_key: str, version: str) -> Generator[object, None, None]:
         """Also those whose predictions somebody has deleted in Label Studio, which sends no event for that."""
         log = PoolLookLog(self._service.database, project_key, 1, confirm=self._claims.confirm)
         try:
             seen = yield from score_pool_in_steps(self._service, project_key, version, log, team=self._team)
-            published = self._what_is_published(project_key, version, seen)
-            if published.may_lack_some_since(self._published.get(project_key)):
+            if self._count_published(project_key, version) < seen:
                 import_missing(self._service, project_key, version, log)
-                published = self._what_is_published(project_key, version, seen)
-            self._published[project_key] = published
         finally:
             log.end()
 
-    def _what_is_published(self, project_key: str, version: str, seen: int) -> "_Published":
+    def _count_published(self, project_key: str, version: str) -> int:
+        """How many predictions of the version Label Studio has; each task that the version has seen has one."""
         publication = publication_of(self._service, project_key, version)
         name = publication.name if publication else version
         counts = self._service.label_studio.model_versions(inbox.label_studio_id(project_key))
-        return _Published(name=name, seen=seen, stored=counts.get(name, 0) + counts.get(name + POOL, 0))
+        return counts.get(name, 0) + counts.get(name + POOL, 0)
 
     def _go_on_with_pool_look(self, project_key: str) -> None:
         """A few seconds' work, so that annotations are noticed meanwhile, and the other projects."""
@@ -454,7 +455,7 @@ class Worker:
                 return
 
     def _end_pool_look(self, project_key: str) -> None:
-        """Whatever it has found is kept, and the next look goes on there."""
+        """What it has read is kept, and the next look goes on there."""
         if steps := self._pool_looks.pop(project_key, None):
             steps.close()
 
@@ -464,23 +465,6 @@ class Worker:
             forgotten = select(ForgottenRow.project_key)
             query = select(ProjectRow.key).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
             return list(session.scalars(query))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Published:
-    """How many tasks a version had seen, and how many predictions Label Studio had under the name of its edition."""
-
-    name: str
-    seen: int
-    stored: int
-
-    def may_lack_some_since(self, last: "_Published | None") -> bool:
-        """Whether predictions may be missing, when none was at the `last` look of this process."""
-        if last is None:
-            return True
-        if self.name != last.name:  # a cycle or an activation has published all
-            return self.stored < self.seen
-        return self.seen != last.seen or self.stored < last.stored
 
 
 def free_frames(error: BaseException) -> None:

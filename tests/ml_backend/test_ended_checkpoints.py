@@ -128,3 +128,16 @@ def test_one_file_that_cannot_be_removed_keeps_no_other_one(
     assert files_of(with_store, 1) | files_of(with_store, 2) | files_below(shared) == set()
     (told,) = caplog.records
     assert f"cycles/{KEY}/1/{CHECKPOINT}" in told.getMessage()
+
+
+def test_a_folder_that_cannot_be_listed_keeps_no_other_one(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    in_the_way = service.cycle_folder(KEY, 1)
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()  # not a folder
+    leave_files(service.cycle_folder(KEY, 2))
+    for number in (1, 2):
+        begin_cycle(service, KEY, number).finish("done")
+    EndedCheckpoints(service).remove(KEY)
+    assert files_of(service, 2) == {"training.json"}
+    (told,) = caplog.records
+    assert str(in_the_way) in told.getMessage()

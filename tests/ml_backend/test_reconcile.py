@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,15 +14,17 @@ from sqlalchemy import select
 from ml_backend import inbox
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import CycleRow, ProjectRow, UsedTaskRow, unfinished_work
-from ml_backend.errors import LabelConfigError, LabelStudioError
+from ml_backend.errors import LabelConfigError, ProjectGoneError
 from ml_backend.inbox import START_TRAINING
 from ml_backend.ls_client import LabelStudioClient
+from ml_backend.ls_http import NotFoundError
 from ml_backend.ls_types import Project
 from ml_backend.reconcile import _plan_cycle, reconcile
 from ml_backend.service import Service
 from scripts.label_studio_server import LabelStudioServer
 from tests.label_studio import POLYGON_CONFIG, polygon_result, raw_api
 from tests.ml_backend.examples import grey_images, import_images, key_of, settings
+from tests.scripted_server import says, scripted
 
 pytestmark = pytest.mark.label_studio
 
@@ -243,5 +246,14 @@ def test_a_project_that_was_deleted_in_label_studio_is_named(
 ) -> None:
     with raw_api(label_studio) as api:
         assert api.delete(f"/api/projects/{project.id}/").is_success
-    with pytest.raises(LabelStudioError, match=rf"/api/projects/{project.id}.* answered 404: .*No Project matches"):
+    with pytest.raises(ProjectGoneError, match=rf"project {project.id} is not in Label Studio any more"):
         reconcile(service, key)
+
+
+def test_a_page_that_is_not_there_is_no_project_that_is_gone(service: Service, project: Project, key: str) -> None:
+    page = says(404, b"<html>", content_type="text/html")
+    with (
+        scripted({f"/api/projects/{project.id}/": [page]}) as (proxy, _),
+        pytest.raises(NotFoundError, match="answered 404: a page of HTML"),
+    ):
+        reconcile(replace(service, label_studio=proxy), key)

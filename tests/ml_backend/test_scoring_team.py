@@ -12,6 +12,7 @@ from ml_backend.chunks import CutPool, cut
 from ml_backend.claims import PostgresClaims
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
+from ml_backend.pool import score_pool_in_steps
 from ml_backend.service import Service
 from ml_backend.team import ScoringTeam
 from ml_backend.worker import _workflow_engine
@@ -95,6 +96,18 @@ def test_who_waits_for_a_chunk_can_do_something_else_meanwhile(
     with team.paused():  # it looks itself
         assert next(line for line in seeing if line)["task"] == 10
     team.forget(pool)
+
+
+def test_a_look_that_is_given_up_leaves_no_chunks(
+    waiting: tuple[Service, ScoringTeam], pool: CutPool, address: str
+) -> None:
+    service, team = waiting
+    look = score_pool_in_steps(service, pool.project_key, VERSION, team=team)
+    assert next(look) is False  # nobody takes a chunk
+    assert pool.folder.exists()
+    look.close()
+    assert chunk_workflows(address) == {}
+    assert not pool.folder.exists()
 
 
 class Dying:

@@ -21,6 +21,7 @@ from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.overview import overview
 from ml_backend.pool import read_scores
+from ml_backend.publish import import_missing
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.versions import request_activation
@@ -123,6 +124,43 @@ def test_tasks_whose_event_was_lost_get_predictions_while_people_annotate(
         lambda: client.predicted_task_ids(project.id, VERSION) == set(tasks),
         each_time=lambda: inbox.record(rounds.service.database, key, "ANNOTATION_UPDATED"),
     )
+
+
+def test_a_look_that_is_due_is_one_at_the_pool_too(
+    begin: Callable[..., Rounds], client: LabelStudioClient, project: Project
+) -> None:
+    rounds = begin(TSP_RECONCILE_SECONDS=3600)
+    key = use_version(rounds.service, project)
+    import_images(client, project, phantom_images(1))
+    rounds.until(lambda: key in rounds.worker._pool_looked_at)  # it has ended, later than it began
+    assert rounds.worker._is_pool_due(key, rounds.worker._next_look[key])
+
+
+def test_nothing_is_published_again_when_only_a_task_is_deleted(
+    begin: Callable[..., Rounds],
+    label_studio: LabelStudioServer,
+    client: LabelStudioClient,
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    published: list[str] = []
+
+    def import_and_note(service: Service, key: str, version: str, log: CycleLog) -> int:
+        published.append(version)
+        return import_missing(service, key, version, log)
+
+    monkeypatch.setattr("ml_backend.worker.import_missing", import_and_note)
+    rounds = begin(TSP_RECONCILE_SECONDS=3600)
+    key = use_version(rounds.service, project)
+    gone, *tasks = import_images(client, project, phantom_images(2))
+    rounds.until(lambda: key in rounds.worker._pool_looked_at)
+    with raw_api(label_studio) as api:
+        api.delete(f"/api/tasks/{gone}/").raise_for_status()
+    inbox.record(rounds.service.database, key, "TASKS_CREATED")
+    rounds.go()
+    rounds.until(lambda: key in rounds.worker._pool_looked_at)
+    assert published == [VERSION]
+    assert client.predicted_task_ids(project.id, VERSION) == set(tasks)
 
 
 def test_tasks_that_come_during_a_cycle_are_looked_at_after_it(
