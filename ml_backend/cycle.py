@@ -160,7 +160,9 @@ def _trainer(service: Service, log: CycleLog) -> Callable[..., Progress | None]:
 
     def on_wait(reason: str) -> None:
         log.check_wanted()
-        log.wait(f"{reason}. Start `python -m ml_backend.machine` there.")
+        log.wait(
+            f"{reason}. Start `python -m ml_backend.machine` on the others, with this worker's settings and MODEL_DIR."
+        )
 
     meeting = meeting_of(settings) if settings.machines > 1 else None
     return partial(train_in_processes, processes=settings.processes, meeting=meeting, on_wait=on_wait)

@@ -29,6 +29,7 @@ from model.files import write_json
 from model.inference import for_inference
 from model.losses import total_loss
 from model.network import MaskRCNNWithScores, build_model
+from scripts.arguments import positive
 from scripts.bench_compare import Work, compare
 from scripts.bench_evaluate import evaluate
 from scripts.bench_ingest import ingest
@@ -58,15 +59,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", choices=[*BENCHMARKS, *OTHERS, *SOAKS])
     parser.add_argument("--profile", choices=PROFILES, default="resnet50_fpn")
-    parser.add_argument("--size", type=int, default=512, help="side of the images and of the network's input, pixels")
-    parser.add_argument("--rounds", type=int, default=10, help="publish: two at most")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--requests", type=int, default=2000, help="of webhook and health")
+    parser.add_argument(
+        "--size", type=positive, default=512, help="side of the images and of the network's input, pixels"
+    )
+    parser.add_argument("--rounds", type=positive, default=10, help="publish: two at most")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--requests", type=positive, default=2000, help="of webhook and health")
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
     parser.add_argument("--database-url", default="", help="where webhook, health, score-workers keep the state")
     parser.add_argument("--data", nargs="+", default=[], help="COCO folders (annotations.json, images/) of polygons")
-    parser.add_argument("--tasks", type=int, default=10_000, help="of publish and ingest")
-    parser.add_argument("--regions", type=int, default=15, help="polygons of each of these tasks")
+    parser.add_argument("--tasks", type=positive, default=10_000, help="of publish and ingest")
+    parser.add_argument("--regions", type=positive, default=15, help="polygons of each of these tasks")
     parser.add_argument(
         "--label-studio",
         type=_variable,
@@ -75,7 +78,7 @@ def main() -> None:
         metavar="NAME=VALUE",
         help="a variable of the Label Studio of publish",
     )
-    parser.add_argument("--images", type=int, default=10_000, help="of evaluate")
+    parser.add_argument("--images", type=positive, default=10_000, help="of evaluate")
     parser.add_argument("--out", help="folder in which the result is kept as <name>.json")
     parser.add_argument("--json", action="store_true", help="only the JSON line")
     options = parser.parse_args()

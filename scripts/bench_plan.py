@@ -25,6 +25,7 @@ from ml_backend.batch import candidates
 from ml_backend.pool import append_line, packed
 from model.files import write_json
 from model.strategies import STRATEGIES, Observations
+from scripts.arguments import positive
 from scripts.chaos_report import machine
 
 ANNOTATED, BATCH, FEATURES = 3000, 500, 320  # the paper's budget and batch; features of EfficientNet-lite0
@@ -33,7 +34,7 @@ ANNOTATED, BATCH, FEATURES = 3000, 500, 320  # the paper's budget and batch; fea
 def main() -> None:
     """Measure every strategy at every size and print what it costs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--sizes", default="1000,10000,100000", help="tasks of the pool, by commas")
+    parser.add_argument("--sizes", type=_sizes, default="1000,10000,100000", help="tasks of the pool, by commas")
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="by commas")
     parser.add_argument("--out", type=Path, help="folder in which the result is kept as plan.json")
     parser.add_argument("--json", action="store_true", help="only the JSON line")
@@ -42,13 +43,20 @@ def main() -> None:
     if options.one:
         print(json.dumps(_choose(options.one[0], Path(options.one[1]))))
         return
-    result = _measure(options.strategies.split(","), [int(size) for size in options.sizes.split(",")])
+    strategies = options.strategies.split(",")
+    if unknown := set(strategies) - set(STRATEGIES):
+        parser.error(f"--strategies: expected {', '.join(STRATEGIES)}, got {', '.join(sorted(unknown))}")
+    result = _measure(strategies, options.sizes)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "plan.json", result)
     if not options.json:
         print("\n".join(_sentences(result)))
     print(json.dumps(result))
+
+
+def _sizes(text: str) -> list[int]:
+    return [positive(size) for size in text.split(",")]
 
 
 def _measure(strategies: list[str], sizes: list[int]) -> dict[str, Any]:

@@ -297,7 +297,7 @@ def test_a_worker_waits_for_another_machine_and_they_train_a_version_together(
         waiting = cycle_row(together, key).facts["waiting"]["for"]
         assert waiting == (
             f"1 of 2 machines to train together are missing at {place['TSP_MEETING_POINT']}. "
-            "Start `python -m ml_backend.machine` there."
+            "Start `python -m ml_backend.machine` on the others, with this worker's settings and MODEL_DIR."
         )
         environment = {"MODEL_DIR": str(together.settings.model_dir)} | {n: str(v) for n, v in place.items()}
         command = [sys.executable, "-m", "ml_backend.machine"]
