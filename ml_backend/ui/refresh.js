@@ -36,7 +36,7 @@ function styleOf(page) {
 function renew(shown, fresh) {
   if (shown.isEqualNode(fresh)) return;
   // Forms and links are replaced as a whole: who is pressing one at this moment must not press another one.
-  if (shown.nodeName !== fresh.nodeName || shown.nodeType !== Node.ELEMENT_NODE || shown.matches("form, a")) {
+  if (shown.nodeType !== Node.ELEMENT_NODE || shown.matches("form, a")) {
     shown.replaceWith(fresh);
     return;
   }
@@ -44,8 +44,38 @@ function renew(shown, fresh) {
   for (const name of fresh.getAttributeNames()) shown.setAttribute(name, fresh.getAttribute(name));
   const parts = [...shown.childNodes];
   const wanted = [...fresh.childNodes];
-  wanted.forEach((part, index) => (index < parts.length ? renew(parts[index], part) : shown.append(part)));
-  parts.slice(wanted.length).forEach((part) => part.remove());
+  let end = null; // of what differs
+  const areEqual = (index) => parts.length && wanted.length && parts.at(index).isEqualNode(wanted.at(index));
+  for (; areEqual(0); parts.shift()) wanted.shift();
+  for (; areEqual(-1); end = parts.pop()) wanted.pop();
+  for (const [old, part] of pairs(parts, wanted)) {
+    for (; parts[0] !== old; parts.shift()) parts[0].remove();
+    for (; wanted[0] !== part; wanted.shift()) shown.insertBefore(wanted[0], old);
+    renew(parts.shift(), wanted.shift());
+  }
+  parts.forEach((part) => part.remove());
+  wanted.forEach((part) => shown.insertBefore(part, end));
+}
+
+// Which of the shown nodes becomes which fresh one, in the order of both, so that the most text stays as it is (the
+// heaviest common subsequence): a paragraph or a row that is new must not shift into the place of those that follow it.
+function pairs(shown, fresh) {
+  const worth = shown.map((one) => fresh.map((other) => worthOfPair(one, other)));
+  const best = Array.from({ length: shown.length + 1 }, () => new Array(fresh.length + 1).fill(0));
+  for (let i = shown.length - 1; i >= 0; i--)
+    for (let j = fresh.length - 1; j >= 0; j--)
+      best[i][j] = Math.max(best[i + 1][j], best[i][j + 1], worth[i][j] + best[i + 1][j + 1]);
+  const found = [];
+  for (let i = 0, j = 0; i < shown.length && j < fresh.length; )
+    if (worth[i][j] && best[i][j] === worth[i][j] + best[i + 1][j + 1]) found.push([shown[i++], fresh[j++]]);
+    else if (best[i][j] === best[i + 1][j]) i++;
+    else j++;
+  return found;
+}
+
+function worthOfPair(shown, fresh) {
+  if (shown.nodeName !== fresh.nodeName || shown.getAttribute?.("class") !== fresh.getAttribute?.("class")) return 0;
+  return shown.isEqualNode(fresh) ? 2 + shown.textContent.trim().length : 1;
 }
 
 setTimeout(refresh, PAUSE_MS);

@@ -452,10 +452,19 @@ def _do_step(service: Service, done: int) -> None:
         session.get_one(CycleRow, (KEY, 40)).done = done
 
 
+_PLACE_OF_THE_FOCUS = "document.activeElement.getBoundingClientRect().top"
+
+
+def _open_dashboard(page: Page, url: str) -> None:
+    """And wait until it says that Label Studio is not there, which the service finds out by and by."""
+    page.goto(f"{url}/ui")
+    expect(page).to_have_title("43 % training - CT - TSP active learning")
+    expect(page.locator(".problem").filter(has_text="127.0.0.1:1")).to_be_visible(timeout=_NEXT_LOOK_MS)
+
+
 def test_the_dashboard_keeps_up_and_stays_where_one_reads(page: Page, service: Service) -> None:
     with served(create_app(service.settings)) as url:
-        page.goto(f"{url}/ui")
-        expect(page).to_have_title("43 % training - CT - TSP active learning")
+        _open_dashboard(page, url)
         page.get_by_text("Forget this project").focus()
         page.evaluate("window.scrollTo(0, 500); window.isTheSame = true")
         errors = _errors(page)
@@ -469,6 +478,34 @@ def test_the_dashboard_keeps_up_and_stays_where_one_reads(page: Page, service: S
             "Forget this project",
         ]
         assert errors == []
+
+
+def test_what_appears_above_or_vanishes_leaves_the_place_where_one_reads(page: Page, service: Service) -> None:
+    with served(create_app(service.settings)) as url:
+        _open_dashboard(page, url)
+        link = page.get_by_text("Forget this project")
+        link.focus()
+        page.get_by_role("row").filter(has_text="43 of 99").evaluate("row => row.isTheSame = true")
+        place = page.evaluate(_PLACE_OF_THE_FOCUS)
+        with service.database.session() as session:
+            session.add(
+                WorkerRow(name="host-2", seen_at="2999-01-02T03:04:05.000000+00:00", problem="The disk is full.")
+            )
+            session.add(CycleRow(project_key=KEY, number=41, status="planned", stage="planned"))
+        expect(page.get_by_text("The disk is full.")).to_be_visible(timeout=_NEXT_LOOK_MS)
+        row = page.get_by_role("row").filter(has_text="43 of 99")
+        assert row.evaluate("row => [row.isTheSame, row.previousElementSibling.textContent.includes('planned')]") == [
+            True,
+            True,
+        ]
+        expect(link).to_be_focused()
+        assert page.evaluate(_PLACE_OF_THE_FOCUS) == pytest.approx(place, abs=1)
+        with service.database.session() as session:
+            session.delete(session.get_one(CycleRow, (KEY, 41)))
+            session.delete(session.get_one(WorkerRow, "host-2"))
+        expect(page.get_by_text("The disk is full.")).to_have_count(0, timeout=_NEXT_LOOK_MS)
+        assert row.evaluate("row => row.isTheSame")
+        expect(link).to_be_focused()
 
 
 def test_the_dashboard_says_when_it_is_not_up_to_date(page: Page, service: Service) -> None:
