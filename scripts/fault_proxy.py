@@ -2,7 +2,6 @@
 
 import http.client
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ _TIMEOUT_SECONDS = 600.0
 Kind = Literal[
     "status",  # answered with `status`, never passed on
     "status_after",  # passed on and carried out, but answered with `status`
-    "slow",  # passed on after `seconds`
+    "slow",  # passed on after `seconds`, or as soon as `until` is set
     "refuse",  # the connection is closed, nothing is passed on
     "lose_answer",  # passed on and carried out, then the connection is closed without an answer
     "cut",  # passed on; the connection is closed in the middle of the answer's body
@@ -48,6 +47,7 @@ class Fault:
     kind: Kind
     status: int = 503
     seconds: float = 0.0
+    until: threading.Event | None = None
     retry_after: str = ""  # the header of that name, with a status
 
     @property
@@ -122,7 +122,7 @@ class FaultProxy:
                 self._ask(call, headers)
                 handler.give(*_refusal(fault))
             case "slow":
-                time.sleep(fault.seconds)
+                (fault.until or threading.Event()).wait(fault.seconds)
                 handler.give(*self._ask(call, headers))
             case "refuse":
                 handler.hang_up()

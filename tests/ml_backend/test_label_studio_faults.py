@@ -17,11 +17,11 @@ from ml_backend import ls_client, ls_http
 from ml_backend import publish as publish_module
 from ml_backend.cycle import snapshot
 from ml_backend.db import used_tasks
+from ml_backend.durable_cycles import is_worth_waiting
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.publish import import_missing, publish
 from ml_backend.service import Service
-from ml_backend.worker import _is_worth_waiting
 from model.dataset import read_coco
 from scripts.fault_proxy import Call, Fault, FaultProxy
 from scripts.label_studio_server import LabelStudioServer
@@ -39,13 +39,14 @@ from tests.ml_backend.examples import (
     sha256,
 )
 from tests.ml_backend.test_publish import scored, stored, write_scores
-from tests.ml_backend.test_worker import SECONDS, Running
+from tests.ml_backend.test_worker import SECONDS, Running, wait
 
 pytestmark = pytest.mark.label_studio
 
 IMAGES = grey_images(5)
 EMAIL = "worker@example.com"
 LIVES = 8  # requests of an access token
+LET_GO = threading.Event()  # what is slow comes only now
 REFUSED = Fault(kind="status", status=401)
 IN_PARTS = ("/export", "/import/predictions")  # requests of which a stage makes several
 
@@ -79,7 +80,7 @@ def again_and_again(stage: Callable[[], object]) -> int:
         try:
             stage()
         except Exception as error:
-            if not _is_worth_waiting(error):
+            if not is_worth_waiting(error):
                 raise
         else:
             return waits
@@ -123,7 +124,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param({"fault": Fault(kind="status", status=429, retry_after="0")}, id="answers 429"),
         pytest.param({"fault": Fault(kind="status", status=401)}, id="refuses the token for a while"),
         pytest.param({"fault": Fault(kind="status_after", status=502)}, id="obeys and answers 502"),
-        pytest.param({"fault": Fault(kind="slow", seconds=2.5), "only_in_parts": True}, id="is slow"),
+        pytest.param({"fault": Fault(kind="slow", seconds=60, until=LET_GO), "only_in_parts": True}, id="is slow"),
         pytest.param({"fault": Fault(kind="cut")}, id="hangs up in the middle of an answer"),
         pytest.param({"fault": Fault(kind="shorten")}, id="sends half an answer as a whole one"),
         pytest.param({"fault": Fault(kind="lose_answer")}, id="obeys and hangs up"),
@@ -154,8 +155,11 @@ def test_a_snapshot_is_whole_and_a_publication_is_there_once_when_label_studio(
 
         shown = watch_the_switch(choose, client, project, version)
         assert again_and_again(lambda: publish(service, key, version, log)) >= 1
-        import_missing(service, key, version)  # the worker's next look finds what came late
         assert set(shown) == {5}  # asked for twice where the answer was lost
+        if choose.fault.until:
+            choose.fault.until.set()
+            wait(lambda: client.model_versions(project.id)[version] > 5, lambda: client.model_versions(project.id))
+        import_missing(service, key, version)  # the worker's next look finds what came late
         assert service.registry.active(key) == version
     assert client.project(project.id).model_version == version
     assert client.model_versions(project.id) == {version: 5}

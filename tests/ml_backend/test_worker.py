@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 
 from ml_backend.app import create_app
 from ml_backend.db import ActivationRow, CycleRow
+from ml_backend.durable_cycles import free_frames
 from ml_backend.errors import SettingsError
 from ml_backend.forget import forget, forgotten_projects
 from ml_backend.inbox import ProjectName, remember_project
@@ -23,7 +24,7 @@ from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.service import Service
 from ml_backend.settings import Settings
-from ml_backend.worker import check_torch, check_weights, free_frames
+from ml_backend.worker import check_torch, check_weights
 from model.errors import DiskFullError
 from model.files import read_tensors
 from model.registry import Registry

@@ -80,7 +80,7 @@ def begin(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Callable[
 
 @pytest.fixture
 def one_task_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ml_backend.worker._SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("ml_backend.pool_looks._SLICE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def test_a_look_that_is_due_is_one_at_the_pool_too(
     rounds = begin(TSP_RECONCILE_SECONDS=3600)
     key = use_version(rounds.service, project)
     import_images(client, project, phantom_images(1))
-    rounds.until(lambda: key in rounds.worker._pool_looked_at)  # it has ended, later than it began
-    assert rounds.worker._is_pool_due(key, rounds.worker._next_look[key])
+    rounds.until(lambda: key in rounds.worker._pool_looks._looked_at)  # it has ended, later than it began
+    assert rounds.worker._pool_looks._is_due(key, rounds.worker._next_look[key] + 0.001)  # rounding aside
 
 
 def test_nothing_is_published_again_when_only_a_task_is_deleted(
@@ -149,16 +149,16 @@ def test_nothing_is_published_again_when_only_a_task_is_deleted(
         published.append(version)
         return import_missing(service, key, version, log)
 
-    monkeypatch.setattr("ml_backend.worker.import_missing", import_and_note)
+    monkeypatch.setattr("ml_backend.pool_looks.import_missing", import_and_note)
     rounds = begin(TSP_RECONCILE_SECONDS=3600)
     key = use_version(rounds.service, project)
     gone, *tasks = import_images(client, project, phantom_images(2))
-    rounds.until(lambda: key in rounds.worker._pool_looked_at)
+    rounds.until(lambda: key in rounds.worker._pool_looks._looked_at)
     with raw_api(label_studio) as api:
         api.delete(f"/api/tasks/{gone}/").raise_for_status()
     inbox.record(rounds.service.database, key, "TASKS_CREATED")
     rounds.go()
-    rounds.until(lambda: key in rounds.worker._pool_looked_at)
+    rounds.until(lambda: key in rounds.worker._pool_looks._looked_at)
     assert published == [VERSION]
     assert client.predicted_task_ids(project.id, VERSION) == set(tasks)
 
@@ -291,7 +291,7 @@ def test_tasks_that_were_looked_at_just_before_the_store_went_away_get_their_pre
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ml_backend.worker._WAIT_FOR_LABEL_STUDIO_SECONDS", 0.1)
+    monkeypatch.setattr("ml_backend.worker.WAIT_FOR_LABEL_STUDIO_SECONDS", 0.1)
     store = tmp_path / "store"
     store.mkdir()
     place = {"DATABASE_URL": postgres.new_database(), "TSP_STORE_URL": f"file://{store}"}
