@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from dbos import DBOS, DBOSConfiguredInstance
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from ml_backend import cycle
 from ml_backend.activation import activate_version, end_refused_cycle
@@ -24,11 +24,12 @@ from ml_backend.errors import (
     ProjectGoneError,
     StoreUnavailableError,
 )
+from ml_backend.logs import in_words, speaks_for_itself
 from ml_backend.pool import score_pool
 from ml_backend.publish import publish
 from ml_backend.service import Service
 from ml_backend.team import ScoringTeam
-from model.errors import DiskFullError, TSPError
+from model.errors import DiskFullError
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +163,26 @@ class DurableCycles(DBOSConfiguredInstance):
             self._service.check_space()  # for what the workflow engine records next: it would not try again
         except Exception as error:
             if is_worth_waiting(error):
-                logger.warning("project %s, number %d waits: %s", project_key, number, error)
+                logger.warning("project %s, number %d waits: %s", project_key, number, in_words(error))
                 with suppress(OperationalError):  # the database may be what is waited for
                     log.wait(_as_sentence(error) + (_GOES_ON if isinstance(error, LabelStudioAuthError) else ""))
                 free_frames(error)
             raise
         log.go_on()
+
+
+def log_waiting_in_one_line() -> None:
+    """The workflow engine logs a whole traceback at each try; of what passes by itself, and of a database that refuses
+    us, one line says it all."""
+    logging.getLogger("dbos").addFilter(_shorten)
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, Exception) and (is_worth_waiting(error) or isinstance(error, DBAPIError)):
+        record.msg, record.args = f"{record.getMessage().rstrip(':')}: {in_words(error)}", None
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def free_frames(error: BaseException) -> None:
@@ -181,8 +196,7 @@ def free_frames(error: BaseException) -> None:
 
 def _log_failure(error: Exception, project_key: str, what: str) -> None:
     """With the way to it, unless it is one of ours: these say what to do."""
-    is_ours = isinstance(error, TSPError)
-    logger.error("project %s: %s failed: %s", project_key, what, in_words(error), exc_info=not is_ours)
+    logger.error("project %s: %s failed: %s", project_key, what, in_words(error), exc_info=not speaks_for_itself(error))
 
 
 def _with_advice(error: Exception, advice: str) -> str:
@@ -194,9 +208,3 @@ def _as_sentence(error: Exception) -> str:
     """In words that others may follow."""
     words = in_words(error)
     return words if words.endswith((".", "!", "?")) else f"{words}."
-
-
-def in_words(error: Exception) -> str:
-    if isinstance(error, OperationalError):  # without the statement and its parameters
-        return f"the database does not take what is to be recorded: {error.orig}"
-    return str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"

@@ -1,8 +1,11 @@
-"""What both processes log."""
+"""What both processes log, and how errors are told."""
 
 import logging
 
+from sqlalchemy.exc import DBAPIError, OperationalError
+
 from ml_backend.settings import Settings
+from model.errors import TSPError
 
 logger = logging.getLogger(__name__)
 
@@ -17,3 +20,15 @@ def start_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(settings.log_level)
     if unknown := Settings.unknown_names():
         logger.warning("there are no settings %s: misspelt? The README lists every setting.", ", ".join(unknown))
+
+
+def speaks_for_itself(error: Exception) -> bool:
+    """Whether the message says enough without the traceback: one of ours, or the database is away, locked or full."""
+    return isinstance(error, TSPError | OperationalError)
+
+
+def in_words(error: Exception) -> str:
+    """One line for people: what the database says comes without the statement and its parameters."""
+    if isinstance(error, DBAPIError):
+        return f"the database does not take what is to be recorded: {str(error.orig).partition(chr(10))[0]}"
+    return str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"

@@ -168,14 +168,18 @@ class Service:
         return self.settings.model_dir / "scores" / project_key
 
 
+def unusable_database(settings: Settings, error: DBAPIError | OSError, *, expected: str) -> SettingsError:
+    """With what the database says, in one line, without the statement."""
+    said = str(error.orig if isinstance(error, DBAPIError) else error)
+    reason = " ".join(said.partition("\nLINE ")[0].split())  # PostgreSQL shows the statement, too
+    where = "DATABASE_URL" if settings.database_url else f"the database in MODEL_DIR, {settings.model_dir}"
+    return SettingsError(f"{where}: expected {expected}, but: {reason}")
+
+
 def _open_database(settings: Settings) -> Database:
     """SettingsError when it does not answer, or does not let us in or make our tables."""
     try:
         return Database(settings.database)
     except (DBAPIError, OSError) as error:
-        said = str(error.orig if isinstance(error, DBAPIError) else error)
-        reason = " ".join(said.partition("\nLINE ")[0].split())  # PostgreSQL shows the statement, too
-        where = "DATABASE_URL" if settings.database_url else f"the database in MODEL_DIR, {settings.model_dir}"
-        raise SettingsError(
-            f"{where}: expected a database that answers, lets us in and lets us make tables, but: {reason}"
-        ) from error
+        expected = "a database that answers, lets us in and lets us make tables"
+        raise unusable_database(settings, error, expected=expected) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from sqlalchemy import delete
 
 from ml_backend.db import Database, WorkerRow
+from ml_backend.logs import in_words, speaks_for_itself
 from ml_backend.ls_client import LabelStudioClient
 from model.errors import TSPError
 
@@ -123,6 +124,7 @@ def _repeat(name: str, action: Callable[[], None], pause_seconds: float) -> None
     while True:
         try:
             action()
-        except Exception:  # a database that is away for a while must not end the thread
-            logger.warning("%s: it did not work this time", name, exc_info=True)
+        except Exception as error:  # a database that is away for a while must not end the thread
+            told = not speaks_for_itself(error)
+            logger.warning("%s: it did not work this time: %s", name, in_words(error), exc_info=told)
         time.sleep(pause_seconds)

@@ -17,6 +17,7 @@ from dbos import DBOS, DBOSConfiguredInstance, SetWorkflowID, WorkflowStatus
 from ml_backend.chunks import CutPool, open_cut
 from ml_backend.claims import Claims
 from ml_backend.db import is_forgotten
+from ml_backend.logs import in_words, speaks_for_itself
 from ml_backend.ls_format import Json
 from ml_backend.pool import Viewer
 from ml_backend.service import Service
@@ -113,8 +114,8 @@ class ScoringTeam(DBOSConfiguredInstance):
         except Exception as error:
             logger.warning(
                 "project %s: chunk %d of %s failed here: %s",
-                *(project_key, number, version, error),
-                exc_info=not isinstance(error, TSPError),
+                *(project_key, number, version, in_words(error)),
+                exc_info=not speaks_for_itself(error),
             )
             self._rests_until = time.monotonic() + _AFTER_TROUBLE_SECONDS
 
@@ -211,8 +212,9 @@ class ScoringTeam(DBOSConfiguredInstance):
         while True:
             try:
                 pause = self._turn()
-            except Exception:  # the database is away, as for everybody
-                logger.warning("no look at the chunks this time", exc_info=True)
+            except Exception as error:  # the database is away, as for everybody
+                told = not speaks_for_itself(error)
+                logger.warning("no look at the chunks this time: %s", in_words(error), exc_info=told)
                 pause = _AFTER_TROUBLE_SECONDS
             time.sleep(pause)
 

@@ -26,19 +26,25 @@ if __name__ == "__main__":  # the imports below take seconds; what is wrong with
 import torch
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID
 from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
 
 from ml_backend import inbox
 from ml_backend.claims import Claims, free_name, open_claims
 from ml_backend.cycle_log import ActivationLog, CycleLog
 from ml_backend.db import ForgottenRow, ProjectRow, UnfinishedWork, unfinished_work, unfinished_works
-from ml_backend.durable_cycles import TRY_AGAIN, WAIT_FOR_LABEL_STUDIO_SECONDS, DurableCycles, in_words
+from ml_backend.durable_cycles import (
+    TRY_AGAIN,
+    WAIT_FOR_LABEL_STUDIO_SECONDS,
+    DurableCycles,
+    log_waiting_in_one_line,
+)
 from ml_backend.ended_checkpoints import EndedCheckpoints
 from ml_backend.errors import LabelConfigError, SettingsError, StoreUnavailableError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
-from ml_backend.logs import start_logging
+from ml_backend.logs import in_words, speaks_for_itself, start_logging
 from ml_backend.pool_looks import PoolLooks
 from ml_backend.reconcile import reconcile
-from ml_backend.service import Service
+from ml_backend.service import Service, unusable_database
 from ml_backend.settings import Settings
 from ml_backend.sign_of_life import SignOfLife
 from ml_backend.team import STILL_GOING, ScoringTeam
@@ -53,6 +59,10 @@ _LOOK_EVERY_SECONDS = 1.0
 _WAIT_FOR_PEOPLE_SECONDS = 60.0  # who have to mend a labelling configuration
 _MOST_RESTARTS = 100  # of a cycle whose worker died
 _FAREWELL_SECONDS = 2.0
+_ROOM_FOR_RECORDS = (
+    "a role that may make the schema dbos for the records of the workflow engine (GRANT CREATE ON DATABASE, or an "
+    "administrator's CREATE SCHEMA dbos AUTHORIZATION of that role)"
+)
 _CHANGE_THE_POOL = {"TASKS_CREATED", "ANNOTATIONS_DELETED"}  # what may leave a task without a prediction
 
 
@@ -82,22 +92,26 @@ class Worker:
         )
 
     def run(self) -> None:
-        """Never returns."""
-        self.start()
+        """Never returns; `start` comes first."""
         self.sign_of_life.start()
         logger.info("the worker is ready as %s; it looks after %s", self._name, self._service.settings.label_studio_url)
         while True:
             try:
                 self.round()
-            except Exception:  # the database is away or locked; cycles that run wait for it, too
-                logger.exception("no look at the projects this time")
+            except Exception as error:  # the database is away or locked; cycles that run wait for it, too
+                told = not speaks_for_itself(error)
+                logger.warning("no look at the projects this time: %s", in_words(error), exc_info=told)
             time.sleep(_LOOK_EVERY_SECONDS)
 
     def start(self) -> None:
-        """Make this process able to run what is to be done in the rounds."""
+        """Make this process able to run what is to be done in the rounds. SettingsError where the database does not let
+        the workflow engine make its tables."""
         DBOS(config=_workflow_engine(self._service.settings, self._process))
         DBOS.listen_queues([*self._queues.values(), *([self._team.queue] if self._team else [])])
-        DBOS.launch()
+        try:
+            DBOS.launch()
+        except DBAPIError as error:
+            raise unusable_database(self._service.settings, error, expected=_ROOM_FOR_RECORDS) from error
         for queue in DBOS.list_queues():
             if any(queue.name.startswith(f"{what}s-{self._name}-") for what in (*_QUEUES, "chunk")):
                 DBOS.delete_queue(queue.name)  # of a dead worker that had this name
@@ -151,7 +165,7 @@ class Worker:
                 if not self._is_pausing(project_key):
                     self._turn(project_key)
         except Exception as error:  # whatever it was, people must see it, and the other projects have their turn
-            logger.warning("project %s: %s", project_key, error, exc_info=not isinstance(error, TSPError))
+            logger.warning("project %s: %s", project_key, in_words(error), exc_info=not speaks_for_itself(error))
             pause = _WAIT_FOR_PEOPLE_SECONDS if isinstance(error, LabelConfigError) else WAIT_FOR_LABEL_STUDIO_SECONDS
             self._pause_until[project_key] = time.monotonic() + pause
             with self._service.database.session() as session:
@@ -293,6 +307,7 @@ def main() -> None:
     except TSPError as error:
         sys.exit(str(error))
     start_logging(settings)
+    log_waiting_in_one_line()
     os.nice(settings.niceness)  # annotators wait for the web process, nobody waits for this one
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
     worker = Worker(service, claims, name=free_name(claims))
@@ -308,6 +323,10 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    try:
+        worker.start()
+    except SettingsError as error:
+        sys.exit(str(error))
     worker.run()
 
 

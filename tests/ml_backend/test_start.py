@@ -10,8 +10,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+import psycopg
 import pytest
 
 from ml_backend.service import Service
@@ -19,6 +21,8 @@ from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import free_port
 from tests.label_studio import POLYGON_CONFIG
 from tests.ml_backend.examples import KEY, NOWHERE, UID, VERSION, add_version, data_uri, grey_images, locked
+from tests.ml_backend.test_worker import wait
+from tests.postgres import Postgres
 
 HEAVY = ("torch", "torchvision", "timm", "scipy", "pandas", "label_studio_ml", "label_studio_sdk", "dbos")
 
@@ -145,6 +149,39 @@ def test_a_worker_tells_what_is_wrong_with_its_settings_before_it_loads_anything
     loaded = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
     assert "ml_backend.settings" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_a_worker_whose_role_may_not_make_a_schema_tells_what_to_grant(tmp_path: Path, postgres: Postgres) -> None:
+    address = postgres.new_database()
+    role, name = "may_make_tables", urlsplit(address).path.removeprefix("/")
+    with psycopg.connect(address, autocommit=True) as administrator:
+        administrator.execute(f"CREATE ROLE {role} LOGIN")
+        administrator.execute(f"GRANT CREATE ON SCHEMA public TO {role}")
+        settings = {
+            "PATH": os.environ["PATH"],
+            "MODEL_DIR": str(tmp_path),
+            "DATABASE_URL": address.replace(f"{postgres.superuser}@", f"{role}@"),
+            "LABEL_STUDIO_URL": NOWHERE,
+            "LABEL_STUDIO_API_KEY": "0" * 40,
+        }
+        worker = [sys.executable, "-m", "ml_backend.worker"]
+        ended = subprocess.run(worker, env=settings, capture_output=True, text=True, timeout=120, check=False)
+        assert ended.returncode == 1
+        *_, told = ended.stderr.splitlines()
+        assert told == (
+            "DATABASE_URL: expected a role that may make the schema dbos for the records of the workflow engine (GRANT "
+            "CREATE ON DATABASE, or an administrator's CREATE SCHEMA dbos AUTHORIZATION of that role), but: permission "
+            f"denied for database {name}"
+        )
+        assert "Traceback" not in ended.stderr
+        administrator.execute(f"CREATE SCHEMA dbos AUTHORIZATION {role}")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(worker, env=settings, stderr=log)
+    try:
+        wait(lambda: "the worker is ready" in (tmp_path / "log").read_text(), (tmp_path / "log").read_text)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_it_ends_while_an_event_waits_for_a_locked_database(tmp_path: Path) -> None:

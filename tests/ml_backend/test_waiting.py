@@ -58,6 +58,7 @@ def test_a_cycle_waits_for_a_locked_database_and_for_space_on_the_disk_and_nothi
             assert running.status()["active_version"] == cycle["version"]
         assert client.project(project.id).model_version == cycle["version"]
         assert client.predicted_task_ids(project.id, cycle["version"]) == set(tasks[4:])
+    assert "Traceback" not in running.log.read_text()
     steps = _steps(running)
     assert set(steps) == set(range(1, STEPS + 1))
     again = [(steps[i - 1], steps[i]) for i in range(1, len(steps)) if steps[i] != steps[i - 1] + 1]
@@ -75,7 +76,7 @@ def _lock(running: Running, state: Path, project: Project) -> None:
     with ThreadPoolExecutor(1) as pool:
         with locked(state):
             webhook = pool.submit(running.web.post, "/webhook", json=event)
-            told = "waits: (sqlite3.OperationalError) database is locked"
+            told = "waits: the database does not take what is to be recorded: database is locked"
             wait(lambda: told in running.log.read_text(), running.log.read_text)
             wait(lambda: "They are kept as soon as it does" in running.web.get("/ui").text, running.log.read_text)
             wait(lambda: f"Another program keeps {state}" in running.web.get("/ui").text, running.log.read_text)
