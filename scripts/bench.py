@@ -13,6 +13,7 @@ over all masks, `predict-few` tells the worse of two cases; what they compare st
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 
 from model.config import PROFILES
+from model.errors import TSPError
 from model.files import write_json
 from model.inference import for_inference
 from model.losses import total_loss
@@ -83,7 +85,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="only the JSON line")
     options = parser.parse_args()
     before = load_average()
-    measured, words = _measure(options)
+    try:
+        measured, words = _measure(options)
+    except TSPError as error:
+        sys.exit(f"{options.name}: {error}")
     result = {"name": options.name, **measured, "machine": machine() | {"load_average_before": before}}
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(_choose(options.one[0], Path(options.one[1]))))
         return
+    if min(options.sizes) < BATCH:
+        parser.error(f"--sizes: expected pools of at least a batch, {BATCH} tasks, got {min(options.sizes)}")
     strategies = options.strategies.split(",")
     if unknown := set(strategies) - set(STRATEGIES):
         parser.error(f"--strategies: expected {', '.join(STRATEGIES)}, got {', '.join(sorted(unknown))}")

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ml_backend.errors import SettingsError
-from scripts import bench, bench_ingest, bench_publish, bench_start, bench_web, bench_workers
+from scripts import bench, bench_ingest, bench_plan, bench_publish, bench_start, bench_web, bench_workers
 from scripts.label_studio_server import free_port
 from scripts.make_phantoms import CLASS_NAMES
 from tests.model.examples import rectangle, target, tiny_network
@@ -106,8 +105,15 @@ def test_reading_annotations_again_is_measured_next_to_reading_all(label_studio)
 
 def test_workers_on_one_pool_need_a_postgresql(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "score-workers"])
-    with pytest.raises(SettingsError, match="--database-url: expected the address of an empty PostgreSQL"):
+    with pytest.raises(SystemExit, match="score-workers: --database-url: expected the address of an empty PostgreSQL"):
         bench.main()
+
+
+def test_a_pool_smaller_than_a_batch_is_refused_by_plan(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_plan", "--sizes", "1000,499"])
+    with pytest.raises(SystemExit):
+        bench_plan.main()
+    assert "--sizes: expected pools of at least a batch, 500 tasks, got 499" in capsys.readouterr().err
 
 
 @pytest.mark.label_studio
