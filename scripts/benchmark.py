@@ -7,13 +7,12 @@ A line is a strategy (`model.strategies.STRATEGIES`), with "+ssl" or another rec
 labels, or "full": all images annotated at once; options of its own follow, as in "tsp+ssl@beta=0.05"
 (`scripts.benchmark_lines`, where the recipes stand). Runs at the same seed start with the same random images. Each run
 is one folder with one `run.json`; what is finished is not done again, and several processes may work on one --out, also
-under torchrun, each on a GPU of its own.
+under torchrun, each on a GPU of its own. When all its runs are finished, `run` writes the report, too.
 """
 
 import argparse
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from model.strategies import STRATEGIES
 from scripts.active_learning import anchors_for, cycles_done, run
 from scripts.arguments import not_negative, positive
 from scripts.benchmark_lines import FULL, RECIPES, Experiment, RunName, Selection, parse_line
-from scripts.benchmark_report import write_reports
+from scripts.benchmark_report import write_report, write_reports
 from scripts.benchmark_sets import Data, read_data
 from scripts.shared_files import locked
 
@@ -189,7 +188,7 @@ def _run(options: argparse.Namespace) -> None:
                 keep_network=options.keep_networks,
             )
     if _speaks(options):
-        _print_what_is_next(names, experiment, data, options.out)
+        _report_or_say_what_is_left(names, experiment, data, options.out)
 
 
 def _speaks(options: argparse.Namespace) -> bool:
@@ -232,7 +231,7 @@ def _print_what_is_smaller(options: argparse.Namespace, data: Data) -> None:
             print(f"{option} {wanted}: there are only {len(part.images)} images for it, and all are used", flush=True)
 
 
-def _print_what_is_next(names: list[RunName], experiment: Experiment, data: Data, out: Path) -> None:
+def _report_or_say_what_is_left(names: list[RunName], experiment: Experiment, data: Data, out: Path) -> None:
     left = []
     for name in names:
         done, total = cycles_done(name, experiment, data, out / name.folder)
@@ -243,7 +242,8 @@ def _print_what_is_next(names: list[RunName], experiment: Experiment, data: Data
         unfinished = f"{len(left)} of {len(names)} runs are not finished"
         print("\n".join([f"{unfinished}; the same command goes on with those that no other process is at:", *left]))
     else:
-        print(f"All runs are finished. Next: python -m scripts.benchmark report --out {shlex.quote(str(out))}")
+        write_report(out)
+        print(f"All runs are finished. The report: {out / 'report.md'}")
 
 
 def _device(wanted: str | None) -> str:
@@ -279,7 +279,7 @@ def _share(options: argparse.Namespace) -> None:
     if failed:
         sys.exit(failed[0])
     if _speaks(options):
-        _print_what_is_next(names, experiment, data, options.out)
+        _report_or_say_what_is_left(names, experiment, data, options.out)
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> None:
