@@ -1,4 +1,5 @@
-"""A worker says that it is alive, what it is at, and whether Label Studio lets it in; the web process asks that too."""
+"""A worker says that it is alive, what it is at, and whether Label Studio and the object store let it in; the web
+process asks the former, too."""
 
 import logging
 import threading
@@ -10,8 +11,10 @@ from pathlib import Path
 from sqlalchemy import delete
 
 from ml_backend.db import Database, WorkerRow
+from ml_backend.errors import StoreUnavailableError
 from ml_backend.logs import in_words, speaks_for_itself
 from ml_backend.ls_client import LabelStudioClient
+from ml_backend.store import Store
 from model.errors import TSPError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ class SignOfLife:
         self,
         database: Database,
         client: LabelStudioClient,
+        store: Store | None = None,
         *,
         name: str,
         ask_every_seconds: float,
@@ -36,6 +40,7 @@ class SignOfLife:
     ) -> None:
         self._database, self._name = database, name
         self._token = TokenCheck(client)
+        self._unsure_of, self._told_of_store = store, ""
         self._ask_every_seconds, self._busy_with = ask_every_seconds, busy_with
         self._alive_file = alive_file
 
@@ -44,7 +49,7 @@ class SignOfLife:
         self.give()
         for name, action, pause_seconds in (
             ("sign of life", self.give, _EVERY_SECONDS),
-            ("question to Label Studio", self.ask, self._ask_every_seconds),
+            ("question to Label Studio and the store", self.ask, self._ask_every_seconds),
         ):
             threading.Thread(target=_repeat, args=(name, action, pause_seconds), name=name, daemon=True).start()
 
@@ -64,10 +69,24 @@ class SignOfLife:
             session.execute(delete(WorkerRow).where(WorkerRow.name == self._name))
 
     def ask(self) -> None:
-        """Ask Label Studio whom it takes our token for."""
-        problem = self._token.ask()
+        """Ask Label Studio whom it takes our token for, and the store whether we may use it."""
+        problems = [self._token.ask(), self._ask_store()]
         with self._database.session() as session:
-            session.merge(WorkerRow(name=self._name, problem=problem))
+            session.merge(WorkerRow(name=self._name, problem="\n".join(filter(None, problems))))
+
+    def _ask_store(self) -> str:
+        """The problem. Once the store has let us in, it is not asked again: what needs it tells of trouble with it."""
+        if self._unsure_of is None:
+            return ""
+        try:
+            self._unsure_of.check(self._name)
+        except StoreUnavailableError as error:
+            if str(error) != self._told_of_store:
+                self._told_of_store = str(error)
+                logger.error("%s", error)
+            return str(error)
+        self._unsure_of = None
+        return ""
 
 
 class TokenCheck:

@@ -63,6 +63,15 @@ class Store:
         self._asked: set[tuple[str, Path]] = set()  # at this moment, by any thread
         self._trouble, self._rests_until = "", 0.0
 
+    def check(self, name: str) -> None:
+        """Whether it takes a small file of this name, gives it back and removes it: what every cycle will need."""
+        path = self._folder / "checks" / name
+        self.write(path, name.encode())
+        with self._asking(path):
+            if self._files.cat_file(self._key(path)) != name.encode():
+                raise OSError("it gives back another file than it was given")
+        self.remove(path)
+
     def read(self, path: Path) -> bytes | None:
         """What the store has under the path of a file; None when it has nothing."""
         with suppress(FileNotFoundError), self._asking(path):

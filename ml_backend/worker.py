@@ -85,6 +85,7 @@ class Worker:
         self.sign_of_life = SignOfLife(
             service.database,
             service.label_studio,
+            service.store,
             name=name,
             ask_every_seconds=service.settings.reconcile_seconds,
             busy_with=lambda: self._busy_with["cycle"],

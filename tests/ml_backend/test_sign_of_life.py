@@ -19,6 +19,7 @@ from ml_backend.db import WorkerRow
 from ml_backend.overview import worker_overview
 from ml_backend.service import Service
 from ml_backend.sign_of_life import SignOfLife, TokenCheck
+from ml_backend.store import Store
 from scripts.backend_processes import BackendProcesses
 from scripts.label_studio_server import LabelStudioServer, free_port
 from tests.label_studio import USERNAME
@@ -72,6 +73,28 @@ def test_label_studio_being_away_is_told_before_any_project_is_known(
     assert "no answer from Label Studio" in worker_overview(lonely_service)["problem"]
     told = [record for record in caplog.records if record.levelname == "ERROR"]
     assert len(told) == 1  # once, not every minute
+
+
+def test_a_store_that_lets_nobody_in_is_told_until_it_does(
+    lonely_service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "bucket"
+    store = Store(f"file://{folder}", tmp_path)
+    life = SignOfLife(lonely_service.database, lonely_service.label_studio, store, name=NAME, ask_every_seconds=60)
+    life.give()
+    for _ in range(2):
+        life.ask()
+        problem = worker_overview(lonely_service)["problem"]
+        assert "no answer from Label Studio" in problem
+        assert f"the store does not answer for file://{folder}/checks/{NAME}: the folder is not there" in problem
+    assert caplog.text.count("the store does not answer") == 1
+    folder.mkdir()
+    life.ask()
+    assert "the store" not in worker_overview(lonely_service)["problem"]
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+    folder.rename(tmp_path / "away")
+    life.ask()  # from now on it is not asked
+    assert "the store" not in worker_overview(lonely_service)["problem"]
 
 
 @pytest.mark.label_studio

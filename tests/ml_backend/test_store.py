@@ -111,6 +111,20 @@ def test_what_the_store_refuses_to_remove_is_told(s3: S3, bucket: str, tmp_path:
         store.remove(tmp_path / "scores")
 
 
+def test_the_check_of_a_store_leaves_nothing(machine: Machine, tmp_path: Path) -> None:
+    store = machine("here")
+    store.check("host-1")
+    assert store.everything(tmp_path / "here") == []
+
+
+@pytest.mark.parametrize("action", ["s3:PutObject", "s3:GetObject", "s3:DeleteObject"])
+def test_the_check_of_a_store_finds_what_is_refused(s3: S3, bucket: str, tmp_path: Path, action: str) -> None:
+    store = Store(f"s3://{bucket}", tmp_path)
+    s3.refuse(bucket, action)
+    with pytest.raises(StoreUnavailableError, match=r"the store does not answer for .*/checks/host-1.*"):
+        store.check("host-1")
+
+
 def test_more_files_than_a_request_removes_are_removed(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
