@@ -136,20 +136,25 @@ class MaskRCNNWithScores(nn.Module):
         pseudo = [i for i, target in enumerate(targets) if target.get("pseudo", False)]
         annotated = [i for i in range(len(targets)) if i not in pseudo]
         result: dict[str, Mean] = {}
-        if annotated and self.loss_predictor is None:
+        if annotated:
             result = self._group_losses(batch, features, targets, annotated, pseudo=False)
-        elif annotated and self.loss_predictor is not None:
-            each = [self._group_losses(batch, features, targets, [i], pseudo=False) for i in annotated]
-            result = {
-                name: Mean(torch.stack([image[name].value for image in each]).mean(), len(each)) for name in each[0]
-            }
-            predicted = self.loss_predictor({level: feature[annotated] for level, feature in features.items()})
-            true = torch.stack([torch.stack([loss.value for loss in image.values()]).sum() for image in each])
-            result["loss_ranking"] = Mean(ranking_loss(predicted, true), len(each))
         if pseudo:
             semi = self._group_losses(batch, features, targets, pseudo, pseudo=True)
             result.update({losses.SEMI + name: loss for name, loss in semi.items()})
+        if annotated and self.loss_predictor is not None:
+            predicted = self.loss_predictor({level: feature[annotated] for level, feature in features.items()})
+            true = self._losses_by_image(batch, features, targets, annotated)
+            result["loss_ranking"] = Mean(ranking_loss(predicted, true), len(annotated))
         return result
+
+    @torch.no_grad()
+    def _losses_by_image(
+        self, batch: ImageList, features: dict[str, Tensor], targets: list[Target], chosen: list[int]
+    ) -> Tensor:
+        """The loss of each image alone, (B,): what the loss predictor ranks. The detector learns from all together, as
+        it does without a predictor."""
+        each = [self._group_losses(batch, features, targets, [i], pseudo=False) for i in chosen]
+        return torch.stack([torch.stack([loss.value for loss in image.values()]).sum() for image in each])
 
     def _group_losses(
         self,

@@ -98,7 +98,7 @@ def train(
                 network, (batch_images, batch_targets), config, step, len(steps), at_once
             )
         if config.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.gradient_clip)
+            _clip_gradients(parameters, config.gradient_clip)
         optimizer.step()
         if teacher:
             teacher.follow(step + 1)
@@ -112,6 +112,13 @@ def train(
         network.load_state_dict(teacher.network.state_dict())
     network.eval()
     return progress
+
+
+def _clip_gradients(parameters: Sequence[tuple[str, torch.nn.Parameter]], most: float) -> None:
+    """Of the detector, and apart from it of the loss predictor, whose gradients must not shorten the detector's."""
+    for watches in (False, True):
+        part = [p for name, p in parameters if name.startswith("loss_predictor.") == watches]
+        torch.nn.utils.clip_grad_norm_(part, most)
 
 
 def _gradients_in_memory(

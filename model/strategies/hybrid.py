@@ -7,7 +7,10 @@ from model.types import IntArray
 
 
 class Hybrid(TSP):
-    """Of the `candidates * count` lowest S, those that lie farthest from the annotated images and from each other."""
+    """Of the `candidates * count` lowest S, those that lie farthest from the annotated images and from each other.
+
+    Of a small pool half at most are candidates: of all of it, S would decide nothing.
+    """
 
     name = "hybrid"
     chooses_a_set = True
@@ -15,5 +18,6 @@ class Hybrid(TSP):
     candidates = 4
 
     def _choose(self, candidates: Candidates) -> IntArray:
-        uncertain = candidates.lowest(self.candidates * candidates.count)
+        most = max(candidates.count, len(candidates.pool) // 2)
+        uncertain = candidates.lowest(min(self.candidates * candidates.count, most))
         return uncertain[k_centre_greedy(candidates.features(uncertain), candidates.centres, candidates.count)]

@@ -13,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from model.config import PROFILES, NetworkConfig
 from model.dataset import input_hw
 from model.errors import InvalidInputError, WeightsError
+from model.loss_prediction import ranking_loss
 from model.losses import total_loss
 from model.network import _mean_inside, build_model
 from tests.model.examples import HW, TINY, ellipse, image, rectangle, target, tiny_network
@@ -553,21 +554,27 @@ def test_only_a_network_with_learning_loss_predicts_one():
     torch.testing.assert_close(plain["scores"], watched["scores"])  # the same detector
 
 
-def test_with_learning_loss_the_losses_are_means_over_the_images_and_a_ranking_loss(monkeypatch):
-    network = tiny_network(learning_loss=True).train()
-    each = []
-    group_losses = network._group_losses
+def test_with_learning_loss_there_is_a_ranking_loss_of_each_image_alone(monkeypatch):
+    network, alone = tiny_network(learning_loss=True).train(), tiny_network().train()
+    ranked = []
 
-    def recorded(*arguments, **options):
-        each.append(group_losses(*arguments, **options))
-        return each[-1]
+    def recorded(predicted, true):
+        ranked.append((predicted, true))
+        return ranking_loss(predicted, true)
 
-    monkeypatch.setattr(network, "_group_losses", recorded)
-    result = learn(network, [image(seed=0), image(seed=1)], [target(*OBJECTS), target(OBJECTS[0])])
+    monkeypatch.setattr("model.network.ranking_loss", recorded)
+    batch = [image(seed=0), image(seed=1)], [target(*OBJECTS), target(OBJECTS[0])]
+    losses = []
+    for one in (network, alone):
+        torch.manual_seed(1)
+        losses.append(learn(one, *batch))
+    result, plain = losses
     assert set(result) == LOSSES | {"loss_ranking"}
-    assert len(each) == 2
-    for name in LOSSES:
-        torch.testing.assert_close(result[name], (each[0][name].value + each[1][name].value) / 2)
+    assert all(torch.equal(result[name], plain[name]) for name in LOSSES)
+    ((predicted, true),) = ranked
+    assert predicted.shape == true.shape == (2,)
+    assert (predicted.requires_grad, true.requires_grad) == (True, False)
+    assert true.min() > 0
     gradients = [p.grad for n, p in network.named_parameters() if n.startswith("loss_predictor.")]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)

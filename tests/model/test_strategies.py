@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from model import tsp
-from model.config import STRATEGY_NAMES
+from model.config import STRATEGY_NAMES, TrainingConfig
 from model.empty_images import EmptyImagePolicy
 from model.errors import InvalidInputError, TooLargeError
 from model.loss_prediction import LossPredictor, ranking_loss
-from model.losses import total_loss
 from model.predict import detect
 from model.strategies import STRATEGIES, Observation, Observations, Sight, look
 from model.strategies.core_set import k_centre_greedy
-from tests.model.examples import ellipse, image, rectangle, target, tiny_network
+from model.train import train
+from tests.model.examples import ellipse, image, labeled_image, rectangle, tiny_network
 
 OBJECTS = ((1, rectangle(8, 8, 30, 28)), (2, ellipse(24, 32, 60, 60)))
 
@@ -320,10 +320,20 @@ def test_hybrid_picks_only_among_the_most_uncertain():
 def test_hybrid_takes_one_of_several_near_duplicates_before_the_others(labelled):
     duplicates = [observed(0.1, 0.0, 0.001 * i) for i in range(5)]
     others = [observed(0.2, 10.0, 0.0), observed(0.2, 0.0, 10.0)]
-    chosen = STRATEGIES["hybrid"].choose([*duplicates, *others], labelled, 3, seed=0).tolist()
+    certain = [observed(0.9, 0.0, 0.0)] * 7
+    pool = [*duplicates, *others, *certain]
+    chosen = STRATEGIES["hybrid"].choose(pool, labelled, 3, seed=0).tolist()
     assert {5, 6} < set(chosen)
     # TSP alone takes three of the duplicates.
-    assert STRATEGIES["tsp"].choose([*duplicates, *others], labelled, 3, seed=0).tolist() == [0, 1, 2]
+    assert STRATEGIES["tsp"].choose(pool, labelled, 3, seed=0).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("images", "candidates"), [(60, 20), (30, 15), (8, 5)])
+def test_of_a_small_pool_the_less_uncertain_half_is_no_candidate_of_hybrid(images, candidates):
+    """Here the certain ones are far away, where core-set would go."""
+    pool = [observed(i / images, 0.001 * i if i < candidates else 100.0 * i) for i in range(images)]
+    chosen = STRATEGIES["hybrid"].choose(pool, [], 5, seed=0)
+    assert max(chosen) == candidates - 1
 
 
 # --- MC dropout
@@ -442,23 +452,17 @@ def test_the_ranking_loss_by_hand(predicted, true, margin, expected):
     assert predictions.grad.isfinite().all()
 
 
-def test_the_ranking_loss_does_not_change_what_the_detector_learns():
-    gradients = []
-    for with_ranking in (True, False):
-        network = tiny_network(learning_loss=True).train()
-        torch.manual_seed(1)
-        losses = network([image(seed=0), image(seed=1)], [target(*OBJECTS), target(OBJECTS[0])])
-        assert losses["loss_ranking"].requires_grad
-        if not with_ranking:
-            losses.pop("loss_ranking")
-        total_loss(losses, beta=0.01, iou_weight=1.0).backward()
-        gradients.append({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
-    with_ranking, without = gradients
-    of_predictor = {name for name in with_ranking if name.startswith("loss_predictor.")}
-    assert of_predictor
-    assert set(with_ranking) - of_predictor == set(without)
-    assert any(name.startswith("backbone.body.") for name in without)
-    assert all(torch.equal(with_ranking[name], gradient) for name, gradient in without.items())
+def test_the_loss_predictor_does_not_change_what_the_detector_learns(tmp_path):
+    images = [labeled_image(tmp_path, name, (1, ellipse(4 + i, 4, 40, 30))) for i, name in enumerate("abc")]
+    images.append(labeled_image(tmp_path, "d", (1, ellipse(8, 8, 30, 40)), pseudo=True))
+    config = TrainingConfig(epochs=2, batch_size=2, pseudo_batch_size=1, learning_rate=0.001, gradient_clip=0.1)
+    watched, alone = (tiny_network(learning_loss=on) for on in (True, False))
+    untrained = {name: tensor.clone() for name, tensor in watched.loss_predictor.state_dict().items()}
+    for network in (watched, alone):
+        train(network, images, config)
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(watched.state_dict()[name], tensor), name
+    assert any(not torch.equal(untrained[name], t) for name, t in watched.loss_predictor.state_dict().items())
 
 
 def test_the_loss_predictor_learns_to_rank():
