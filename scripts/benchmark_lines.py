@@ -144,6 +144,14 @@ def random_alike(line: str) -> str:
     return "random" + re.sub("^[^+@]*", "", line)
 
 
+def changed_from(line: str) -> str | None:
+    """The line that this one changes in one way: without its options, or TSP with all three scores; None for others."""
+    head, _, options = line.partition("@")
+    if options:
+        return head
+    return re.sub("^tsp_without_[^+]*", "tsp", line) if line.startswith("tsp_without_") else None
+
+
 def first_cycle_settings(settings: Experiment) -> dict[str, Any]:
     """What decides how the first cycle is trained, besides its images: there are no pseudo labels yet."""
     training = asdict(without_semi_supervision(settings.training))

@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ import numpy as np
 
 from model.comparison import resampled_map_50
 from model.types import FloatArray
-from scripts.benchmark_lines import FULL, RunName, random_alike, supervised_twin
+from scripts.benchmark_labels import curves_of, labels_needed
+from scripts.benchmark_lines import FULL, RunName, changed_from, random_alike, supervised_twin
 from scripts.benchmark_measures import unpacked
 from scripts.benchmark_plots import plot_all
 from scripts.benchmark_statistics import (
@@ -23,7 +23,6 @@ from scripts.benchmark_statistics import (
     bootstrap_p,
     half_width,
     holm,
-    images_to_reach,
     paired_t_p,
     smallest_sign_p,
 )
@@ -34,7 +33,6 @@ Lines = dict[str, list[Run]]
 
 # The middle of the paper's 3-5 minutes and 7-10 dollars.
 _RATES = {"minutes_an_image": 4.0, "dollars_an_image": 8.5}
-_SHARES_OF_FULL = (80, 90, 95, 100)  # percent
 _TEST_RESAMPLES = 400
 _BINS = 10
 
@@ -77,14 +75,13 @@ def make_report(runs: Sequence[Run]) -> dict[str, Any]:
     variants = {line: lines.pop(line) for line in list(lines) if lines[line][0]["strategy"] == FULL}
     unfit = _unfit(full, lines.get("random", []))
     reference = full if unfit is None else None
-    pool = runs[0]["settings"]["pool_images"]
     return {
         "settings": runs[0]["settings"],
         "annotation_rates": _RATES,
         "full_supervision": full,
         "full_supervision_unfit": unfit,
         "full_supervision_variants": {line: _full_supervision(of_line) for line, of_line in variants.items()},
-        "lines": {line: _line(of_line, lines, reference, pool) for line, of_line in lines.items()},
+        "lines": {line: _line(of_line, lines, reference) for line, of_line in lines.items()},
         "comparisons": _comparisons(lines),
         "reliability": {branch: _reliability(lines, f"{branch}_reliability") for branch in ("box", "mask")},
         "unfinished": [
@@ -121,6 +118,7 @@ def _full_supervision(runs: Sequence[Run]) -> dict[str, Any] | None:
         **_annotation(last[0]["annotated_images"]),
         "map_50": float(heights.mean()),
         "map_50_half_width_95": float(half_width(heights)),
+        "map_50_by_seed": heights.tolist(),
         "map_50_95": float(_column(last, "map_50_95").mean()),
         "training_cpu_seconds": _mean([_training_seconds(run) for run in runs]),
     }
@@ -132,14 +130,14 @@ def _unfit(full: dict[str, Any] | None, random: Sequence[Run]) -> str | None:
         return None
     if full["map_50"] <= full["map_50_half_width_95"]:
         return "cannot be told apart from 0"
-    if random and full["map_50"] < (height := _curves(random)[:, -1].mean()):
+    if random and full["map_50"] < (height := curves_of(random)[:, -1].mean()):
         return f"is below random's last cycle ({height:.3f} with {random[0]['cycles'][-1]['annotated_images']} images)"
     return None
 
 
-def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None, pool: int) -> dict[str, Any]:
+def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None) -> dict[str, Any]:
     cycles = [list(cycle) for cycle in zip(*(run["cycles"] for run in runs), strict=True)]
-    curves = _curves(runs)
+    curves = curves_of(runs)
     images = [cycle[0]["annotated_images"] for cycle in cycles]
     areas = area_under(images, curves)
     return {
@@ -158,9 +156,11 @@ def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None, pool: 
         "ap_50_by_class": {name: _mean([c["ap_50_by_class"][name] for c in cycles[-1]]) for name in _classes(runs)},
         "area_under_curve": float(areas.mean()),
         "area_under_curve_half_width_95": float(half_width(areas)),
+        "first_cycle_over_random": _first_cycle_over_random(runs, lines),
         "second_cycle_over_random": _over_random(runs, lines, 1),
         "last_cycle_over_random": _over_random(runs, lines, -1),
-        "images_to_reach": _reached(images, curves, full, pool),
+        "over_full_supervision": _over_full(runs, full),
+        **labels_needed(runs, full, lines),
         **_costs(cycles[-1], runs[0]["settings"]),
         "seconds": {
             part: _mean([_seconds(run, part) for run in runs]) for part in ("training", "evaluation", "scoring")
@@ -179,11 +179,6 @@ def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None, pool: 
     }
 
 
-def _curves(runs: Sequence[Run]) -> FloatArray:
-    """mAP@0.5 by seed and cycle."""
-    return np.array([[cycle["map_50"] for cycle in run["cycles"]] for run in runs], dtype=np.float64)
-
-
 def _column(cycles: Sequence[dict[str, Any]], name: str) -> FloatArray:
     return np.array([cycle[name] for cycle in cycles], dtype=np.float64)
 
@@ -197,6 +192,19 @@ def _empty_share(runs: Sequence[Run]) -> float | None:
     later = [cycle for run in runs for cycle in run["cycles"][1:]]
     chosen = sum(cycle["new_images"] for cycle in later)
     return sum(cycle["new_empty_images"] for cycle in later) / chosen if chosen else None
+
+
+def _over_full(runs: Sequence[Run], full: dict[str, Any] | None) -> list[dict[str, float]] | None:
+    """By cycle, mAP@0.5 minus that of full supervision, paired by seed: mean and half of the 95 % interval."""
+    heights = dict(zip(full["seeds"], full["map_50_by_seed"], strict=True)) if full else {}
+    alike = [run for run in runs if run["seed"] in heights]
+    if not alike:
+        return None
+    differences = curves_of(alike) - np.array([[heights[run["seed"]]] for run in alike])
+    return [
+        {"difference": float(mean), "half_width_95": float(width), "seeds": len(alike)}
+        for mean, width in zip(differences.mean(axis=0), half_width(differences), strict=True)
+    ]
 
 
 def _over_random(runs: Sequence[Run], lines: Lines, cycle: int) -> dict[str, float] | None:
@@ -213,42 +221,18 @@ def _over_random(runs: Sequence[Run], lines: Lines, cycle: int) -> dict[str, flo
     }
 
 
+def _first_cycle_over_random(runs: Sequence[Run], lines: Lines) -> dict[str, float] | None:
+    """Where it learns from random's images and yet differs: another network, or another training."""
+    annotated = {run["seed"]: run["cycles"][0]["annotated"] for run in lines.get("random", [])}
+    alike = [run for run in runs if annotated.get(run["seed"]) == run["cycles"][0]["annotated"]]
+    found = _over_random(alike, lines, 0) if alike else None
+    return found if found and found["difference"] else None
+
+
 def _differences(one: Sequence[Run], other: Sequence[Run], value: Any) -> FloatArray:
     """Of the seeds that both lines have."""
     by_seed = {run["seed"]: value(run) for run in other}
     return np.array([value(run) - by_seed[run["seed"]] for run in one if run["seed"] in by_seed], dtype=np.float64)
-
-
-def _reached(
-    images: list[int], curves: FloatArray, full: dict[str, Any] | None, pool: int
-) -> dict[str, dict[str, Any] | None]:
-    """By percent of full supervision: the annotated images from which on the mean curve stays above, their share of
-    the pool, and the same images for each seed's own curve (None: it ends below).
-
-    Between cycles the curve is straight, and nobody annotates a part of an image: rounded up. With as many as the first
-    cycle has, fewer may have done.
-    """
-    if full is None:
-        return {}
-    result: dict[str, dict[str, Any] | None] = {}
-    for percent in _SHARES_OF_FULL:
-        target = full["map_50"] * percent / 100
-        mean, *by_seed = (_whole(images_to_reach(images, curve, target)) for curve in (curves.mean(axis=0), *curves))
-        result[str(percent)] = (
-            None
-            if mean is None
-            else {
-                "images": mean,
-                "share_of_pool": mean / pool,
-                "from_the_first_cycle": mean == images[0],
-                "images_by_seed": by_seed,
-            }
-        )
-    return result
-
-
-def _whole(images: float | None) -> int | None:
-    return None if images is None else math.ceil(round(images, 6))
 
 
 def _costs(last: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, float | None]:
@@ -289,10 +273,17 @@ def _training_seconds(run: Run) -> float:
 
 
 def _time_ratio(runs: Sequence[Run], lines: Lines) -> float | None:
-    """Training time by that of the same line without pseudo labels."""
-    twin = lines.get(_twin(runs[0]), [])
-    seconds = [_mean([_training_seconds(run) for run in part]) for part in (runs, twin)]
-    return seconds[0] / seconds[1] if runs[0]["semi_supervised"] and seconds[0] and seconds[1] else None
+    """CPU seconds of the trainings that have pseudo labels, by those of the same cycles of the same line without."""
+    twins = {run["seed"]: run for run in lines.get(_twin(runs[0]), [])}
+    pairs = [
+        (own["seconds"].get("training"), other["seconds"].get("training"))
+        for run in runs
+        if run["semi_supervised"] and run["seed"] in twins
+        for own, other in zip(run["cycles"], twins[run["seed"]]["cycles"], strict=True)
+        if own["pseudo_images"]
+    ]
+    known = [(own["cpu"], other["cpu"]) for own, other in pairs if own and other]
+    return sum(own for own, _ in known) / sum(other for _, other in known) if known else None
 
 
 def _twin(run: Run) -> str:
@@ -318,12 +309,12 @@ def _pseudo(cycle: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 def _comparisons(lines: Lines) -> list[dict[str, Any]]:
     """By area under the curve, paired by seed: each line with random, with random+ssl (plain, and with the same
-    options), and with itself without SSL."""
+    options), with itself without SSL, and with the line that it changes in one way."""
     pairs = dict.fromkeys(
         (line, other)
         for line, runs in lines.items()
         if line != "random"  # which the others are held against, so it is never the one
-        for other in ("random", "random+ssl", random_alike(line), _twin(runs[0]))
+        for other in ("random", "random+ssl", random_alike(line), _twin(runs[0]), changed_from(line))
         if other in lines and other != line
     )
     resampled = _resampled(lines)
@@ -339,7 +330,7 @@ def _comparison(
     one: str, other: str, lines: Lines, resampled: dict[tuple[str, int], FloatArray]
 ) -> dict[str, Any] | None:
     images = [cycle["annotated_images"] for cycle in lines[one][0]["cycles"]]
-    differences = _differences(lines[one], lines[other], lambda run: area_under(images, _curves([run]))[0])
+    differences = _differences(lines[one], lines[other], lambda run: area_under(images, curves_of([run]))[0])
     if len(differences) < 2:
         return None
     comparison = {

@@ -63,8 +63,7 @@ def read_data(
         quarter = len(images) // 4
         test, pool = (replace(everything, images=tuple(part)) for part in (images[:quarter], images[quarter:]))
     pool, test = _subset(pool, pool_size), _subset(test, test_size)
-    if not any(len(image.labels) for image in test.images):
-        raise ValueError(f"{file}: there is no instance in the {len(test.images)} test images: nothing can be measured")
+    _check_measurable(test, str(file))
     data = Data(
         name=folder.resolve().name + ", split at random" * random_split, pool=pool, test=test, random_split=random_split
     )
@@ -72,7 +71,15 @@ def read_data(
         return replace(data, drawn_vertices=_drawn_vertices(file))
     crops = shared / f"crops-{crop}-{fingerprint(pool)}-{fingerprint(test)}"
     pool, test = _cropped(pool, crops, crop), _cropped(test, crops, crop)
+    _check_measurable(test, f"{file}, the middle {crop} px of each image")
     return replace(data, name=f"{data.name}, {crop} px crops", pool=pool, test=test, crop=crop)
+
+
+def _check_measurable(test: LabeledSet, where: str) -> None:
+    if not any(len(image.labels) for image in test.images):
+        raise ValueError(
+            f"{where}: there is no instance in the {len(test.images)} test images: nothing can be measured"
+        )
 
 
 def fingerprint(dataset: LabeledSet) -> str:
