@@ -151,7 +151,7 @@ def test_a_crop_that_leaves_no_instance_in_the_test_set_is_refused(folder, tmp_p
         image["split"] = "test" if image["id"] > 4 else "train"
     for annotation in coco["annotations"]:
         if annotation["image_id"] > 4:  # a corner, far from the middle
-            annotation |= {"segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]], "bbox": [0, 0, 9, 9], "area": 81}
+            annotation |= {"segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]], "bbox": [0, 0, 4, 4], "area": 16}
     (folder / "annotations.json").write_text(json.dumps(coco))
     with pytest.raises(ValueError, match="the middle 30 px of each image: there is no instance in the 4 test images"):
         read_data(folder, pool_size=None, test_size=None, crop=30, shared=tmp_path / "shared")
