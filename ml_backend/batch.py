@@ -26,7 +26,6 @@ from ml_backend.pool import (
     read_scores,
 )
 from ml_backend.service import Service
-from model.files import write_json
 from model.strategies import STRATEGIES, Observation, Observations
 from model.types import FloatArray
 
@@ -68,10 +67,7 @@ def choose_batch(
             empty_policy=service.settings.empty_policy,
         )
         batch = tuple(task_ids[i] for i in chosen)
-        path = service.batch_file(project_key, version)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"tasks": batch})
-        service.share(path)
+        service.keep_json(service.batch_file(project_key, version), {"tasks": batch})
     log.facts({"batch": len(batch)})
 
 

@@ -103,6 +103,7 @@ class DurableCycles(DBOSConfiguredInstance):
 
     @_durable_step
     def finish_activation(self, project_key: str, number: int, status: str, error: str) -> None:
+        self._drop_chunks(project_key, status)
         log = ActivationLog(self._service.database, project_key, number, confirm=self._claims.confirm)
         log.finish(status, error=error)
 
@@ -146,7 +147,13 @@ class DurableCycles(DBOSConfiguredInstance):
 
     @_durable_step
     def finish(self, project_key: str, number: int, status: str, error: str) -> None:
+        self._drop_chunks(project_key, status)
         CycleLog(self._service.database, project_key, number, confirm=self._claims.confirm).finish(status, error=error)
+
+    def _drop_chunks(self, project_key: str, status: str) -> None:
+        """What failed reads no more of what the other workers would find in its pool."""
+        if self._team and status == "failed":
+            self._team.forget_project(project_key)
 
     def _alone(self) -> AbstractContextManager[None]:
         """For the work that the others cannot share: the machine is not taken by their pools meanwhile."""

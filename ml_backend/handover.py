@@ -32,6 +32,8 @@ def bring_snapshot(service: Service, project_key: str, number: int) -> None:
     folder = service.cycle_folder(project_key, number)
     if service.store is None or service.store.read(folder / _SNAPSHOT[-1]) is None:
         return
-    changed = [name for name in (*_SNAPSHOT, *_PSEUDO_LABELS) if service.store.refresh(folder / name)]
+    changed = [name for name in (*_SNAPSHOT, *_PSEUDO_LABELS) if service.store.has_another(folder / name)]
     if changed:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        (folder / CHECKPOINT).unlink(missing_ok=True)  # first: who is cut off here finds that it is another one again
+    for name in changed:
+        service.store.refresh(folder / name)

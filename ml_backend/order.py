@@ -12,7 +12,6 @@ from ml_backend.pool import is_validation, read_heads
 from ml_backend.publication import POOL, publication_of
 from ml_backend.service import Service
 from model.empty_images import empty_image_score
-from model.files import write_json
 
 _LAST = 1.0  # the score that is served last
 
@@ -74,10 +73,8 @@ def order_of(service: Service, project_key: str, version: str) -> QueueOrder:
 
 def keep_order(service: Service, project_key: str, version: str, order: QueueOrder) -> None:
     """For `published_order_of`: what of an order is not kept anyhow."""
-    path = service.empty_file(project_key, version)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"policy": service.settings.empty_policy, "score": order.when_empty})
-    service.share(path)
+    kept = {"policy": service.settings.empty_policy, "score": order.when_empty}
+    service.keep_json(service.empty_file(project_key, version), kept)
 
 
 def published_order_of(service: Service, project_key: str, version: str) -> QueueOrder:

@@ -13,7 +13,6 @@ from typing import Any
 
 from ml_backend.label_config import LabelConfig
 from ml_backend.service import Service
-from model.files import write_json
 
 POOL = ".pool"  # a version's predictions outside of its batch stand under its name with this at the end
 OUR_NAME = re.compile(rf"tsp-\d+-[0-9a-f]{{8}}(\.\d+)?({re.escape(POOL)})?")  # those of others are left alone
@@ -90,10 +89,7 @@ def settle(
     edition = 0 if newest is None else newest.edition + (not is_same)
     settled = Publication(version=version, edition=edition, config=config, class_names=class_names, batch_digest=digest)
     if settled != newest:
-        path = service.publication_file(project_key, version)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(settled))
-        service.share(path)
+        service.keep_json(service.publication_file(project_key, version), asdict(settled))
     return settled
 
 

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy.exc import DBAPIError
 
@@ -20,7 +20,7 @@ from ml_backend.settings import Settings
 from ml_backend.store import Store, open_store
 from ml_backend.stored_registry import StoredRegistry
 from model.errors import TSPError
-from model.files import disk_full
+from model.files import as_json, disk_full, write_bytes
 from model.registry import Registry
 
 _LEAST_BYTES = 1_000_000
@@ -101,6 +101,15 @@ class Service:
                 f"Use another MODEL_DIR and DATABASE_URL for the new one."
             )
         return project
+
+    def keep_json(self, path: Path, value: Any) -> None:
+        """Write a small file for all processes. First into the store: else one that brings it at this moment would put
+        the older one back in its place."""
+        content = as_json(value)
+        if self.store:
+            self.store.write(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content)
 
     def share(self, path: Path) -> None:
         """Let the other processes have a small file that was written; they share it already when there is no store."""

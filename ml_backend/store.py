@@ -34,7 +34,8 @@ _MOST_REMOVALS = 20  # of a folder in which something new is found each time
 # Those who go on with what they remember ask a store that is silent once, no longer than this, and then rest.
 _PATIENCE_SECONDS = 5.0
 _REST_SECONDS = 5.0
-# s3fs tries five times; botocore, below it, would try each of these five times, which takes a minute.
+_ATTEMPT_SECONDS = 12.0  # of the others, for whom s3fs tries five times
+# botocore, below s3fs, would try each of these five times.
 _ONE_ATTEMPT = {"retries": {"total_max_attempts": 1}}
 
 
@@ -67,9 +68,10 @@ class Store:
         """Whether it takes a small file of this name, gives it back and removes it: what every cycle will need."""
         path = self._folder / "checks" / name
         self.write(path, name.encode())
+        found = self.read(path)
         with self._asking(path):
-            if self._files.cat_file(self._key(path)) != name.encode():
-                raise OSError("it gives back another file than it was given")
+            if found != name.encode():
+                raise OSError("it does not give back what it was given")
         self.remove(path)
 
     def read(self, path: Path) -> bytes | None:
@@ -151,17 +153,20 @@ class Store:
             return True
         return False
 
-    def refresh(self, path: Path) -> bool:
-        """Make a small file what the store has, which may be nothing; whether that changed it."""
-        content, here = self.recall(path), path.read_bytes() if path.exists() else None
-        if content == here:
-            return False
+    def has_another(self, path: Path) -> bool:
+        """Whether a small file is not what the store has, which may be nothing."""
+        return self.recall(path) != _bytes_of(path)
+
+    def refresh(self, path: Path) -> None:
+        """Make a small file what the store has, which may be nothing."""
+        content = self.recall(path)
+        if content == _bytes_of(path):
+            return
         if content is None:
             path.unlink(missing_ok=True)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, content)
-        return True
 
     def names(self, folder: Path) -> list[str]:
         """The files below a folder, as paths from there; what is known of them may be as old as `recall`'s."""
@@ -281,8 +286,9 @@ class Store:
 
         options: dict[str, Any] = {}
         if not self._is_folder:
-            patience = {"connect_timeout": _PATIENCE_SECONDS, "read_timeout": _PATIENCE_SECONDS}
-            options = {"config_kwargs": {**_ONE_ATTEMPT, **(patience if self._remembers_seconds else {})}}
+            patience = _PATIENCE_SECONDS if self._remembers_seconds else _ATTEMPT_SECONDS
+            timeouts = {"connect_timeout": patience, "read_timeout": patience}
+            options = {"session": _session_that_just_writes(), "config_kwargs": {**_ONE_ATTEMPT, **timeouts}}
         files, root = url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True, **options)
         if self._remembers_seconds:
             files.retries = 1  # attempts of s3fs
@@ -365,10 +371,25 @@ class _Part:
         return hashlib.sha256(file.read(self.end - self.start)).hexdigest() == self.sha256
 
 
+def _session_that_just_writes() -> Any:
+    """botocore would ask the store before each write whether it may (Expect: 100-continue), and the HTTP library waits
+    for the answer without an end."""
+    from aiobotocore.session import AioSession
+    from botocore.handlers import add_expect_header
+
+    session = AioSession()
+    session.unregister("before-call.s3", add_expect_header)
+    return session
+
+
 def digest_of(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _parts_folder(path: Path) -> Path:

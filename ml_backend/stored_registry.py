@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ml_backend.errors import StoreError, StoreUnavailableError
 from ml_backend.store import Store, digest_of
 from model.errors import RegistryError
+from model.files import remove_abandoned
 from model.registry import ModelCard, Registry
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class StoredRegistry(Registry):
         kept = self._store.read(weights.with_name(_DIGEST))  # none of a version that was copied there by hand
         sha256 = kept.decode(errors="replace").strip() if kept else None
         if not weights.exists() or (sha256 and digest_of(weights) != sha256):
+            remove_abandoned(weights)
             try:
                 found = self._store.download(weights, sha256=sha256)
             except StoreUnavailableError:

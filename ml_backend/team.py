@@ -87,9 +87,9 @@ class ScoringTeam(DBOSConfiguredInstance):
             yield from pool.lines(number)
 
     def forget(self, pool: CutPool) -> None:
-        """Remove files and workflows. What a crash leaves of these, nobody finds again."""
-        pool.remove()
+        """Remove workflows and files: the others take no more of them, also while the files cannot be removed."""
         self._without_context(self._delete, [_name(pool, number) for number in range(pool.chunks)])
+        pool.remove()
 
     def forget_project(self, project_key: str) -> None:
         """Remove the workflows of all its pools, also of those whose scoring has failed."""

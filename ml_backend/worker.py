@@ -8,6 +8,7 @@ process at once.
 
 import logging
 import os
+import re
 import secrets
 import signal
 import sys
@@ -114,7 +115,7 @@ class Worker:
         except DBAPIError as error:
             raise unusable_database(self._service.settings, error, expected=_ROOM_FOR_RECORDS) from error
         for queue in DBOS.list_queues():
-            if any(queue.name.startswith(f"{what}s-{self._name}-") for what in (*_QUEUES, "chunk")):
+            if is_queue_of(self._name, queue.name):
                 DBOS.delete_queue(queue.name)  # of a dead worker that had this name
         for name in self._queues.values():
             DBOS.register_queue(name, worker_concurrency=1)
@@ -273,6 +274,11 @@ class Worker:
             forgotten = select(ForgottenRow.project_key)
             query = select(ProjectRow.key).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
             return list(session.scalars(query))
+
+
+def is_queue_of(worker: str, queue: str) -> bool:
+    """Whether a queue was that of a process of a worker with this name; "gpu-1" is another one than "gpu-1-1"."""
+    return re.fullmatch(rf"(cycle|activation|chunk)s-{re.escape(worker)}-[0-9a-f]{{8}}", queue) is not None
 
 
 def check_torch(settings: Settings) -> None:

@@ -1,11 +1,13 @@
 """Files that are either whole or not there: nobody ever reads half of one, whenever the power goes."""
 
 import errno
+import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 from model.errors import DiskFullError
 
 _UNFINISHED = ".unfinished"
+_ABANDONED_SECONDS = 86_400.0
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, SMB, and what else has no hard links
 
 
@@ -29,7 +32,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by JSON; NaN and infinity are refused (ValueError), for they are not JSON."""
-    write_bytes(path, json.dumps(value, indent=1, allow_nan=False).encode())
+    write_bytes(path, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=1, allow_nan=False).encode()
 
 
 def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
@@ -104,6 +112,14 @@ def replacement(path: Path) -> Iterator[Path]:
         _sync(path.parent)  # a rename is on the disk only when its folder is
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed while they replaced `path` have left a day ago, or before."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                left.unlink()
 
 
 def is_unfinished(name: str) -> bool:

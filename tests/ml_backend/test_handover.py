@@ -16,12 +16,14 @@ from ml_backend.cycle import evaluate_version, snapshot, train_version
 from ml_backend.ended_checkpoints import EndedCheckpoints
 from ml_backend.errors import StoreUnavailableError
 from ml_backend.forget import forget, remove_forgotten_data
+from ml_backend.handover import bring_snapshot
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.order import frozen_batch
 from ml_backend.pool import read_scores, score_pool
 from ml_backend.publish import publish
 from ml_backend.service import Service
+from ml_backend.store import Store
 from ml_backend.stored_checkpoint import CHECKPOINT, bring_checkpoint
 from model.files import read_tensors
 from scripts.label_studio_server import LabelStudioServer
@@ -357,6 +359,52 @@ def test_a_snapshot_whose_record_was_lost_is_replaced_everywhere(
     tasks = [json.loads((s.cycle_folder(key, 1) / "tasks.json").read_text()) for s in (first, second)]
     assert tasks[0] == tasks[1]
     assert task in tasks[0].values()
+
+
+def test_a_snapshot_that_was_brought_in_part_keeps_no_checkpoint_of_another(
+    machine: Callable[[str], Service], client: LabelStudioClient, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = machine("first"), machine("second")
+    begin_cycle(first, key)
+    snapshot(first, key, 1, Steps(first, key))
+    train_version(first, key, 1, Steps(first, key))
+    checkpoint = first.cycle_folder(key, 1) / CHECKPOINT
+    assert checkpoint.exists()
+    (task,) = import_images(client, first.project(key), phantom_images(ANNOTATED + POOL + 1)[-1:])
+    client.submit_annotation(task, result=[polygon_result()], lead_time_seconds=1)
+    snapshot(second, key, 1, Steps(second, key))
+    refresh = Store.refresh
+
+    def fall_silent(store: Store, path: Path) -> None:
+        refresh(store, path)
+        raise StoreUnavailableError("it is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "refresh", fall_silent)
+        with pytest.raises(StoreUnavailableError):
+            bring_snapshot(first, key, 1)
+    bring_snapshot(first, key, 1)
+    assert not checkpoint.exists()
+    tasks = [json.loads((s.cycle_folder(key, 1) / "tasks.json").read_text()) for s in (first, second)]
+    assert tasks[0] == tasks[1]
+
+
+def test_a_small_file_is_in_the_store_before_it_is_here(
+    machine: Callable[[str], Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another thread that brings it in between puts the older one back."""
+    service = machine("first")
+    path = service.settings.model_dir / "scores" / "a.json"
+
+    def die(path: Path, content: bytes) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ml_backend.service.write_bytes", die)
+        with pytest.raises(OSError, match="killed"):
+            service.keep_json(path, {"edition": 1})
+    service.bring(path)
+    assert json.loads(path.read_text()) == {"edition": 1}
 
 
 def test_lines_that_a_killed_worker_did_not_keep_are_kept_by_the_next_look(

@@ -1,11 +1,12 @@
 """The store itself, as a folder and as a bucket of a real S3 server."""
 
 import contextlib
+import socket
 import stat
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,13 +46,15 @@ def test_a_file_of_one_machine_is_had_by_another(machine: Machine, tmp_path: Pat
 
 def test_a_small_file_follows_the_store(machine: Machine, tmp_path: Path) -> None:
     store, path = machine("here"), tmp_path / "here" / "scores" / "a.json"
-    assert not store.refresh(path)
+    assert not store.has_another(path)
     store.write(path, b"1")
-    assert store.refresh(path)
+    assert store.has_another(path)
+    store.refresh(path)
     assert path.read_bytes() == b"1"
-    assert not store.refresh(path)
+    assert not store.has_another(path)
     store.remove(path)
-    assert store.refresh(path)
+    assert store.has_another(path)
+    store.refresh(path)
     assert not path.exists()
 
 
@@ -454,27 +457,56 @@ def test_a_store_that_keeps_one_thread_waiting_does_not_keep_those_that_remember
             assert slow.result() == b"1"
 
 
-def test_a_silent_store_is_asked_once_by_those_that_remember_and_then_left_alone(
-    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ml_backend.store._PATIENCE_SECONDS", 0.5)
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+    """A store that takes every connection and never says anything; those that were made."""
+    monkeypatch.setattr("ml_backend.store._PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("ml_backend.store._ATTEMPT_SECONDS", 0.2)
     monkeypatch.setattr("ml_backend.store._REST_SECONDS", 3600.0)
-    asked, ends = [], threading.Event()
+    credentials = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in credentials.items():
+        monkeypatch.setenv(name, value)
+    connections: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.getsockname()))
 
-    def stay_silent(call: Call) -> None:
-        asked.append(call.path)
-        ends.wait()
+        def take() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(server.accept()[0])
 
-    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], lambda _: None, look=stay_silent) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        web = Store(f"s3://{bucket}", tmp_path, remembers_seconds=1.0)
-        try:
-            for ask in (web.read, web.recall, web.names, web.download):
-                with pytest.raises(StoreUnavailableError, match=r"(?i)time-?out"):
-                    ask(tmp_path / "a")
-        finally:
-            ends.set()
-    assert len(asked) == 1
+        threading.Thread(target=take, daemon=True).start()
+        yield connections
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in connections:
+        connection.close()
+
+
+def test_a_silent_store_is_asked_once_by_those_that_remember_and_then_left_alone(
+    silent: list[socket.socket], tmp_path: Path
+) -> None:
+    web = Store("s3://bucket", tmp_path, remembers_seconds=1.0)
+    for ask in (web.read, web.recall, web.names, web.download):
+        with pytest.raises(StoreUnavailableError, match=r"(?i)time-?out"):
+            ask(tmp_path / "a")
+    assert len(silent) == 1
+
+
+@pytest.mark.parametrize("remembers_seconds", [0.0, 1.0])
+@pytest.mark.parametrize("what", ["read", "has", "names", "write", "create", "upload", "remove", "check"])
+def test_no_question_to_a_silent_store_waits_without_an_end(
+    silent: list[socket.socket], tmp_path: Path, what: str, remembers_seconds: float
+) -> None:
+    path, store = tmp_path / "a", Store("s3://bucket", tmp_path, remembers_seconds=remembers_seconds)
+    path.write_bytes(b"1")
+    ask: Callable[[], object] = {
+        "write": lambda: store.write(path, b"1"),
+        "create": lambda: store.create(path, b"1"),
+        "check": lambda: store.check("host-1"),
+    }.get(what, lambda: getattr(store, what)(path))
+    with pytest.raises(StoreUnavailableError, match=r"(?i)time-?out"):
+        ask()
+    assert 1 <= len(silent) <= (1 if remembers_seconds else 5)
 
 
 def test_a_folder_that_is_not_mounted_is_not_an_empty_one(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.service import Service
 from ml_backend.settings import Settings
-from ml_backend.worker import check_torch, check_weights
+from ml_backend.worker import check_torch, check_weights, is_queue_of
 from model.errors import DiskFullError
 from model.files import read_tensors
 from model.registry import Registry
@@ -386,3 +386,10 @@ def annotate_next(client: LabelStudioClient, project: Project) -> int:
 
 def is_training(project: dict[str, Any]) -> bool:
     return bool(project["cycles"]) and project["cycles"][0]["stage"].startswith("training")
+
+
+@pytest.mark.parametrize("what", ["cycles", "activations", "chunks"])
+def test_a_worker_takes_the_queues_of_its_own_name_for_left_over_and_no_others(what: str) -> None:
+    assert is_queue_of("gpu-1", f"{what}-gpu-1-0123abcd")
+    for other in ("gpu-1-1-0123abcd", "gpu-11-0123abcd", "gpu-2-0123abcd", "gpu-1"):
+        assert not is_queue_of("gpu-1", f"{what}-{other}")

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import threading
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from model.errors import DiskFullError
-from model.files import read_tensors, write_bytes, write_json, write_tensors
+from model.files import read_tensors, remove_abandoned, write_bytes, write_json, write_tensors
 from tests.small_disk import small_disk
 
 
@@ -129,6 +130,22 @@ def test_a_damaged_tensor_file_is_refused_by_name(damage, tmp_path):
 def test_writing_into_a_folder_that_is_not_there_fails(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_bytes(tmp_path / "nowhere" / "file", b"x")
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path):
+    path = tmp_path / "weights[1]"
+    old, new, of_another = (
+        tmp_path / f".{name}.{'0' * 31}{n}.unfinished"
+        for n, name in enumerate(["weights[1]", "weights[1]", "weights1"])
+    )
+    for left in (old, new, of_another):
+        left.touch()
+    for left in (old, of_another):
+        os.utime(left, (0, 0))
+    remove_abandoned(path)
+    assert not old.exists()
+    assert new.exists()
+    assert of_another.exists()
 
 
 def test_on_a_full_disk_the_error_says_what_to_do_and_the_old_file_stays(tmp_path):
