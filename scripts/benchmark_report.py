@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from model.comparison import resampled_map_50
+from model.strategies import STRATEGIES
 from model.types import FloatArray
 from scripts.benchmark_labels import curves_of, labels_needed
 from scripts.benchmark_lines import FULL, RunName, changed_from, random_alike, supervised_twin
@@ -222,11 +223,12 @@ def _over_random(runs: Sequence[Run], lines: Lines, cycle: int) -> dict[str, flo
 
 
 def _first_cycle_over_random(runs: Sequence[Run], lines: Lines) -> dict[str, float] | None:
-    """Where it learns from random's images and yet differs: another network, or another training."""
+    """Of a strategy with a network of its own, which learns otherwise from the same images as random's."""
+    if "dropout" not in STRATEGIES[runs[0]["strategy"]].network_options:
+        return None
     annotated = {run["seed"]: run["cycles"][0]["annotated"] for run in lines.get("random", [])}
     alike = [run for run in runs if annotated.get(run["seed"]) == run["cycles"][0]["annotated"]]
-    found = _over_random(alike, lines, 0) if alike else None
-    return found if found and found["difference"] else None
+    return _over_random(alike, lines, 0) if alike else None
 
 
 def _differences(one: Sequence[Run], other: Sequence[Run], value: Any) -> FloatArray:

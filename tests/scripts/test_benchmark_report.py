@@ -377,7 +377,8 @@ def test_a_seed_that_gets_there_counts_although_the_mean_does_not():
 
 
 def test_a_line_that_trains_another_network_is_told_by_its_first_cycle():
-    lines = {"random": [0.1, 0.2, 0.3], "mc_dropout": [0.05, 0.2, 0.3], "core_set": [0.1, 0.3, 0.3]}
+    """core_set's may differ in a digit when another machine has trained it."""
+    lines = {"random": [0.1, 0.2, 0.3], "mc_dropout": [0.05, 0.2, 0.3], "core_set": [0.11, 0.3, 0.3]}
     report = make_report([made_run(line, 0, heights) for line, heights in lines.items()])
     told = [sentence for sentence in claims(report) if "in the first cycle already" in sentence]
     assert len(told) == 1
@@ -385,10 +386,10 @@ def test_a_line_that_trains_another_network_is_told_by_its_first_cycle():
 
 
 def test_another_first_batch_is_not_taken_for_another_network():
-    other = made_run("tsp@first=spread", 0, [0.3, 0.3, 0.3])
+    other = made_run("mc_dropout@first=spread", 0, [0.3, 0.3, 0.3])
     other["cycles"][0]["annotated"] = ["others"]
     report = make_report([made_run("random", 0, [0.1, 0.2, 0.3]), other])
-    assert report["lines"]["tsp@first=spread"]["first_cycle_over_random"] is None
+    assert report["lines"]["mc_dropout@first=spread"]["first_cycle_over_random"] is None
 
 
 def test_a_line_is_compared_with_the_one_that_it_changes_in_one_way():
