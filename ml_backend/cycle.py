@@ -1,7 +1,7 @@
 """One cycle of Algorithm 1: snapshot, train, evaluate. Every stage can be repeated: it finds what it had done.
 
-The pool is scored in pool.py, the next batch chosen in batch.py, both published in publish.py; worker.py makes the
-sequence of stages durable.
+The pool is scored in pool.py, the next batch chosen in batch.py, both published in publish.py; durable_cycles.py makes
+the sequence of stages durable.
 """
 
 import hashlib

@@ -179,14 +179,15 @@ class DurableCycles(DBOSConfiguredInstance):
 
 
 def log_waiting_in_one_line() -> None:
-    """The workflow engine logs a whole traceback at each try; of what passes by itself, and of a database that refuses
-    us, one line says it all."""
+    """The workflow engine logs a whole traceback at each try; of what passes by itself, one line says it all. What it
+    logs at a failed start is told by whoever starts it."""
     logging.getLogger("dbos").addFilter(_shorten)
 
 
 def _shorten(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, Exception) and (is_worth_waiting(error) or isinstance(error, DBAPIError)):
+    is_start = record.getMessage().startswith("DBOS failed to launch")
+    if isinstance(error, Exception) and (is_worth_waiting(error) or (is_start and isinstance(error, DBAPIError))):
         record.msg, record.args = f"{record.getMessage().rstrip(':')}: {in_words(error)}", None
         record.exc_info = record.exc_text = None
     return True

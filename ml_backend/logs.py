@@ -30,5 +30,5 @@ def speaks_for_itself(error: Exception) -> bool:
 def in_words(error: Exception) -> str:
     """One line for people: what the database says comes without the statement and its parameters."""
     if isinstance(error, DBAPIError):
-        return f"the database does not take what is to be recorded: {str(error.orig).partition(chr(10))[0]}"
+        return f"the database does not answer, or refuses this: {str(error.orig).partition(chr(10))[0]}"
     return str(error) if isinstance(error, TSPError) else f"{type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ from ml_backend import inbox
 from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, ForgottenRow, PoolLookRow, ProjectRow, WorkerRow
 from ml_backend.errors import StoreUnavailableError
 from ml_backend.first_batch import first_batch_progress
-from ml_backend.pace import in_words, seconds_left
+from ml_backend.pace import duration_in_words, seconds_left
 from ml_backend.publication import publication_of
 from ml_backend.service import Service
 from ml_backend.sign_of_life import SILENT_SECONDS
@@ -165,7 +165,7 @@ def _cycle(cycle: CycleRow | ActivationRow | PoolLookRow, now: str) -> dict[str,
         "stage": cycle.stage,
         "done": cycle.done,
         "total": cycle.total,
-        "time_left": in_words(left) if left is not None and cycle.status in UNFINISHED else "",
+        "time_left": duration_in_words(left) if left is not None and cycle.status in UNFINISHED else "",
         "version": cycle.version,
         "facts": cycle.facts,
         "error": cycle.error,

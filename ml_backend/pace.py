@@ -48,7 +48,7 @@ def seconds_left(pace: Mapping[str, Any] | None, steps: int, *, now: str) -> flo
     return float(max(0.0, steps * pace["seconds_per_step"] - silent))
 
 
-def in_words(seconds: float) -> str:
+def duration_in_words(seconds: float) -> str:
     """A time to wait, no more precise than such an estimate is."""
     minutes = round(seconds / 60)
     if minutes < 1:

@@ -27,7 +27,7 @@ if __name__ == "__main__":  # the imports below take seconds; what is wrong with
 import torch
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID
 from sqlalchemy import select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from ml_backend import inbox
 from ml_backend.claims import Claims, free_name, open_claims
@@ -112,8 +112,10 @@ class Worker:
         DBOS.listen_queues([*self._queues.values(), *([self._team.queue] if self._team else [])])
         try:
             DBOS.launch()
-        except DBAPIError as error:
+        except ProgrammingError as error:
             raise unusable_database(self._service.settings, error, expected=_ROOM_FOR_RECORDS) from error
+        except OperationalError as error:
+            raise unusable_database(self._service.settings, error, expected="a database that answers") from error
         for queue in DBOS.list_queues():
             if is_queue_of(self._name, queue.name):
                 DBOS.delete_queue(queue.name)  # of a dead worker that had this name

@@ -152,8 +152,10 @@ class MaskRCNNWithScores(nn.Module):
         self, batch: ImageList, features: dict[str, Tensor], targets: list[Target], chosen: list[int]
     ) -> Tensor:
         """The loss of each image alone, (B,): what the loss predictor ranks. The detector learns from all together, as
-        it does without a predictor."""
-        each = [self._group_losses(batch, features, targets, [i], pseudo=False) for i in chosen]
+        it does without a predictor, and draws the same RoIs."""
+        device = batch.tensors.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            each = [self._group_losses(batch, features, targets, [i], pseudo=False) for i in chosen]
         return torch.stack([torch.stack([loss.value for loss in image.values()]).sum() for image in each])
 
     def _group_losses(

@@ -242,8 +242,8 @@ def _report_or_say_what_is_left(names: list[RunName], experiment: Experiment, da
         unfinished = f"{len(left)} of {len(names)} runs are not finished"
         print("\n".join([f"{unfinished}; the same command goes on with those that no other process is at:", *left]))
     else:
+        print(f"All runs are finished. The report: {out / 'report.md'}", flush=True)
         write_report(out)
-        print(f"All runs are finished. The report: {out / 'report.md'}")
 
 
 def _device(wanted: str | None) -> str:

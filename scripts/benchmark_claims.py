@@ -48,6 +48,8 @@ def _reference(report: Report) -> list[str]:
 def _labels(name: str, line: dict[str, Any], report: Report) -> list[str]:
     """How many labels the line needs for what all of them, or random ones, bring."""
     full, found = report["full_supervision"], []
+    if report["full_supervision_unfit"] is not None:
+        return []
     if "100" in line["images_to_reach"]:
         said = _crossing(line["images_to_reach"]["100"], of="the pool")
         by_cycle = ", ".join(signed(cycle) for cycle in line["over_full_supervision"] or [])
@@ -55,7 +57,7 @@ def _labels(name: str, line: dict[str, Any], report: Report) -> list[str]:
             f"The mean curve of {name} {said} full supervision ({full['map_50']:.3f} with all {full['images']} "
             f"images). Minus full supervision of the same seed, by cycle: {by_cycle}."
         )
-    if line["images_to_reach_random"]:
+    if line["images_to_reach_random"] is not None:
         said = _crossing(line["images_to_reach_random"], of="random")
         found.append(
             f"The mean curve of {name} {said} random's last cycle. (The paper: 1500 images do what 3000 do, 50 % of "

@@ -15,7 +15,7 @@ import numpy as np
 from model.comparison import resampled_map_50
 from model.strategies import STRATEGIES
 from model.types import FloatArray
-from scripts.benchmark_labels import curves_of, labels_needed
+from scripts.benchmark_labels import Run, curves_of, labels_for_full, labels_for_random
 from scripts.benchmark_lines import FULL, RunName, changed_from, random_alike, supervised_twin
 from scripts.benchmark_measures import unpacked
 from scripts.benchmark_plots import plot_all
@@ -29,7 +29,6 @@ from scripts.benchmark_statistics import (
 )
 from scripts.benchmark_text import markdown
 
-Run = dict[str, Any]
 Lines = dict[str, list[Run]]
 
 # The middle of the paper's 3-5 minutes and 7-10 dollars.
@@ -161,7 +160,8 @@ def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None) -> dic
         "second_cycle_over_random": _over_random(runs, lines, 1),
         "last_cycle_over_random": _over_random(runs, lines, -1),
         "over_full_supervision": _over_full(runs, full),
-        **labels_needed(runs, full, lines),
+        "images_to_reach": labels_for_full(runs, full),
+        "images_to_reach_random": labels_for_random(runs, lines.get("random", [])),
         **_costs(cycles[-1], runs[0]["settings"]),
         "seconds": {
             part: _mean([_seconds(run, part) for run in runs]) for part in ("training", "evaluation", "scoring")

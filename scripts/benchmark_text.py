@@ -116,10 +116,12 @@ def _comparisons_table(report: Report) -> str:
 
 def _labels_section(report: Report) -> list[str]:
     lines, full = report["lines"], report["full_supervision"]
+    if report["full_supervision_unfit"] is not None:
+        return []
     parts = ["## Labels needed"]
     if full is None:
         parts.append("How many do what all labels do is unknown without full supervision: run the line `full`.")
-    elif report["full_supervision_unfit"] is None:
+    elif lines:
         shares = ("80", "90", "95", "100")
         parts += [
             "Annotated images from which on the mean curve stays above a share of full supervision's mAP@0.5, between "
@@ -142,8 +144,10 @@ def _labels_section(report: Report) -> list[str]:
     needed = {name: line["images_to_reach_random"] for name, line in lines.items() if line["images_to_reach_random"]}
     if needed:
         parts += [
-            "The same for random's mAP@0.5 in its last cycle (for a seed's own curve: of the same seed), as the paper "
-            "(50 %) and MaskAL (39 %) count it: shares of random's images and of their instances.",
+            "Annotated images from which on the mean curve stays above random's mAP@0.5 in its last cycle (a seed's "
+            "own curve: that of its seed), as the paper (50 %) and MaskAL (39 %) count: shares of random's images and "
+            "of their instances, and how many of the seeds' own curves do. A mean that falls at the end reaches its end "
+            "before: see random's own row.",
             _table(["line", "images"], [[f"`{name}`", _reached(reached)] for name, reached in needed.items()]),
         ]
     return parts if len(parts) > 1 else []

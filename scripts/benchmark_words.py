@@ -18,8 +18,8 @@ def signed(difference: Mapping[str, float] | None) -> str:
     return f"{difference['difference']:+.3f}{width}"
 
 
-def count(number: int, unit: str) -> str:
-    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
+def count(how_many: int, unit: str) -> str:
+    return f"{how_many} {unit}" if how_many == 1 else f"{how_many} {unit}s"
 
 
 def percent(value: float | None) -> str:

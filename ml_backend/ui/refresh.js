@@ -75,7 +75,9 @@ function pairs(shown, fresh) {
 
 function worthOfPair(shown, fresh) {
   if (shown.nodeName !== fresh.nodeName || shown.getAttribute?.("class") !== fresh.getAttribute?.("class")) return 0;
-  return shown.isEqualNode(fresh) ? 2 + shown.textContent.trim().length : 1;
+  if (shown.isEqualNode(fresh)) return 3 + shown.textContent.trim().length;
+  // A row that has changed begins with the same number of its cycle.
+  return shown.firstElementChild?.isEqualNode(fresh.firstElementChild) ? 2 : 1;
 }
 
 setTimeout(refresh, PAUSE_MS);

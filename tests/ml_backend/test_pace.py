@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ml_backend.pace import Pace, in_words, seconds_left
+from ml_backend.pace import Pace, duration_in_words, seconds_left
 
 NOW = "2025-01-02T03:04:05.000000+00:00"
 SOON = "2025-01-02T03:04:09.000000+00:00"
@@ -94,4 +94,4 @@ def test_the_time_left_is_told_only_while_steps_come(
     ],
 )
 def test_a_time_is_told_as_precisely_as_it_is_known(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words
+    assert duration_in_words(seconds) == words

@@ -76,7 +76,7 @@ def _lock(running: Running, state: Path, project: Project) -> None:
     with ThreadPoolExecutor(1) as pool:
         with locked(state):
             webhook = pool.submit(running.web.post, "/webhook", json=event)
-            told = "waits: the database does not take what is to be recorded: database is locked"
+            told = "waits: the database does not answer, or refuses this: database is locked"
             wait(lambda: told in running.log.read_text(), running.log.read_text)
             wait(lambda: "They are kept as soon as it does" in running.web.get("/ui").text, running.log.read_text)
             wait(lambda: f"Another program keeps {state}" in running.web.get("/ui").text, running.log.read_text)
