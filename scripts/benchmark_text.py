@@ -146,8 +146,8 @@ def _labels_section(report: Report) -> list[str]:
         parts += [
             "Annotated images from which on the mean curve stays above random's mAP@0.5 in its last cycle (a seed's "
             "own curve: that of its seed), as the paper (50 %) and MaskAL (39 %) count: shares of random's images and "
-            "of their instances, and how many of the seeds' own curves do. A mean that falls at the end reaches its end "
-            "before: see random's own row.",
+            "of their instances, and how many of the seeds' own curves do. A mean that falls in its last cycle reaches "
+            "that height before: see random's own row.",
             _table(["line", "images"], [[f"`{name}`", _reached(reached)] for name, reached in needed.items()]),
         ]
     return parts if len(parts) > 1 else []
