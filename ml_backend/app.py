@@ -125,8 +125,9 @@ def _answer_label_studio(app: FastAPI, service: Service, predictor: Predictor, r
         """Remember the project; refuse a labelling configuration that nothing can be drawn with."""
         name = _project_name(request.project)
         parse_label_config(request.label_config, from_name=service.settings.from_name)
+        version = predictor.version(name.key)  # first: where the store is away, nothing is connected
         inbox.remember_project(service.database, name, connected=True)
-        return {"model_version": predictor.version(name.key)}
+        return {"model_version": version}
 
     @app.get("/refused/{reason}")
     def refused(reason: str) -> Json:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
+from ml_backend.app import create_app
 from ml_backend.errors import StoreUnavailableError, TooManyTasksError
 from ml_backend.ls_format import Json
 from ml_backend.order import keep_order, order_of, published_order_of
@@ -19,7 +21,7 @@ from ml_backend.service import Service
 from model.empty_images import EmptyImagePolicy
 from model.errors import RegistryError
 from tests.label_studio import POLYGON_CONFIG
-from tests.ml_backend.examples import KEY, VERSION, add_version, data_uri, grey_images, settings, sha256
+from tests.ml_backend.examples import KEY, UID, VERSION, add_version, data_uri, grey_images, settings, sha256
 
 TASKS = [{"id": number, "data": {"image": data_uri(png)}} for number, png in enumerate(grey_images(4), start=1)]
 OTHER_CLASSES = POLYGON_CONFIG.replace("cell", "nucleus").replace("lesion", "axon")
@@ -189,3 +191,20 @@ def test_while_the_store_is_away_images_are_had_from_their_hosts(
     assert caplog.text.count(told) == 2
     with pytest.raises(StoreUnavailableError):  # a worker waits: others must find there what it knows
         web.images.fetch(task_id=5, uri=another)
+
+
+def test_while_the_store_is_away_no_project_is_connected(
+    machine: Callable[[str], Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ml_backend.store._REST_SECONDS", 0.0)
+    web, store, away = machine("web"), tmp_path / "store", tmp_path / "away"
+    question = {"project": UID, "schema": POLYGON_CONFIG}
+    with TestClient(create_app(web.settings)) as client:
+        store.rename(away)
+        answer = client.post("/setup", json=question)
+        assert answer.status_code == 503
+        assert "the folder is not there: create it, or mount it" in answer.json()["detail"]
+        assert client.get("/status").json()["projects"] == []
+        away.rename(store)
+        assert client.post("/setup", json=question).json() == {"model_version": VERSION}
+        assert [project["key"] for project in client.get("/status").json()["projects"]] == [KEY]
