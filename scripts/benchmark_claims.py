@@ -28,13 +28,16 @@ def claims(report: Report) -> list[str]:
 
 def _comparisons(report: Report) -> list[str]:
     """Each line against random, random by the same recipe, and the line that it changes in one way."""
-    found = []
-    for name, line in report["lines"].items():
-        alike = random_alike(name) if line["semi_supervised"] else "random"
-        for other in dict.fromkeys(("random", alike, changed_from(name))):
-            if other is not None and (comparison := _between(report, name, other)) is not None:
-                found.append(_verdict(comparison, f"**{name}**", other))  # noqa: PERF401
-    return found
+    pairs = [
+        (name, other)
+        for name, line in report["lines"].items()
+        for other in dict.fromkeys(
+            ("random", random_alike(name) if line["semi_supervised"] else "random", changed_from(name))
+        )
+        if other is not None
+    ]
+    compared = [(name, other, _between(report, name, other)) for name, other in pairs]
+    return [_verdict(found, f"**{name}**", other) for name, other, found in compared if found is not None]
 
 
 def _reference(report: Report) -> list[str]:
