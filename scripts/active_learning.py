@@ -33,9 +33,9 @@ from scripts.benchmark_lines import (
     FULL,
     Experiment,
     RunName,
-    first_cycle_settings,
     settings_of,
     strategy_of,
+    supervised_settings,
     without_semi_supervision,
 )
 from scripts.benchmark_measures import iou_pairs, measured, pseudo_quality
@@ -68,8 +68,9 @@ def run(
 ) -> None:
     """Carry a run to its end from wherever it is; no new cycle starts after `deadline` (by `time.monotonic`).
 
-    `shared` keeps what runs have in common: first cycles, and the pool at the size that the network sees. With
-    `keep_network`, the last cycle's network stays in the run's folder.
+    `shared` keeps what runs have in common: the networks of cycles without pseudo labels, which lines that have chosen
+    alike train once, and the pool at the size that the network sees. With `keep_network`, the last cycle's network
+    stays in the run's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _load(folder, name, experiment, data)
@@ -186,9 +187,7 @@ class _Cycles:
         self.signs.begin(f"cycle {number} of {self.total}")
         plan = plan or self._first_plan(number)
         images = [self.small[image_id] for image_id in plan["annotated"]]
-        if number == 1 and self.name.strategy != FULL:
-            network, measurements, seconds = self._shared_first_cycle(images)
-        else:
+        if plan["pseudo"]:
             pseudo = [self._pseudo_from_json(item) for item in plan["pseudo"]]
             network, training = self._trained(
                 [*images, *pseudo],
@@ -199,6 +198,8 @@ class _Cycles:
             )
             measurements, evaluation = self._measured(network, plan["held_out"])
             seconds = {"training": training, "evaluation": evaluation}
+        else:
+            network, measurements, seconds = self._shared_cycle(images, plan["held_out"])
         result = {"number": number, **self._counts(plan), **measurements, "seconds": seconds}
         if number == self.total:
             if self.keep_network:
@@ -270,23 +271,27 @@ class _Cycles:
         )
         return network.eval(), stopwatch.seconds()
 
-    def _shared_first_cycle(
-        self, images: Sequence[LabeledImage]
+    def _shared_cycle(
+        self, images: Sequence[LabeledImage], held_out: dict[str, list[float]] | None
     ) -> tuple[MaskRCNNWithScores, dict[str, Any], dict[str, Any]]:
-        """The network, measurements and seconds of the first cycle, which whoever comes first makes for all."""
+        """The network, measurements and seconds of a cycle without pseudo labels.
+
+        Which line has chosen the images does not matter: whoever comes first trains and measures for all.
+        """
         described = [
-            first_cycle_settings(self.settings),
+            supervised_settings(self.settings),
             self.network_options,
             [image.image_id for image in images],
             *self.data.fingerprints,
         ]
-        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-        checkpoint, record = self.shared / f"{digest}.safetensors", self.shared / f"{digest}-measured.json"
+        digest = _digest(described)
+        checkpoint = self.shared / f"{digest}.safetensors"
+        record = self.shared / f"{digest}-{_digest(held_out)}.json"
         with locked(checkpoint.with_suffix(".lock")):  # who comes second waits, and then has nothing left to do
             config = without_semi_supervision(self.settings.training)
             network, training = self._trained(images, config, checkpoint)
             if not record.exists():
-                measurements, evaluation = self._measured(network)
+                measurements, evaluation = self._measured(network, held_out)
                 seconds = {"training": training, "evaluation": evaluation}
                 write_json(record, {"measurements": measurements, "seconds": seconds})
             known = json.loads(record.read_text())
@@ -418,6 +423,10 @@ def _pseudo_to_json(image: LabeledImage) -> dict[str, Any]:
             for name, values in (("triplets", image.triplets), ("ignored_boxes_xyxy", image.ignored_boxes_xyxy))
         },
     }
+
+
+def _digest(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
 def _checkpoint(folder: Path, number: int) -> Path:

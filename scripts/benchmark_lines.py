@@ -152,8 +152,8 @@ def changed_from(line: str) -> str | None:
     return re.sub("^tsp_without_[^+]*", "tsp", line) if line.startswith("tsp_without_") else None
 
 
-def first_cycle_settings(settings: Experiment) -> dict[str, Any]:
-    """What decides how the first cycle is trained, besides its images: there are no pseudo labels yet."""
+def supervised_settings(settings: Experiment) -> dict[str, Any]:
+    """What decides how a cycle without pseudo labels is trained, besides its images."""
     training = asdict(without_semi_supervision(settings.training))
     return {"profile": settings.profile, "weights": settings.weights, "network": settings.network, "training": training}
 

@@ -283,3 +283,27 @@ def test_the_first_cycle_is_trained_once_for_all_lines_that_share_it(tmp_path, s
     assert len({tuple(state["cycles"][0]["annotated"]) for state in states}) == 1
     first = [{k: v for k, v in state["cycles"][0].items() if k != "queue"} for state in states]
     assert first[0] == first[1] == first[2]
+
+
+def test_lines_that_choose_alike_are_trained_once_as_long_as_no_pseudo_label_passes(tmp_path, sets, monkeypatch):
+    trained = watch_training(monkeypatch)
+    nothing_passes, all_pass = "tsp+ssl@class_threshold=1", "tsp+ssl"
+    states = [carry_out(tmp_path, sets, line) for line in ("tsp", nothing_passes, all_pass)]
+    assert [len(steps) > 0 for steps in trained] == [True, True, False, False, False, True]
+    assert annotated(states[0]) == annotated(states[1]) == annotated(states[2])
+    alone = carry_out(tmp_path / "alone", sets, nothing_passes)
+    assert len(trained[-1]) > 0
+    assert states[1] == alone
+
+
+def test_a_network_that_is_shared_is_measured_by_what_each_run_has_held_out(tmp_path, sets):
+    cycles = scripts.active_learning._Cycles(
+        parse_line("tsp", 0), EXPERIMENT, sets, folder=tmp_path, shared=tmp_path, device="cpu", keep_network=False
+    )
+    images = list(cycles.small.values())[:3]
+    held_out = {"mask_scores": [0.2, 0.9, 0.5, 0.7], "mask_ious": [0.9, 0.2, 0.7, 0.5]}
+    _, without, _ = cycles._shared_cycle(images, None)
+    _, calibrated, _ = cycles._shared_cycle(images, held_out)
+    assert without["calibrated_map_50"] is None
+    assert calibrated["calibrated_map_50"] is not None
+    assert cycles._shared_cycle(images, None)[1] == without

@@ -9,7 +9,7 @@ from scripts.benchmark_lines import (
     RECIPES,
     Experiment,
     Selection,
-    first_cycle_settings,
+    supervised_settings,
     parse_line,
     random_alike,
     settings_of,
@@ -121,8 +121,8 @@ def test_the_hybrid_strategy_gets_its_candidates_and_the_others_stay_as_they_are
         ("tsp@epochs=3", False),
     ],
 )
-def test_a_first_cycle_is_shared_when_it_is_trained_alike(line, same):
-    assert (first_cycle_settings(settings(line)) == first_cycle_settings(settings("random"))) == same
+def test_cycles_without_pseudo_labels_are_shared_when_they_are_trained_alike(line, same):
+    assert (supervised_settings(settings(line)) == supervised_settings(settings("random"))) == same
 
 
 def test_the_twin_without_pseudo_labels_keeps_only_what_concerns_it():
