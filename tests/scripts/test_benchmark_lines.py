@@ -9,11 +9,11 @@ from scripts.benchmark_lines import (
     RECIPES,
     Experiment,
     Selection,
-    supervised_settings,
     parse_line,
     random_alike,
     settings_of,
     strategy_of,
+    supervised_settings,
     supervised_twin,
 )
 
