@@ -20,6 +20,7 @@ import torch
 from ml_backend.annotations import AnnotatedTasks
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import ProjectRow, UsedTaskRow, used_tasks, utc_now
+from ml_backend.empty_batch import facts_of_batch
 from ml_backend.errors import ImageError, ImageUnavailableError
 from ml_backend.frozen import freeze_tasks, frozen_part, repeated_without_damaged, usable_part
 from ml_backend.gate import judge_version
@@ -97,6 +98,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
             "validation": len(split["validation"].images),
             "problems": read.problems[:20],
             "problem_count": len(read.problems),
+            **facts_of_batch(service.database, project_key, number, read.images, service.settings.strategy),
         }
     )
     if not split["training"].images:

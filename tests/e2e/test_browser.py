@@ -317,6 +317,11 @@ def telling(images: int) -> dict[str, int]:
             [f"{FEWEST_IMAGES - 1} of them with annotated instances: too few to tell a good model from a bad one."],
             id="too few of them with instances",
         ),
+        pytest.param(
+            [PROJECT | {"cycles": [CYCLE | {"facts": {"advice": "43 of the 50 show nothing"}}]}],
+            ["43 of the 50 show nothing"],
+            id="a batch of mostly empty images",
+        ),
         pytest.param([PROJECT | {"cycles": [UNMEASURED]}], ["finished"], id="nothing could be measured"),
         pytest.param(
             [PROJECT | {"cycles": [RELIABLE | {"number": 2}, CYCLE]}],

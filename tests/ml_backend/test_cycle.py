@@ -115,7 +115,8 @@ def test_the_snapshot_splits_the_images_by_their_bytes_and_stays_the_same(
     assert part(service, key, "validation") == {sha256(image): 1 for image in validation}
     assert used_tasks(service) == dict.fromkeys(tasks, 1)
     assert cycle_row(service, key).facts == {
-        "annotated": 5, "training": 3, "validation": 2, "problems": [], "problem_count": 0
+        "annotated": 5, "training": 3, "validation": 2, "problems": [], "problem_count": 0,
+        "new_images": 5, "new_empty_images": 0, "advice": "",
     }  # fmt: skip
     before = {name: content for name, (content, _) in files(service.cycle_folder(key, 1)).items()}
     assert snapshot(service, key, 1, log) == version
