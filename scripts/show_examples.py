@@ -9,7 +9,6 @@ annotated are shown.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +25,8 @@ from model.predict import detect
 from model.registry import ModelCard, Registry
 from model.tsp import image_score, instance_scores
 from model.types import Detections, LabeledImage
-from scripts.active_learning import KEPT
 from scripts.benchmark_sets import read_data
+from scripts.kept_network import load_kept
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -120,28 +119,10 @@ def _options() -> argparse.Namespace:
 
 def _from_run(options: argparse.Namespace) -> tuple[MaskRCNNWithScores, ModelCard, LabeledSet]:
     """The network of a run's last cycle, and the images of its pool that are not annotated after it."""
-    path = options.run / "run.json"
-    if not path.exists():
-        raise ValueError(f"{options.run}: expected a run of the benchmark, there is no run.json")
-    state = json.loads(path.read_text())
-    settings = state["settings"]
-    data = read_data(
-        options.data,
-        pool_size=settings["pool_images"],
-        test_size=settings["test_images"],
-        crop=settings.get("crop"),  # older runs do not say it
-        shared=options.run.resolve().parent / "shared",  # where the benchmark keeps its crops
-        random_split=settings.get("random_split", False),
-    )
-    if data.fingerprints[0] != settings["pool"]:
-        raise ValueError(f"{options.run} was made with other images than those in {options.data}")
-    versions = Registry(options.run).versions(KEPT)
-    if not versions:
-        raise ValueError(f"{options.run}: its network was not kept; make the run with --keep-networks")
-    network, card = Registry(options.run).load(KEPT, versions[-1])
-    annotated = {image_id for cycle in state["cycles"] for image_id in cycle["annotated"]}
-    rest = tuple(image for image in data.pool.images if image.image_id not in annotated)
-    return network, card, replace(data.pool, images=rest)
+    kept = load_kept(options.run, options.data)
+    annotated = {image_id for cycle in kept.state["cycles"] for image_id in cycle["annotated"]}
+    rest = tuple(image for image in kept.data.pool.images if image.image_id not in annotated)
+    return kept.network, kept.card, replace(kept.data.pool, images=rest)
 
 
 def _from_version(options: argparse.Namespace) -> tuple[MaskRCNNWithScores, ModelCard, LabeledSet]:

@@ -1,0 +1,95 @@
+"""Which product of the triplet ranks detections best: mask AP of the same detections by several rankings.
+
+    python -m scripts.compare_rankings --data <COCO folder> --runs <folder of a run> ... [--out rankings.json]
+
+Mask Scoring R-CNN ranks by c x m. The last line, c x the true mask IoU, is what a perfect mask-IoU branch would gain.
+The runs are those of `benchmark run --keep-networks`, such as one line at several seeds; what is measured are their
+test images.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from model.comparison import Ranking, average_precisions, compare, mean_precision
+from model.dataset import load_image
+from model.errors import TSPError
+from model.files import write_json
+from model.predict import detect
+from model.types import FloatArray
+from scripts.benchmark_statistics import half_width
+from scripts.kept_network import load_kept
+
+RANKINGS: dict[str, Ranking] = {
+    "c": lambda pair: pair.class_scores,
+    "c m": lambda pair: pair.class_scores * pair.mask_scores,
+    "c sqrt(m)": lambda pair: pair.class_scores * np.sqrt(pair.mask_scores),
+    "c m^2": lambda pair: pair.class_scores * pair.mask_scores**2,
+    "c b": lambda pair: pair.class_scores * pair.box_scores,
+    "c sqrt(b m)": lambda pair: pair.class_scores * np.sqrt(pair.box_scores * pair.mask_scores),
+    "c b m": lambda pair: pair.class_scores * pair.box_scores * pair.mask_scores,
+    "c true mask IoU": lambda pair: pair.class_scores * pair.mask_ious.max(axis=1, initial=0.0),
+}
+
+
+def main() -> None:
+    """Print the table, and keep it."""
+    options = _options()
+    try:
+        if len({run.name for run in options.runs}) < len(options.runs):
+            raise ValueError("--runs: two folders have the same name")
+        by_run = {run.name: rankings_of(run, options.data) for run in options.runs}
+    except (TSPError, ValueError) as error:
+        sys.exit(f"Nothing is compared: {error}")
+    print(_table(list(by_run.values())))
+    if options.out:
+        write_json(options.out, by_run)
+
+
+def rankings_of(run: Path, data_folder: Path) -> dict[str, dict[str, float | None]]:
+    """mAP@0.5 and mAP@[.5:.95] of a run's kept network on its test images, by ranking."""
+    kept = load_kept(run, data_folder)
+    images, classes = kept.data.test.images, len(kept.data.test.class_names)
+    found = detect(kept.network, (load_image(image.path) for image in images))
+    by_id = {image.image_id: detections for image, detections in zip(images, found, strict=True)}
+    compared = compare(by_id, images, classes, mask_threshold=kept.network.config.mask_threshold)
+    precisions = {name: average_precisions(compared, classes, ranking) for name, ranking in RANKINGS.items()}
+    return {
+        name: {"map_50": mean_precision(by_class[:, 0]), "map_50_95": mean_precision(by_class)}
+        for name, by_class in precisions.items()
+    }
+
+
+def _table(runs: Sequence[dict[str, dict[str, float | None]]]) -> str:
+    """Means over runs, and what each ranking gains over c, with 95 % intervals, in points."""
+    lines = ["| ranked by | mAP@0.5 | gain | mAP@[.5:.95] | gain |", "|---|---|---|---|---|"]
+    for name in RANKINGS:
+        cells = []
+        for measure in ("map_50", "map_50_95"):
+            values = _column(runs, name, measure)
+            gains = 100 * (values - _column(runs, "c", measure))
+            spread = f" ± {half_width(gains):.1f}" if len(runs) > 1 else ""
+            cells += [f"{values.mean():.3f}", "" if name == "c" else f"{gains.mean():+.1f}{spread}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _column(runs: Sequence[dict[str, dict[str, float | None]]], name: str, measure: str) -> FloatArray:
+    return np.array([run[name][measure] for run in runs], dtype=np.float64)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="COCO folder: images/ and annotations.json")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", required=True, help="folders of runs that were made with --keep-networks"
+    )
+    parser.add_argument("--out", type=Path, help="where the figures are kept as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
