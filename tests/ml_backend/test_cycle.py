@@ -124,6 +124,21 @@ def test_the_snapshot_splits_the_images_by_their_bytes_and_stays_the_same(
     assert used_tasks(service) == dict.fromkeys(tasks, 1)
 
 
+def test_a_snapshot_of_mostly_empty_images_advises_another_strategy(
+    service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
+) -> None:
+    *empty, drawn = import_images(client, project, grey_images(3))
+    client.submit_annotation(drawn, result=[polygon_result()], lead_time_seconds=1)
+    for task in empty:
+        client.submit_annotation(task, result=[], lead_time_seconds=1)
+    version = snapshot(service, key, 1, log)
+    facts = cycle_row(service, key).facts
+    assert (facts["new_images"], facts["new_empty_images"]) == (3, 2)
+    assert "TSP_STRATEGY=tsp_expected" in facts["advice"]
+    assert snapshot(service, key, 1, log) == version  # again, as after a crash: they are still new in this cycle
+    assert cycle_row(service, key).facts == facts
+
+
 def test_the_next_snapshot_keeps_the_split_and_has_a_version_of_its_own(
     service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
 ) -> None:
