@@ -98,7 +98,7 @@ def snapshot(service: Service, project_key: str, number: int, log: CycleLog) -> 
             "validation": len(split["validation"].images),
             "problems": read.problems[:20],
             "problem_count": len(read.problems),
-            **facts_of_batch(service.database, project_key, number, read.images, service.settings.strategy),
+            **facts_of_batch(service.database, project_key, number, read.images),
         }
     )
     if not split["training"].images:

@@ -8,6 +8,7 @@ from sqlalchemy import select
 
 from ml_backend import inbox
 from ml_backend.db import UNFINISHED, ActivationRow, CycleRow, ForgottenRow, PoolLookRow, ProjectRow, WorkerRow
+from ml_backend.empty_batch import advice
 from ml_backend.errors import StoreUnavailableError
 from ml_backend.first_batch import first_batch_progress
 from ml_backend.pace import duration_in_words, seconds_left
@@ -78,15 +79,16 @@ def overview(service: Service) -> list[dict[str, Any]]:
         projects = session.scalars(
             select(ProjectRow).where(ProjectRow.key.not_in(forgotten)).order_by(ProjectRow.key)
         ).all()
-        cycles = session.scalars(select(CycleRow).order_by(CycleRow.number.desc())).all()
+        rows = session.scalars(select(CycleRow).order_by(CycleRow.number.desc())).all()
         activations = session.scalars(select(ActivationRow).order_by(ActivationRow.number.desc())).all()
-        at_work = {cycle.project_key for cycle in cycles if cycle.status in UNFINISHED}
+        at_work = {row.project_key for row in rows if row.status in UNFINISHED}
         at_work |= {wish.project_key for wish in activations if wish.status in UNFINISHED}
         looks = {  # one that is shown beside work was left by a worker that was stopped
             look.project_key: _cycle(look, now)
             for look in session.scalars(select(PoolLookRow))
             if look.project_key not in at_work
         }
+    cycles = {project.key: [_cycle(row, now) for row in rows if row.project_key == project.key] for project in projects}
     return [
         {
             "key": project.key,
@@ -102,7 +104,8 @@ def overview(service: Service) -> list[dict[str, Any]]:
             "activations": [_cycle(wish, now) for wish in activations if wish.project_key == project.key],
             "pool_look": looks.get(project.key),
             **_versions(service, project.key),
-            "cycles": [_cycle(cycle, now) for cycle in cycles if cycle.project_key == project.key],
+            "cycles": cycles[project.key],
+            "advice": advice([cycle["facts"] for cycle in cycles[project.key]], service.settings.strategy),
         }
         for project in projects
     ]

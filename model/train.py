@@ -105,7 +105,8 @@ def train(
         if (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == len(steps):
             _check_weights(network, step + 1)
             if checkpoint and (ranks is None or ranks.rank == 0):
-                _save(checkpoint, run, progress, network, optimizer, teacher)
+                goes_on = step + 1 < len(steps)  # nothing needs the optimizer's state after the last step
+                _save(checkpoint, run, progress, network, optimizer if goes_on else None, teacher)
         if on_step:
             on_step(progress)
     if teacher:
@@ -348,13 +349,14 @@ def _save(
     run: str,
     progress: Progress,
     network: MaskRCNNWithScores,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     teacher: Teacher | None,
 ) -> None:
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     if teacher:
         tensors |= {f"teacher.{name}": tensor for name, tensor in teacher.network.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():  # momentum, or both moments and the step
+    states = optimizer.state_dict()["state"] if optimizer else {}
+    for index, state in states.items():  # momentum, or both moments and the step
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
     write_tensors(path, tensors, {"run": run, "step": str(progress.step), "steps": str(progress.steps)})
 

@@ -1,6 +1,7 @@
 """Algorithm 1 on a COCO set with an oracle: one run of one strategy and seed, resumable at any moment.
 
-A run's folder holds `run.json`, what is known so far cycle by cycle, and the checkpoint of the training that goes on.
+A run's folder holds `run.json`, what is known so far cycle by cycle, and while it trains with pseudo labels the
+checkpoint of that. Networks that were trained without lie in a folder that all runs share (docs/decisions/017).
 """
 
 import hashlib
@@ -68,8 +69,8 @@ def run(
 ) -> None:
     """Carry a run to its end from wherever it is; no new cycle starts after `deadline` (by `time.monotonic`).
 
-    `shared` keeps what runs have in common: the networks of cycles without pseudo labels, which lines that have chosen
-    alike train once, and the pool at the size that the network sees. With `keep_network`, the last cycle's network
+    `shared` keeps the networks of all cycles without pseudo labels, which lines that have chosen the same images in the
+    same order train once, and the pool at the size that the network sees. With `keep_network`, the last cycle's network
     stays in the run's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -278,16 +279,11 @@ class _Cycles:
 
         Which line has chosen the images does not matter: whoever comes first trains and measures for all.
         """
-        described = [
-            supervised_settings(self.settings),
-            self.network_options,
-            [image.image_id for image in images],
-            *self.data.fingerprints,
-        ]
-        digest = _digest(described)
-        checkpoint = self.shared / f"{digest}.safetensors"
-        record = self.shared / f"{digest}-{_digest(held_out)}.json"
-        with locked(checkpoint.with_suffix(".lock")):  # who comes second waits, and then has nothing left to do
+        checkpoint = self.shared / f"{self._digest_of_training(images)}.safetensors"
+        record = checkpoint.with_name(f"{checkpoint.stem}-{_digest(held_out)}.json")
+        with locked(
+            checkpoint.with_suffix(".lock"), on_wait=self.signs.wait
+        ):  # who comes second has nothing left to do
             config = without_semi_supervision(self.settings.training)
             network, training = self._trained(images, config, checkpoint)
             if not record.exists():
@@ -296,6 +292,20 @@ class _Cycles:
                 write_json(record, {"measurements": measurements, "seconds": seconds})
             known = json.loads(record.read_text())
         return network, known["measurements"], known["seconds"]
+
+    def _digest_of_training(self, images: Sequence[LabeledImage]) -> str:
+        """Tells trainings without pseudo labels apart; the version of this code is not in it."""
+        weights = Path(self.settings.weights)
+        return _digest(
+            {
+                "settings": supervised_settings(self.settings),
+                "weights": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+                "network": self.network_options,
+                "images": [image.image_id for image in images],  # the order decides which come together in a step
+                "data": self.data.fingerprints,
+                "device": torch.device(self.device).type,
+            }
+        )
 
     def _keep(self, number: int, network: MaskRCNNWithScores) -> None:
         card = ModelCard(

@@ -22,5 +22,12 @@ class SignsOfLife:
             return
         self._last = time.monotonic()
         share = done if total is None else f"{done} of {total}"
+        self._say(f"{stage} {share}")
+
+    def wait(self) -> None:
+        """Another process is at what this run needs; told at once, for nothing more is said until it is there."""
+        self._say("waits for a run that trains on the same images")
+
+    def _say(self, what: str) -> None:
         # In one piece: other processes print as well.
-        print(f"{self._run}, {self._cycle}: {stage} {share}\n", end="", file=sys.stderr, flush=True)
+        print(f"{self._run}, {self._cycle}: {what}\n", end="", file=sys.stderr, flush=True)

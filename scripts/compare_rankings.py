@@ -2,9 +2,10 @@
 
     python -m scripts.compare_rankings --data <COCO folder> --runs <folder of a run> ... [--out rankings.json]
 
-Mask Scoring R-CNN ranks by c x m. The last line, c x the true mask IoU, is what a perfect mask-IoU branch would gain.
-The runs are those of `benchmark run --keep-networks`, such as one line at several seeds; what is measured are their
-test images.
+Mask Scoring R-CNN ranks by c x m. The runs are those of `benchmark run --keep-networks`, one line at several seeds;
+measured are their test images. The last two lines know the ground truth and say what is at stake: m right wherever a
+mask-IoU branch is taught, at boxes that overlap an instance by half, and the true mask IoU everywhere, which also puts
+every false positive last.
 """
 
 import argparse
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from model.comparison import Ranking, average_precisions, compare, mean_precision
+from model.comparison import Compared, Ranking, average_precisions, compare, mean_precision
 from model.dataset import load_image
 from model.errors import TSPError
 from model.files import write_json
 from model.predict import detect
 from model.types import FloatArray
 from scripts.benchmark_statistics import half_width
-from scripts.kept_network import load_kept
+from scripts.kept_network import KeptNetwork, load_kept
 
 RANKINGS: dict[str, Ranking] = {
     "c": lambda pair: pair.class_scores,
@@ -31,7 +32,8 @@ RANKINGS: dict[str, Ranking] = {
     "c b": lambda pair: pair.class_scores * pair.box_scores,
     "c sqrt(b m)": lambda pair: pair.class_scores * np.sqrt(pair.box_scores * pair.mask_scores),
     "c b m": lambda pair: pair.class_scores * pair.box_scores * pair.mask_scores,
-    "c true mask IoU": lambda pair: pair.class_scores * pair.mask_ious.max(axis=1, initial=0.0),
+    "c m, m right on objects": lambda pair: pair.class_scores * _right_on_objects(pair),
+    "c x true mask IoU": lambda pair: pair.class_scores * pair.mask_ious.max(axis=1, initial=0.0),
 }
 
 
@@ -39,9 +41,11 @@ def main() -> None:
     """Print the table, and keep it."""
     options = _options()
     try:
-        if len({run.name for run in options.runs}) < len(options.runs):
-            raise ValueError("--runs: two folders have the same name")
-        by_run = {run.name: rankings_of(run, options.data) for run in options.runs}
+        kept = {run.name: load_kept(run, options.data) for run in options.runs}
+        _check_comparable(options.runs, list(kept.values()))
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+        by_run = {name: rankings_of(one) for name, one in kept.items()}
     except (TSPError, ValueError) as error:
         sys.exit(f"Nothing is compared: {error}")
     print(_table(list(by_run.values())))
@@ -49,9 +53,27 @@ def main() -> None:
         write_json(options.out, by_run)
 
 
-def rankings_of(run: Path, data_folder: Path) -> dict[str, dict[str, float | None]]:
+def _check_comparable(runs: Sequence[Path], kept: Sequence[KeptNetwork]) -> None:
+    """ValueError unless the runs are one line at several seeds on the same images: else their mean means nothing."""
+    for what in ("line", "settings"):
+        if any(one.state[what] != kept[0].state[what] for one in kept):
+            raise ValueError(f"--runs: expected one line at several seeds, got runs of different {what}")
+    seeds = [one.state["seed"] for one in kept]
+    if len(kept) < len(runs) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--runs: expected each seed once, got {', '.join(run.name for run in runs)}: leave one out")
+
+
+def _right_on_objects(pair: Compared) -> FloatArray:
+    """The true mask IoU with the instance whose box overlaps most, where that is 0.5 or more; else m; (D,)."""
+    if not pair.instances:
+        return pair.mask_scores
+    best = pair.box_ious.argmax(axis=1)
+    rows = np.arange(len(best))
+    return np.where(pair.box_ious[rows, best] >= 0.5, pair.mask_ious[rows, best], pair.mask_scores)
+
+
+def rankings_of(kept: KeptNetwork) -> dict[str, dict[str, float | None]]:
     """mAP@0.5 and mAP@[.5:.95] of a run's kept network on its test images, by ranking."""
-    kept = load_kept(run, data_folder)
     images, classes = kept.data.test.images, len(kept.data.test.class_names)
     found = detect(kept.network, (load_image(image.path) for image in images))
     by_id = {image.image_id: detections for image, detections in zip(images, found, strict=True)}

@@ -25,7 +25,7 @@ def load_kept(run: Path, data_folder: Path) -> KeptNetwork:
     """Raises ValueError, which says how to mend it, when there is no such run, or it was made with other images."""
     path = run / "run.json"
     if not path.exists():
-        raise ValueError(f"{run}: expected a run of the benchmark, there is no run.json")
+        raise ValueError(f"{run}: expected the folder of a run of the benchmark, there is no run.json in it")
     state = json.loads(path.read_text())
     settings = state["settings"]
     data = read_data(
@@ -37,9 +37,13 @@ def load_kept(run: Path, data_folder: Path) -> KeptNetwork:
         random_split=settings.get("random_split", False),
     )
     if data.fingerprints != (settings["pool"], settings["test"]):
-        raise ValueError(f"{run} was made with other images than those in {data_folder}")
+        raise ValueError(
+            f"{run} was made with other images than those in {data_folder}; its --data was called {settings['data']}"
+        )
     versions = Registry(run).versions(KEPT)
     if not versions:
-        raise ValueError(f"{run}: its network was not kept; make the run with --keep-networks")
+        raise ValueError(
+            f"{run}: its network was not kept; delete the folder and make the run anew with --keep-networks"
+        )
     network, card = Registry(run).load(KEPT, versions[-1])
     return KeptNetwork(network=network, card=card, data=data, state=state)

@@ -318,8 +318,8 @@ def telling(images: int) -> dict[str, int]:
             id="too few of them with instances",
         ),
         pytest.param(
-            [PROJECT | {"cycles": [CYCLE | {"facts": {"advice": "43 of the 50 show nothing"}}]}],
-            ["43 of the 50 show nothing"],
+            [PROJECT | {"advice": "43 of the 50 images show nothing"}],
+            ["43 of the 50 images show nothing"],
             id="a batch of mostly empty images",
         ),
         pytest.param([PROJECT | {"cycles": [UNMEASURED]}], ["finished"], id="nothing could be measured"),

@@ -116,7 +116,7 @@ def test_the_snapshot_splits_the_images_by_their_bytes_and_stays_the_same(
     assert used_tasks(service) == dict.fromkeys(tasks, 1)
     assert cycle_row(service, key).facts == {
         "annotated": 5, "training": 3, "validation": 2, "problems": [], "problem_count": 0,
-        "new_images": 5, "new_empty_images": 0, "advice": "",
+        "new_images": 5, "new_empty_images": 0,
     }  # fmt: skip
     before = {name: content for name, (content, _) in files(service.cycle_folder(key, 1)).items()}
     assert snapshot(service, key, 1, log) == version
@@ -124,7 +124,7 @@ def test_the_snapshot_splits_the_images_by_their_bytes_and_stays_the_same(
     assert used_tasks(service) == dict.fromkeys(tasks, 1)
 
 
-def test_a_snapshot_of_mostly_empty_images_advises_another_strategy(
+def test_a_snapshot_says_how_many_of_its_new_images_are_empty(
     service: Service, client: LabelStudioClient, project: Project, key: str, log: CycleLog
 ) -> None:
     *empty, drawn = import_images(client, project, grey_images(3))
@@ -134,7 +134,6 @@ def test_a_snapshot_of_mostly_empty_images_advises_another_strategy(
     version = snapshot(service, key, 1, log)
     facts = cycle_row(service, key).facts
     assert (facts["new_images"], facts["new_empty_images"]) == (3, 2)
-    assert "TSP_STRATEGY=tsp_expected" in facts["advice"]
     assert snapshot(service, key, 1, log) == version  # again, as after a crash: they are still new in this cycle
     assert cycle_row(service, key).facts == facts
 

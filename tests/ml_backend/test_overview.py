@@ -41,6 +41,7 @@ def test_a_new_project_has_no_version_and_no_cycle(lonely_service: Service) -> N
             "versions": [],
             "versions_problem": "",
             "cycles": [],
+            "advice": "",
         }
     ]
 
@@ -53,6 +54,18 @@ def test_each_project_has_its_own_cycles_the_newest_first(lonely_service: Servic
     first, second = overview(lonely_service)
     assert (first["key"], [cycle["number"] for cycle in first["cycles"]]) == (KEY, [3, 2, 1])
     assert (second["key"], [cycle["number"] for cycle in second["cycles"]]) == (OTHER, [1])
+
+
+def test_a_project_whose_new_images_are_mostly_empty_has_an_advice_for_the_strategy_that_is_set(tmp_path: Path) -> None:
+    for strategy, advised in (("tsp", True), ("tsp_expected", False)):
+        service = Service.connect(settings(tmp_path / strategy, TSP_STRATEGY=strategy))
+        remember_project(service.database, ProjectName(KEY, 7))
+        with service.database.session() as session:
+            facts = {"new_images": 50, "new_empty_images": 43}
+            session.add(CycleRow(project_key=KEY, number=1, facts=facts))
+        (project,) = overview(service)
+        assert project["advice"].startswith("43 of the 50 images") == advised
+        service.close()
 
 
 def test_what_changes_is_told(lonely_service: Service) -> None:

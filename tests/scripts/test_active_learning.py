@@ -296,10 +296,41 @@ def test_lines_that_choose_alike_are_trained_once_as_long_as_no_pseudo_label_pas
     assert states[1] == alone
 
 
-def test_a_network_that_is_shared_is_measured_by_what_each_run_has_held_out(tmp_path, sets):
-    cycles = scripts.active_learning._Cycles(
-        parse_line("tsp", 0), EXPERIMENT, sets, folder=tmp_path, shared=tmp_path, device="cpu", keep_network=False
+def cycles_of(line, folder, sets, *, seed=0, experiment=EXPERIMENT, device="cpu"):
+    return scripts.active_learning._Cycles(
+        parse_line(line, seed), experiment, sets, folder=folder, shared=folder, device=device, keep_network=False
     )
+
+
+def test_what_is_trained_otherwise_is_not_shared(tmp_path, sets):
+    weights = tmp_path / "own.safetensors"
+    weights.write_bytes(b"1")
+    own = replace(EXPERIMENT, weights=str(weights))
+    other_test = replace(sets, test=replace(sets.test, images=sets.test.images[1:]))
+
+    def digest(*order, line="tsp", data=sets, **options):
+        cycles = cycles_of(line, tmp_path, data, **options)
+        images = list(cycles.small.values())
+        return cycles._digest_of_training([images[i] for i in order])
+
+    known = digest(0, 1, 2)
+    assert digest(0, 1, 2, line="random+ssl@beta=0.05") == known
+    others = [
+        digest(0, 1),
+        digest(2, 1, 0),
+        digest(0, 1, 2, seed=1),
+        digest(0, 1, 2, line="learning_loss"),
+        digest(0, 1, 2, data=other_test),
+        digest(0, 1, 2, device="cuda:1"),
+        digest(0, 1, 2, experiment=own),
+    ]
+    weights.write_bytes(b"2")
+    others.append(digest(0, 1, 2, experiment=own))
+    assert len({known, *others}) == 9
+
+
+def test_a_network_that_is_shared_is_measured_by_what_each_run_has_held_out(tmp_path, sets):
+    cycles = cycles_of("tsp", tmp_path, sets)
     images = list(cycles.small.values())[:3]
     held_out = {"mask_scores": [0.2, 0.9, 0.5, 0.7], "mask_ious": [0.9, 0.2, 0.7, 0.5]}
     _, without, _ = cycles._shared_cycle(images, None)

@@ -119,6 +119,7 @@ def test_the_hybrid_strategy_gets_its_candidates_and_the_others_stay_as_they_are
         ("tsp+ssl@beta=0.05@class_threshold=0.5", True),
         ("tsp@queue_threshold=0.5", True),
         ("tsp@epochs=3", False),
+        ("tsp@ema_decay=0.9", False),  # averages the weights also without pseudo labels
     ],
 )
 def test_cycles_without_pseudo_labels_are_shared_when_they_are_trained_alike(line, same):

@@ -1,6 +1,7 @@
 """Files that several processes share."""
 
 import threading
+import time
 
 import cv2
 import numpy as np
@@ -20,16 +21,19 @@ def test_who_waits_goes_on_when_the_lock_is_free(tmp_path):
     path, order = tmp_path / "lock", []
 
     def wait():
-        with locked(path) as held:
+        with locked(path, on_wait=lambda: order.append(("waits", True))) as held:
             order.append(("waited", held))
 
     thread = threading.Thread(target=wait)
     with locked(path):
         thread.start()
-        thread.join(timeout=0.2)
+        while not order:
+            time.sleep(0.01)
         order.append(("first", True))
     thread.join(timeout=10)
-    assert order == [("first", True), ("waited", True)]
+    assert order == [("waits", True), ("first", True), ("waited", True)]
+    with locked(path, on_wait=lambda: order.append(("waits", True))):
+        assert len(order) == 3
 
 
 def test_a_picture_is_written_in_its_colours(tmp_path):

@@ -128,7 +128,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, data, monkeypatch):
 def test_a_run_whose_network_was_not_kept_is_refused_with_the_option_that_keeps_it(tmp_path, data, kept, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text((kept / "run.json").read_text())
-    with pytest.raises(SystemExit, match="make the run with --keep-networks"):
+    with pytest.raises(SystemExit, match="make the run anew with --keep-networks"):
         here(monkeypatch, "--data", data, "--run", tmp_path / "run", "--out", tmp_path / "a.png")
 
 
