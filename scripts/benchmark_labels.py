@@ -12,6 +12,7 @@ from scripts.benchmark_statistics import images_to_reach
 Run = dict[str, Any]
 Reached = dict[str, Any]
 
+NEXT_TO_NOTHING = 0.02  # mAP@0.5 that is no target: lines cross it by chance
 _SHARES_OF_FULL = (80, 90, 95, 100)  # percent
 
 
@@ -34,7 +35,7 @@ def labels_for_full(runs: Sequence[Run], full: Mapping[str, Any] | None) -> dict
 
 def labels_for_random(runs: Sequence[Run], random: Sequence[Run]) -> Reached | None:
     """What a line needs for random's mAP@0.5 in its last cycle at the same seeds, which is how the paper and others
-    count; None without a seed that both have."""
+    count; None without a seed that both have, and where random has learnt next to nothing."""
     ends = {run["seed"]: run["cycles"][-1] for run in random}
     alike = [run for run in runs if run["seed"] in ends]
     if not alike:
@@ -42,6 +43,8 @@ def labels_for_random(runs: Sequence[Run], random: Sequence[Run]) -> Reached | N
     found = [ends[run["seed"]] for run in alike]
     instances = float(np.mean([end["annotated_instances"] for end in found]))
     targets = np.array([end["map_50"] for end in found], dtype=np.float64)
+    if targets.mean() <= NEXT_TO_NOTHING:
+        return None
     return _reached(alike, targets, of=(found[0]["annotated_images"], instances))
 
 

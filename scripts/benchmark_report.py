@@ -15,7 +15,7 @@ import numpy as np
 from model.comparison import resampled_map_50
 from model.strategies import STRATEGIES
 from model.types import FloatArray
-from scripts.benchmark_labels import Run, curves_of, labels_for_full, labels_for_random
+from scripts.benchmark_labels import NEXT_TO_NOTHING, Run, curves_of, labels_for_full, labels_for_random
 from scripts.benchmark_lines import FULL, RunName, changed_from, random_alike, supervised_twin
 from scripts.benchmark_measures import unpacked
 from scripts.benchmark_plots import plot_all
@@ -128,7 +128,7 @@ def _unfit(full: dict[str, Any] | None, random: Sequence[Run]) -> str | None:
     """Why full supervision cannot be what lines are measured against, if it cannot."""
     if full is None:
         return None
-    if full["map_50"] <= full["map_50_half_width_95"]:
+    if full["map_50"] <= max(full["map_50_half_width_95"], NEXT_TO_NOTHING):
         return "cannot be told apart from 0"
     if random and full["map_50"] < (height := curves_of(random)[:, -1].mean()):
         return f"is below random's last cycle ({height:.3f} with {random[0]['cycles'][-1]['annotated_images']} images)"

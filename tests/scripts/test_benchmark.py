@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.config import NetworkConfig
+from model.dataset import input_hw
 from model.strategies import STRATEGIES
 from scripts import benchmark
 from scripts.shared_files import locked
@@ -53,8 +55,8 @@ def test_two_processes_do_each_run_once_and_the_report_comes_out(tmp_path, data,
     assert len(said) == len(expected)
     for pattern in expected:
         assert sum(re.fullmatch(pattern, line) is not None for line in said) == 1
-    # Trained without pseudo labels: the first cycle of two lines, the second of one, and full supervision.
-    assert len(list((tmp_path / "shared").glob("*.safetensors"))) == 3
+    # The first cycle of both lines, the second of each, in which no pseudo label passes, and full supervision.
+    assert len(list((tmp_path / "shared").glob("*.safetensors"))) == 4
     seconds = [json.loads((tmp_path / f"{line}-seed0" / "run.json").read_text())["cycles"][0]["seconds"]
                for line in ("random", "tsp+ssl")]  # fmt: skip
     assert seconds[0]["training"] == seconds[1]["training"]  # of the cycle that both share
@@ -172,6 +174,20 @@ def test_the_processes_of_a_benchmark_end_with_it(tmp_path, data, which):
     assert said.count("Stopped. The same command goes on from the last checkpoint.") == (which == signal.SIGINT)
 
 
+def test_the_rank_of_torchrun_that_ends_last_writes_the_report(tmp_path, data, monkeypatch, capsys):
+    arguments = ["run", "--data", data, "--out", tmp_path, "--lines", "full", "--seeds", "0", *COMMAND]
+    (tmp_path / "full-seed0").mkdir()
+    with locked(tmp_path / "full-seed0" / "lock"):  # another rank is at it
+        monkeypatch.setenv("RANK", "0")
+        here(monkeypatch, *arguments)
+        assert "1 of 1 runs are not finished" in capsys.readouterr().out
+        monkeypatch.setenv("RANK", "1")
+        here(monkeypatch, *arguments)
+        assert capsys.readouterr().out == ""
+    here(monkeypatch, *arguments)
+    assert (tmp_path / "report.md").exists()
+
+
 def test_each_rank_of_torchrun_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -192,7 +208,10 @@ def test_the_papers_profile_is_that_of_the_paper():
     paper = benchmark.EFFORTS["paper"]
     assert (paper.pool, paper.test) == (None, None)
     experiment = paper.experiment
-    assert (experiment.profile, experiment.weights, experiment.network["min_size"]) == ("resnet50_fpn", "coco", 512)
+    assert (experiment.profile, experiment.weights) == ("resnet50_fpn", "coco")
+    network = NetworkConfig.for_profile(experiment.profile, 2, **experiment.network)
+    for hw in ((512, 512), (512, 1024)):  # its CT and OCT images
+        assert input_hw(hw, network) == hw
     assert (experiment.first_batch, experiment.batch, experiment.cycles) == (500, 500, 6)
     training = experiment.training
     assert (training.epochs, training.schedule, training.learning_rate) == (50, "step", 0.001)

@@ -386,6 +386,14 @@ def test_a_line_that_trains_another_network_is_told_by_its_first_cycle():
     assert told[0].startswith("mc_dropout is -0.050 against random in the first cycle already, on the same images")
 
 
+@pytest.mark.parametrize(("end", "is_target"), [(0.019, False), (0.03, True)])
+def test_random_images_that_taught_next_to_nothing_are_no_target(end, is_target):
+    runs = [made_run("random", 0, [0.001, 0.002, end]), made_run("tsp+ssl", 0, [0.001, 0.01, 0.1], precision=0.9)]
+    report = make_report(runs)
+    assert (report["lines"]["tsp+ssl"]["images_to_reach_random"] is not None) == is_target
+    assert any("random's last cycle" in sentence for sentence in claims(report)) == is_target
+
+
 def test_another_first_batch_is_not_taken_for_another_network():
     other = made_run("mc_dropout@first=spread", 0, [0.3, 0.3, 0.3])
     other["cycles"][0]["annotated"] = ["others"]
@@ -409,6 +417,7 @@ def test_a_line_is_compared_with_the_one_that_it_changes_in_one_way():
     ("full", "said"),
     [
         pytest.param([0.0, 0.01, 0.002], "(0.004 ± 0.013) cannot be told apart from 0: it is no reference", id="0"),
+        pytest.param([0.019], "(0.019) cannot be told apart from 0: it is no reference", id="0, one seed"),
         pytest.param(
             [0.25, 0.26, 0.255],
             "(0.255 ± 0.012) is below random's last cycle (0.400 with 30 images): it is no reference",
