@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from model.errors import CheckpointError, DatasetError, TSPError
 from model.evaluate import evaluate
 from model.files import write_json
 from model.network import MaskRCNNWithScores, build_model
-from model.predict import detect
+from model.predict import detect, rescored
 from model.pseudo_labels import with_score_threshold
 from model.registry import ModelCard
 from model.together import train_in_processes
@@ -248,8 +248,8 @@ def _measured(found: Mapping[str, Detections], truth: LabeledSet, *, mask_thresh
     """The average precisions, ranked by c and by c x m as Mask Scoring R-CNN does, and how far both IoU branches can be
     trusted."""
     result = evaluate(found, truth.images, truth.class_names, mask_threshold=mask_threshold)
-    rescored = evaluate(
-        {image_id: _rescored(detections) for image_id, detections in found.items()},
+    by_product = evaluate(
+        {image_id: rescored(detections) for image_id, detections in found.items()},
         truth.images,
         truth.class_names,
         mask_threshold=mask_threshold,
@@ -258,16 +258,11 @@ def _measured(found: Mapping[str, Detections], truth: LabeledSet, *, mask_thresh
     return {
         **asdict(result),
         "images_with_instances": sum(len(image.labels) > 0 for image in truth.images),  # which the gate counts
-        "rescored_map_50": rescored.map_50,
-        "rescored_map_50_95": rescored.map_50_95,
+        "rescored_map_50": by_product.map_50,
+        "rescored_map_50_95": by_product.map_50_95,
         "box_reliability": asdict(reliability(pairs["box_scores"], pairs["box_ious"])),
         "mask_reliability": asdict(reliability(pairs["mask_scores"], pairs["mask_ious"])),
     }
-
-
-def _rescored(detections: Detections) -> Detections:
-    scores = detections.class_scores * detections.mask_scores
-    return replace(detections, class_scores=scores).select(np.argsort(-scores, kind="stable"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Inference: images in, `Detections` out; the polygons and scores that people see are made from these."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from model.dataset import image_tensor, input_hw
 from model.errors import InvalidInputError, TooLargeError
 from model.memory import is_out_of_memory
 from model.network import MaskRCNNWithScores
-from model.types import Detections
+from model.types import Detections, FloatArray
 
 T = TypeVar("T")
 
@@ -90,6 +91,16 @@ def detections_of(tensors: Mapping[str, Tensor], *, input_hw: tuple[int, ...], i
         mask_scores=output["mask_scores"][order],
         roi_masks=output["roi_masks"][order],
     )
+
+
+def rescored(detections: Detections, calibrate: Callable[[FloatArray], FloatArray] | None = None) -> Detections:
+    """The detections with c x m in the place of c, the best first, as Mask Scoring R-CNN ranks them.
+
+    `calibrate` (`model.calibration.fit_calibration`) maps m (D,) to (D,) before.
+    """
+    mask_scores = detections.mask_scores if calibrate is None else calibrate(detections.mask_scores)
+    scores = detections.class_scores * mask_scores
+    return replace(detections, class_scores=scores).select(np.argsort(-scores, kind="stable"))
 
 
 def _check_pixels(pixels: NDArray[np.uint8]) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from model.dataset import image_tensor
 from model.errors import InvalidInputError
-from model.predict import ahead, detect
+from model.predict import ahead, detect, rescored
 from tests.model.examples import tiny_network
 
 
@@ -132,3 +132,15 @@ def test_who_stops_early_leaves_no_thread_behind():
 def test_torch_keeps_to_its_threads_ahead():
     threads = torch.get_num_threads()
     assert list(ahead(torch.get_num_threads() for _ in range(2))) == [threads, threads]
+
+
+def test_rescored_detections_have_c_times_m_and_the_best_first():
+    (found,) = detect(tiny_network(), [pixels((64, 64))])
+    ranked, halved = rescored(found), rescored(found, lambda mask_scores: mask_scores / 2)
+    products = found.class_scores * found.mask_scores
+    order = np.argsort(-products, kind="stable")
+    assert order.tolist() != list(range(len(found)))
+    for calibrated, expected in ((ranked, products), (halved, products / 2)):
+        np.testing.assert_allclose(calibrated.class_scores, expected[order], rtol=1e-6)
+        np.testing.assert_array_equal(calibrated.mask_scores, found.mask_scores[order])
+        np.testing.assert_array_equal(calibrated.boxes_xyxy, found.boxes_xyxy[order])

@@ -1,7 +1,5 @@
 """The benchmark's measures against COCO's evaluation and by hand."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -9,6 +7,7 @@ from model.calibration import true_ious
 from model.comparison import average_precision, compare, matched
 from model.evaluate import evaluate
 from model.geometry import mask_to_rle
+from model.predict import rescored
 from model.types import LabeledImage
 from scripts import benchmark_measures
 from scripts.benchmark_measures import iou_pairs, measured, pseudo_quality, unpacked
@@ -64,8 +63,8 @@ def test_average_precisions_are_those_of_cocos_evaluation_for_both_rankings(scen
     assert ours["ap_50_95_by_class"] == {name: pytest.approx(ap) for name, ap in coco.ap_50_95_by_class.items()}
     assert ours["ap_50_by_class"]["three"] is None
 
-    rescored = {name: replace(d, class_scores=d.class_scores * d.mask_scores) for name, d in found.items()}
-    coco = evaluate(rescored, images, CLASSES, mask_threshold=THRESHOLD)
+    by_product = {name: rescored(detections) for name, detections in found.items()}
+    coco = evaluate(by_product, images, CLASSES, mask_threshold=THRESHOLD)
     assert ours["rescored_map_50"] == pytest.approx(coco.map_50)
     assert ours["rescored_map_50_95"] == pytest.approx(coco.map_50_95)
     assert ours["rescored_map_50"] != pytest.approx(ours["map_50"])
