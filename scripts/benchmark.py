@@ -30,8 +30,9 @@ if not __package__:  # started as a file, not by `python -m`
 from model.config import PROFILES, PseudoLabelConfig, TrainingConfig
 from model.device import check_device
 from model.errors import InvalidInputError, TSPError
+from model.registry import Registry
 from model.strategies import STRATEGIES
-from scripts.active_learning import anchors_for, cycles_done, run
+from scripts.active_learning import KEPT, anchors_for, cycles_done, run
 from scripts.arguments import not_negative, positive
 from scripts.benchmark_lines import FULL, RECIPES, Experiment, RunName, Selection, parse_line
 from scripts.benchmark_report import write_report, write_reports
@@ -172,6 +173,8 @@ def _run(options: argparse.Namespace) -> None:
     for name in names:
         folder = options.out / name.folder
         done, total = cycles_done(name, experiment, data, folder)
+        if done >= total and options.keep_networks and _speaks(options) and not Registry(folder).versions(KEPT):
+            print(f"{folder} is finished, and its network was not kept: delete it to make the run anew", flush=True)
         if done >= total or time.monotonic() >= deadline:
             continue
         folder.mkdir(parents=True, exist_ok=True)

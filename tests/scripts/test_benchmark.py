@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,21 @@ def test_the_processes_of_a_benchmark_end_with_it(tmp_path, data, which):
         assert not [child for child in children if Path(f"/proc/{child}").exists()]
         said = process.stderr.read()
     assert said.count("Stopped. The same command goes on from the last checkpoint.") == (which == signal.SIGINT)
+
+
+def test_a_finished_run_whose_network_was_not_kept_is_named(tmp_path, data, monkeypatch, capsys):
+    arguments = ["run", "--data", data, "--out", tmp_path, "--lines", "full", "--seeds", "0", *COMMAND]
+    here(monkeypatch, *arguments)
+    folder = tmp_path / "full-seed0"
+    told = f"{folder} is finished, and its network was not kept: delete it to make the run anew\n"
+    capsys.readouterr()
+    here(monkeypatch, *arguments, "--keep-networks")
+    assert capsys.readouterr().out.startswith(told)
+    shutil.rmtree(folder)
+    here(monkeypatch, *arguments, "--keep-networks")
+    assert (folder / "network").exists()
+    here(monkeypatch, *arguments, "--keep-networks")
+    assert "was not kept" not in capsys.readouterr().out
 
 
 def test_the_rank_of_torchrun_that_ends_last_writes_the_report(tmp_path, data, monkeypatch, capsys):
