@@ -128,7 +128,9 @@ def _ranges(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _verdict(comparison: dict[str, Any], one: str, other: str) -> str:
-    """Better, worse or not told apart: by the t-test, before and after Holm's correction."""
+    """The same, better, worse or not told apart: by the t-test, before and after Holm's correction."""
+    if not any(comparison["differences"]):
+        return f"{one} is the same as {other} ({comparison['seeds']} seeds): what it does otherwise changed nothing."
     difference, p = comparison["difference"], comparison["p_holm"]
     numbers = (
         f"{difference:+.3f} ± {comparison['half_width_95']:.3f} in area under the curve, {comparison['seeds']} seeds, "

@@ -323,8 +323,11 @@ def _comparisons(lines: Lines) -> list[dict[str, Any]]:
     found = [_comparison(one, other, lines, resampled) for one, other in pairs]
     comparisons = [comparison for comparison in found if comparison is not None]
     for name in ("p", "bootstrap_p"):
-        for comparison, corrected in zip(comparisons, holm([c[name] for c in comparisons]), strict=True):
-            comparison[f"{name}_holm"] = corrected
+        # Lines that are the same runs are one comparison; what is the same as the line it is held against is none.
+        distinct = {tuple(c["differences"]): c[name] for c in comparisons if any(c["differences"])}
+        corrected = dict(zip(distinct, holm(list(distinct.values())), strict=True))
+        for comparison in comparisons:
+            comparison[f"{name}_holm"] = corrected.get(tuple(comparison["differences"]), 1.0)
     return comparisons
 
 
@@ -339,6 +342,7 @@ def _comparison(
         "one": one,
         "other": other,
         "seeds": len(differences),
+        "differences": differences.tolist(),
         "difference": float(differences.mean()),
         "half_width_95": float(half_width(differences)),
         "p": paired_t_p(differences),

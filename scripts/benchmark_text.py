@@ -105,7 +105,8 @@ def _comparisons_table(report: Report) -> str:
         [
             "Differences in area under the curve, paired by seed. Not all pairs: each line against random, against "
             "random+ssl and random by the same recipe, against itself without pseudo labels, and against the line "
-            "that it changes in one way; both p are corrected for that many comparisons. "
+            "that it changes in one way; both p are corrected for that many comparisons, of which those of lines that "
+            "are the same runs count once. "
             "Read the t-test. The bootstrap is here for comparison: of so few differences it is too sure of itself. "
             "The last column is another question: the 95 % interval of the last cycle's difference in mAP@0.5 when the "
             "test images are drawn anew, with the trained networks as they are.",

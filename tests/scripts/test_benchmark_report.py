@@ -230,6 +230,27 @@ def test_the_differences_to_random_are_paired_by_seed():
     assert line["last_cycle_over_random"]["difference"] == pytest.approx(0.1)
 
 
+def test_lines_that_are_the_same_runs_count_once_in_the_correction():
+    curves = {"random": 0.1, "random+ssl": 0.1, "tsp": 0.3, "tsp@empty_policy=last": 0.3, "core_set": 0.2}
+    runs = [
+        made_run(line, seed, [height + seed * (0.01 + height / 50)] * 3)
+        for line, height in curves.items()
+        for seed in range(3)
+    ]
+    report = make_report(runs)
+    found = {(c["one"], c["other"]): c for c in report["comparisons"]}
+    # tsp and core_set against random are two; all others are the same as one of these, or no difference at all.
+    p_values = [found[line, "random"]["p"] for line in ("tsp", "core_set")]
+    corrected = dict(zip(("tsp", "core_set"), holm(p_values), strict=True))
+    for line, expected in (*corrected.items(), ("tsp@empty_policy=last", corrected["tsp"])):
+        for other in ("random", "random+ssl"):
+            assert found[line, other]["p_holm"] == expected
+    assert found["tsp@empty_policy=last", "tsp"]["p_holm"] == 1
+    told = claims(report)
+    assert "**tsp@empty_policy=last** is the same as tsp (3 seeds): what it does otherwise changed nothing." in told
+    assert "**random+ssl** is the same as random (3 seeds): what it does otherwise changed nothing." in told
+
+
 def test_lines_are_compared_with_random_with_random_ssl_and_with_their_twin_and_corrected_together():
     heights = {"random": 0.1, "random+ssl": 0.2, "tsp": 0.3, "tsp+ssl@beta=0.05": 0.5, "core_set": 0.4}
     runs = [
