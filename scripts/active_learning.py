@@ -281,9 +281,8 @@ class _Cycles:
         """
         checkpoint = self.shared / f"{self._digest_of_training(images)}.safetensors"
         record = checkpoint.with_name(f"{checkpoint.stem}-{_digest(held_out)}.json")
-        with locked(
-            checkpoint.with_suffix(".lock"), on_wait=self.signs.wait
-        ):  # who comes second has nothing left to do
+        # Who comes second waits, and then has nothing left to do.
+        with locked(checkpoint.with_suffix(".lock"), on_wait=self.signs.wait):
             config = without_semi_supervision(self.settings.training)
             network, training = self._trained(images, config, checkpoint)
             if not record.exists():
