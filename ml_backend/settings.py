@@ -154,7 +154,8 @@ class Settings(BaseSettings):
     empty_policy: EmptyImagePolicy = _env(
         "TSP_EMPTY_POLICY",
         EmptyImagePolicy.MEDIAN,
-        "place in the queue of images without detections: first, last, median",
+        "place in the queue of images without detections: first, last, median (with tsp_expected and tsp_present they "
+        "are last)",
     )
     from_name: str | None = _env("TSP_FROM_NAME", None, "the PolygonLabels tag to use when a project has several")
     max_vertices: int = _env("TSP_MAX_VERTICES", 40, "most vertices of a pre-annotated polygon", ge=4)
@@ -389,6 +390,11 @@ class Settings(BaseSettings):
             raise SettingsError(
                 f"TSP_CLASS_THRESHOLD_FLOOR: expected a number from 0 to TSP_CLASS_THRESHOLD "
                 f"({settings.class_threshold}), got {settings.class_threshold_floor}"
+            )
+        if settings.semi_supervised and settings.pseudo_rule == "precision" and not settings.validation_fraction:
+            raise SettingsError(
+                "TSP_PSEUDO_RULE: `precision` is measured on validation images, and TSP_VALIDATION_FRACTION is 0: set "
+                "that higher (its default is 0.2), choose the rule `and`, or set TSP_SEMI_SUPERVISED=false"
             )
         try:
             NetworkConfig.for_profile(settings.profile, 2, **settings.network_sizes())

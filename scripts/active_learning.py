@@ -40,6 +40,7 @@ from scripts.benchmark_lines import (
     without_semi_supervision,
 )
 from scripts.benchmark_measures import iou_pairs, measured, pseudo_quality
+from scripts.benchmark_runs import read_run
 from scripts.benchmark_sets import Data, at_input_size
 from scripts.benchmark_signs import SignsOfLife
 from scripts.shared_files import locked
@@ -133,7 +134,7 @@ def _load(folder: Path, name: RunName, experiment: Experiment, data: Data) -> di
             "test_instances": {n: [int((i.labels == k).sum()) for i in data.test.images] for k, n in classes},
             "cycles": [],
         }
-    state: dict[str, Any] = json.loads(path.read_text())
+    state = read_run(path)
     if differing := _differing(state["settings"], settings):
         raise ValueError(
             f"{path} was made with other settings or images ({', '.join(differing)}): choose another --out, or delete "

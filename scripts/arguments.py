@@ -1,6 +1,8 @@
-"""Kinds of numbers that commands take."""
+"""Kinds of numbers and files that commands take."""
 
 from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -11,6 +13,18 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """A whole number of at least 0."""
     return _at_least(0, text)
+
+
+def file_called(suffix: str) -> Callable[[str], Path]:
+    """A file that is written and whose name ends so."""
+
+    def read(text: str) -> Path:
+        path = Path(text)
+        if path.is_dir() or path.suffix != suffix:
+            raise ArgumentTypeError(f"expected a file whose name ends in {suffix}, got {text!r}")
+        return path
+
+    return read
 
 
 def _at_least(least: int, text: str) -> int:

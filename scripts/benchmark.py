@@ -134,15 +134,23 @@ def _options() -> argparse.Namespace:
         "--random-split", action="store_true", help="test on a random fourth of the images, not on the set's own split"
     )
     runner.add_argument("--crop", type=positive, help="of larger images only the middle, so many pixels square")
-    runner.add_argument("--first-batch", type=positive)
-    runner.add_argument("--batch", type=positive)
-    runner.add_argument("--cycles", type=positive)
-    runner.add_argument("--epochs", type=positive)
-    runner.add_argument("--min-steps", type=not_negative)
-    runner.add_argument("--learning-rate", type=float)
-    runner.add_argument("--beta", type=float)
-    runner.add_argument("--thresholds", help="sigma_c,sigma_b,sigma_m of the pseudo labels")
-    runner.add_argument("--queue-threshold", type=float, help="class score from which detections count in the queue")
+    runner.add_argument(
+        "--first-batch", type=positive, help="random images that all lines start with; cpu: 50, paper: 500"
+    )
+    runner.add_argument("--batch", type=positive, help="images that each later cycle chooses; cpu: 50, paper: 500")
+    runner.add_argument("--cycles", type=positive, help="trainings, each from the start; cpu: 5, paper: 6")
+    runner.add_argument("--epochs", type=positive, help="passes over the annotated images; cpu: 6, paper: 50")
+    runner.add_argument(
+        "--min-steps", type=not_negative, help="more epochs, until there are so many steps; cpu: 1000, paper: 0"
+    )
+    runner.add_argument("--learning-rate", type=float, help="default: 0.001")
+    runner.add_argument("--beta", type=float, help="weight of the pseudo-label loss (eq. 5); default: 0.01")
+    runner.add_argument(
+        "--thresholds", help="sigma_c,sigma_b,sigma_m of the pseudo labels; default: 0.9,0.9,0.8, as in the paper"
+    )
+    runner.add_argument(
+        "--queue-threshold", type=float, help="class score from which detections count in the queue; default: 0.2"
+    )
     runner.add_argument("--keep-networks", action="store_true", help="keep each run's last network in its folder")
     runner.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     reporter = commands.add_parser("report", help="table, curves and statistics of the runs that are there")

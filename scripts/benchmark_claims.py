@@ -51,34 +51,28 @@ def _reference(report: Report) -> list[str]:
 def _labels(name: str, line: dict[str, Any], report: Report) -> list[str]:
     """How many labels the line needs for what all of them, or random ones, bring."""
     full, found = report["full_supervision"], []
-    if report["full_supervision_unfit"] is not None:
-        return []
     if "100" in line["images_to_reach"]:
-        said = _crossing(line["images_to_reach"]["100"], of="the pool")
+        target = f"full supervision ({full['map_50']:.3f} with all {full['images']} images)"
+        said = _crossing(name, target, line["images_to_reach"]["100"], of="the pool")
         by_cycle = ", ".join(signed(cycle) for cycle in line["over_full_supervision"] or [])
-        found.append(
-            f"The mean curve of {name} {said} full supervision ({full['map_50']:.3f} with all {full['images']} "
-            f"images). Minus full supervision of the same seed, by cycle: {by_cycle}."
-        )
+        found.append(f"{said} Minus full supervision of the same seed, by cycle: {by_cycle}.")
     if line["images_to_reach_random"] is not None:
-        said = _crossing(line["images_to_reach_random"], of="random")
-        found.append(
-            f"The mean curve of {name} {said} random's last cycle. (The paper: 1500 images do what 3000 do, 50 % of "
-            "them, of a pool of 10,000.)"
-        )
+        said = _crossing(name, "random's last cycle", line["images_to_reach_random"], of="random")
+        found.append(f"{said} (The paper: 1500 images do what 3000 do, 50 % of them, of a pool of 10,000.)")
     return found
 
 
-def _crossing(reached: dict[str, Any], *, of: str) -> str:
-    by_seed = reached["images_by_seed"]
-    own = ", ".join("not" if images is None else str(images) for images in by_seed)
-    seeds = f"{len(by_seed) - by_seed.count(None)} of {len(by_seed)} seeds' own curves do: {own}"
+def _crossing(name: str, target: str, reached: dict[str, Any], *, of: str) -> str:
+    """Where the mean curve reaches the target for good, and where each seed's own curve does, if there are several."""
+    own = ", ".join("not" if images is None else str(images) for images in reached["images_by_seed"])
+    by_seed = f"; each seed by itself: {own}" if len(reached["images_by_seed"]) > 1 else ""
     if reached["images"] is None:
-        return f"does not reach ({seeds})"
+        return f"The mean curve of {name} ends below {target}{by_seed}."
     images, instances = percent(reached["share_of_images"]), percent(reached["share_of_instances"])
     at = "at or before" if reached["from_the_first_cycle"] else "at"
     return (
-        f"reaches, {at} {reached['images']} images ({images} of {of}'s images, {instances} of its instances; {seeds}),"
+        f"The mean curve of {name} reaches {target} {at} {reached['images']} images ({images} of {of}'s images, "
+        f"{instances} of its instances{by_seed})."
     )
 
 

@@ -19,6 +19,7 @@ from scripts.benchmark_labels import NEXT_TO_NOTHING, Run, curves_of, labels_for
 from scripts.benchmark_lines import FULL, RunName, changed_from, random_alike, supervised_twin
 from scripts.benchmark_measures import unpacked
 from scripts.benchmark_plots import plot_all
+from scripts.benchmark_runs import read_run
 from scripts.benchmark_statistics import (
     area_under,
     bootstrap_p,
@@ -53,7 +54,7 @@ def write_report(folder: Path) -> dict[str, Any]:
 
     What was written is said on stderr.
     """
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/run.json"))]
+    runs = [read_run(path) for path in sorted(folder.glob("*/run.json"))]
     runs = [run for run in runs if run["cycles"]]
     if not runs:
         raise ValueError(f"{folder}: expected finished cycles (*/run.json), found none; `benchmark run` makes them")

@@ -116,42 +116,45 @@ def _comparisons_table(report: Report) -> str:
 
 
 def _labels_section(report: Report) -> list[str]:
-    lines, full = report["lines"], report["full_supervision"]
-    if report["full_supervision_unfit"] is not None:
+    parts = [*_labels_for_full(report), *_labels_for_random(report["lines"])]
+    return ["## Labels needed", *parts] if parts else []
+
+
+def _labels_for_full(report: Report) -> list[str]:
+    if report["full_supervision"] is None:
+        return ["How many do what all labels do is unknown without full supervision: run the line `full`."]
+    if report["full_supervision_unfit"] is not None or not report["lines"]:
         return []
-    parts = ["## Labels needed"]
-    if full is None:
-        parts.append("How many do what all labels do is unknown without full supervision: run the line `full`.")
-    elif lines:
-        shares = ("80", "90", "95", "100")
-        parts += [
-            "Annotated images from which on the mean curve stays above a share of full supervision's mAP@0.5, between "
-            "cycles on a straight line, rounded up: their share of the pool, the share of its instances that they "
-            "have, and how many of the seeds' own curves do. With as many as the first cycle has, fewer may have done. "
-            "A mean of few seeds crosses a height by chance, too: the last column is mAP@0.5 minus full supervision's "
-            "of the same seed, by cycle.",
-            _table(
-                ["line", *(f"{share} %" for share in shares), "minus full supervision"],
-                [
-                    [
-                        f"`{name}`",
-                        *(_reached(line["images_to_reach"][share]) for share in shares),
-                        ", ".join(signed(cycle) for cycle in line["over_full_supervision"] or []) or "-",
-                    ]
-                    for name, line in lines.items()
-                ],
-            ),
+    shares = ("80", "90", "95", "100")
+    rows = [
+        [
+            f"`{name}`",
+            *(_reached(line["images_to_reach"][share]) for share in shares),
+            ", ".join(signed(cycle) for cycle in line["over_full_supervision"] or []) or "-",
         ]
+        for name, line in report["lines"].items()
+    ]
+    return [
+        "Annotated images from which on the mean curve stays above a share of full supervision's mAP@0.5, between "
+        "cycles on a straight line, rounded up: their share of the pool, the share of its instances that they "
+        "have, and how many of the seeds' own curves do. With as many as the first cycle has, fewer may have done. "
+        "A mean of few seeds crosses a height by chance, too: the last column is mAP@0.5 minus full supervision's "
+        "of the same seed, by cycle.",
+        _table(["line", *(f"{share} %" for share in shares), "minus full supervision"], rows),
+    ]
+
+
+def _labels_for_random(lines: Mapping[str, Any]) -> list[str]:
     needed = {name: line["images_to_reach_random"] for name, line in lines.items() if line["images_to_reach_random"]}
-    if needed:
-        parts += [
-            "Annotated images from which on the mean curve stays above random's mAP@0.5 in its last cycle (a seed's "
-            "own curve: that of its seed), as the paper (50 %) and MaskAL (39 %) count: shares of random's images and "
-            "of their instances, and how many of the seeds' own curves do. A mean that falls in its last cycle reaches "
-            "that height before: see random's own row.",
-            _table(["line", "images"], [[f"`{name}`", _reached(reached)] for name, reached in needed.items()]),
-        ]
-    return parts if len(parts) > 1 else []
+    if not needed:
+        return []
+    return [
+        "Annotated images from which on the mean curve stays above random's mAP@0.5 in its last cycle (a seed's "
+        "own curve: that of its seed), as the paper (50 %) and MaskAL (39 %) count: shares of random's images and "
+        "of their instances, and how many of the seeds' own curves do. A mean that falls in its last cycle reaches "
+        "that height before: see random's own row.",
+        _table(["line", "images"], [[f"`{name}`", _reached(reached)] for name, reached in needed.items()]),
+    ]
 
 
 def _cost_table(report: Report) -> str:

@@ -21,6 +21,7 @@ from model.errors import TSPError
 from model.files import write_json
 from model.predict import detect
 from model.types import FloatArray
+from scripts.arguments import file_called
 from scripts.benchmark_statistics import half_width
 from scripts.kept_network import KeptNetwork, load_kept
 
@@ -109,7 +110,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, nargs="+", required=True, help="folders of runs that were made with --keep-networks"
     )
-    parser.add_argument("--out", type=Path, help="where the figures are kept as JSON")
+    parser.add_argument("--out", type=file_called(".json"), help="where the figures are kept as JSON")
     return parser.parse_args()
 
 

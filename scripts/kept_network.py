@@ -1,6 +1,5 @@
 """The network that a run of `benchmark run --keep-networks` has kept, and the images that the run was made with."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from model.network import MaskRCNNWithScores
 from model.registry import ModelCard, Registry
 from scripts.active_learning import KEPT
+from scripts.benchmark_runs import read_run
 from scripts.benchmark_sets import Data, read_data
 
 
@@ -26,7 +26,7 @@ def load_kept(run: Path, data_folder: Path) -> KeptNetwork:
     path = run / "run.json"
     if not path.exists():
         raise ValueError(f"{run}: expected the folder of a run of the benchmark, there is no run.json in it")
-    state = json.loads(path.read_text())
+    state = read_run(path)
     settings = state["settings"]
     data = read_data(
         data_folder,

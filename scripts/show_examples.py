@@ -25,6 +25,7 @@ from model.predict import detect
 from model.registry import ModelCard, Registry
 from model.tsp import image_score, instance_scores
 from model.types import Detections, LabeledImage
+from scripts.arguments import file_called, positive
 from scripts.benchmark_sets import read_data
 from scripts.kept_network import load_kept
 
@@ -111,8 +112,8 @@ def _options() -> argparse.Namespace:
     network.add_argument(
         "--weights", type=Path, help="folder of a version in a registry: weights.safetensors, card.json"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the PNG")
-    parser.add_argument("--columns", type=int, default=4, help="images of each kind")
+    parser.add_argument("--out", type=file_called(".png"), required=True, help="the PNG")
+    parser.add_argument("--columns", type=positive, default=4, help="images of each kind")
     parser.add_argument("--threshold", type=float, default=0.2, help="class score from which an instance counts in S")
     return parser.parse_args()
 

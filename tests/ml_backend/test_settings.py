@@ -67,6 +67,14 @@ def test_a_floor_above_the_threshold_that_it_bounds_is_refused(monkeypatch: pyte
         read(monkeypatch, {"TSP_CLASS_WISE_THRESHOLDS": "true", "TSP_CLASS_THRESHOLD": "0.4"})
 
 
+def test_a_precision_that_nothing_measures_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    unmeasured = {"TSP_PSEUDO_RULE": "precision", "TSP_VALIDATION_FRACTION": "0"}
+    with pytest.raises(SettingsError, match=r"TSP_PSEUDO_RULE: `precision` .* TSP_VALIDATION_FRACTION is 0: set"):
+        read(monkeypatch, unmeasured)
+    assert not read(monkeypatch, {**unmeasured, "TSP_SEMI_SUPERVISED": "false"}).semi_supervised
+    assert read(monkeypatch, {**unmeasured, "TSP_PSEUDO_RULE": "and"}).pseudo_rule == "and"
+
+
 @pytest.mark.parametrize(
     ("optimizer", "schedule", "rate"),
     [("adamw", "one_cycle", 0.001), ("adamw", "step", 0.001), ("sgd", "one_cycle", 0.02), ("sgd", "step", 0.001)],

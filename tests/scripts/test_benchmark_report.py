@@ -351,15 +351,15 @@ def test_pseudo_labels_of_randomly_chosen_images_are_held_against_random():
     [
         pytest.param(
             [0.1, 0.3, 0.5],
-            "The mean curve of tsp+ssl reaches, at 20 images (20 % of the pool's images, 13 % of its instances; 1 of 1 "
-            "seeds' own curves do: 20), full supervision (0.300 with all 100 images). Minus full supervision of the "
-            "same seed, by cycle: -0.200, +0.000, +0.200.",
+            "The mean curve of tsp+ssl reaches full supervision (0.300 with all 100 images) at 20 images (20 % of the "
+            "pool's images, 13 % of its instances). Minus full supervision of the same seed, by cycle: -0.200, +0.000, "
+            "+0.200.",
             id="reached",
         ),
-        pytest.param([0.4, 0.4, 0.4], "reaches, at or before 10 images", id="at once"),
+        pytest.param([0.4, 0.4, 0.4], "images) at or before 10 images (10 %", id="at once"),
         pytest.param(
             [0.1, 0.2, 0.27],
-            "does not reach (0 of 1 seeds' own curves do: not) full supervision (0.300 with all 100 images)",
+            "The mean curve of tsp+ssl ends below full supervision (0.300 with all 100 images). Minus",
             id="not reached",
         ),
     ],
@@ -383,8 +383,8 @@ def test_the_labels_for_what_random_ones_bring_are_those_of_the_same_seeds():
         "images_by_seed": [20, 14],
     }
     said = (
-        "The mean curve of tsp+ssl reaches, at 17 images (57 % of random's images, 83 % of its instances; 2 of 2 "
-        "seeds' own curves do: 20, 14), random's last cycle."
+        "The mean curve of tsp+ssl reaches random's last cycle at 17 images (57 % of random's images, 83 % of its "
+        "instances; each seed by itself: 20, 14)."
     )
     assert any(sentence.startswith(said) for sentence in claims(report))
     assert "| `tsp+ssl` | 17 images: 57 %, 83 % of the instances (2 of 2) |" in markdown(report, {})
@@ -453,8 +453,10 @@ def test_nothing_is_said_of_reaching_a_full_supervision_that_is_no_reference(ful
     about_full = [sentence for sentence in claims(report) if "ull supervision" in sentence]
     assert len(about_full) == 1
     assert said in about_full[0]
-    assert "Labels needed" not in markdown(report, {})
     assert report["lines"]["tsp+ssl"]["images_to_reach"] == {}
+    labels_needed = markdown(report, {}).partition("## Labels needed")[2].partition("## Cost")[0]
+    assert "full supervision" not in labels_needed
+    assert "| `tsp+ssl` | 30 images: 100 %, 100 % of the instances (1 of 1) |" in labels_needed
 
 
 def test_pseudo_labels_that_never_came_about_are_mentioned():
@@ -561,6 +563,25 @@ def test_runs_of_different_settings_are_not_compared(tmp_path):
     write_runs(tmp_path, made_run("random", 0, [0.1] * 3), made_run("tsp", 0, [0.2] * 3, profile="q"))
     with pytest.raises(ValueError, match="random-seed0 and tsp-seed0 were made with different settings"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{ not", "got what is no JSON"),
+        ("{}", "with line, seed, "),
+        ('{"line": 3}', "got something else"),
+        ("[]", "else"),
+    ],
+)
+def test_a_damaged_run_is_named_with_what_to_do(tmp_path, text, said):
+    folder = tmp_path / "random-seed0"
+    folder.mkdir()
+    (folder / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=said) as refused:
+        write_report(tmp_path)
+    assert str(refused.value).startswith(f"{folder / 'run.json'}: expected the run.json of a run")
+    assert str(refused.value).endswith("; delete its folder, and the same `benchmark run` makes it anew")
 
 
 def test_a_folder_of_benchmarks_gets_a_report_each(tmp_path):

@@ -125,6 +125,29 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, data, monkeypatch):
         here(monkeypatch, "--data", data, "--run", tmp_path, "--out", tmp_path / "a.png")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--out", "a.gif"), "--out: expected a file whose name ends in .png, got 'a.gif'"),
+        (("--out", "."), "--out: expected a file whose name ends in .png, got '.'"),
+        (("--out", "a.png", "--columns", "0"), "--columns: expected a whole number of at least 1, got '0'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_network_looks_at_anything(
+    data, kept, monkeypatch, capsys, arguments, said
+):
+    monkeypatch.setattr(show_examples, "_from_run", None)
+    with pytest.raises(SystemExit):
+        here(monkeypatch, "--data", data, "--run", kept, *arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_refused(tmp_path, data, monkeypatch):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(SystemExit, match="got what is no JSON"):
+        here(monkeypatch, "--data", data, "--run", tmp_path, "--out", tmp_path / "a.png")
+
+
 def test_a_run_whose_network_was_not_kept_is_refused_with_the_option_that_keeps_it(tmp_path, data, kept, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text((kept / "run.json").read_text())
