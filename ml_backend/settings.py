@@ -154,8 +154,8 @@ class Settings(BaseSettings):
     empty_policy: EmptyImagePolicy = _env(
         "TSP_EMPTY_POLICY",
         EmptyImagePolicy.MEDIAN,
-        "place in the queue of images without detections: first, last, median (with tsp_expected and tsp_present they "
-        "are last)",
+        "place in the queue of images without detections: first, last, median (tsp_expected and tsp_present put them "
+        "last, learning_loss where it predicts)",
     )
     from_name: str | None = _env("TSP_FROM_NAME", None, "the PolygonLabels tag to use when a project has several")
     max_vertices: int = _env("TSP_MAX_VERTICES", 40, "most vertices of a pre-annotated polygon", ge=4)
@@ -393,8 +393,9 @@ class Settings(BaseSettings):
             )
         if settings.semi_supervised and settings.pseudo_rule == "precision" and not settings.validation_fraction:
             raise SettingsError(
-                "TSP_PSEUDO_RULE: `precision` is measured on validation images, and TSP_VALIDATION_FRACTION is 0: set "
-                "that higher (its default is 0.2), choose the rule `and`, or set TSP_SEMI_SUPERVISED=false"
+                "TSP_PSEUDO_RULE: `precision` is measured on validation images, expected a TSP_VALIDATION_FRACTION "
+                "above 0 (its default is 0.2), got 0: set it, choose the rule `and` or `or`, or set "
+                "TSP_SEMI_SUPERVISED=false"
             )
         try:
             NetworkConfig.for_profile(settings.profile, 2, **settings.network_sizes())

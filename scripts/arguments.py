@@ -16,11 +16,13 @@ def not_negative(text: str) -> int:
 
 
 def file_called(suffix: str) -> Callable[[str], Path]:
-    """A file that is written and whose name ends so."""
+    """The path of a file to write whose name ends so, in small or capital letters."""
 
     def read(text: str) -> Path:
         path = Path(text)
-        if path.is_dir() or path.suffix != suffix:
+        if path.is_dir():
+            raise ArgumentTypeError(f"expected a file whose name ends in {suffix}, got the folder {text!r}")
+        if path.suffix.lower() != suffix:
             raise ArgumentTypeError(f"expected a file whose name ends in {suffix}, got {text!r}")
         return path
 

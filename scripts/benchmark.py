@@ -116,40 +116,38 @@ def _options() -> argparse.Namespace:
     runner.add_argument("--data", type=Path, required=True, help="COCO folder: images/ and annotations.json")
     runner.add_argument("--out", type=Path, help=f"where the runs are kept; default: {_OUT}/<the set's name>")
     runner.add_argument("--lines", default="random,tsp,random+ssl,tsp+ssl,full", help=_LINES_HELP)
-    runner.add_argument("--seeds", default="0,1,2", help="by commas")
+    runner.add_argument("--seeds", default="0,1,2", help="by commas; default: %(default)s")
     runner.add_argument("--jobs", type=positive, default=1, help="processes, one thread each")
     runner.add_argument("--max-minutes", type=float, help="start no new cycle after so many minutes")
     runner.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
-    runner.add_argument("--profile", choices=EFFORTS, default="cpu")
+    runner.add_argument(
+        "--profile", choices=EFFORTS, default="cpu", help="`paper`: its own settings, for GPUs; default: %(default)s"
+    )
     runner.add_argument("--network", choices=PROFILES, help="another network than the profile's")
     runner.add_argument("--weights", help="none, imagenet, coco or a .safetensors file; default: the profile's")
     runner.add_argument("--size", type=positive, help="shorter side the network sees, in pixels")
-    runner.add_argument(
-        "--pool", type=positive, help="images of the pool (a fixed random subset); cpu: 300, paper: all"
-    )
-    runner.add_argument(
-        "--test", type=positive, help="images of the test set (a fixed random subset); cpu: 120, paper: all"
-    )
+    runner.add_argument("--pool", type=positive, help=f"random images that the pool has; {_defaults('pool')}")
+    runner.add_argument("--test", type=positive, help=f"random images that the test set has; {_defaults('test')}")
     runner.add_argument(
         "--random-split", action="store_true", help="test on a random fourth of the images, not on the set's own split"
     )
     runner.add_argument("--crop", type=positive, help="of larger images only the middle, so many pixels square")
     runner.add_argument(
-        "--first-batch", type=positive, help="random images that all lines start with; cpu: 50, paper: 500"
+        "--first-batch", type=positive, help=f"images that a line starts with; {_defaults('first_batch')}"
     )
-    runner.add_argument("--batch", type=positive, help="images that each later cycle chooses; cpu: 50, paper: 500")
-    runner.add_argument("--cycles", type=positive, help="trainings, each from the start; cpu: 5, paper: 6")
-    runner.add_argument("--epochs", type=positive, help="passes over the annotated images; cpu: 6, paper: 50")
+    runner.add_argument("--batch", type=positive, help=f"images that each later cycle chooses; {_defaults('batch')}")
+    runner.add_argument("--cycles", type=positive, help=f"trainings, each from the start; {_defaults('cycles')}")
+    runner.add_argument("--epochs", type=positive, help=f"passes over the annotated images; {_defaults('epochs')}")
     runner.add_argument(
-        "--min-steps", type=not_negative, help="more epochs, until there are so many steps; cpu: 1000, paper: 0"
+        "--min-steps", type=not_negative, help=f"more epochs, until there are so many steps; {_defaults('min_steps')}"
     )
-    runner.add_argument("--learning-rate", type=float, help="default: 0.001")
-    runner.add_argument("--beta", type=float, help="weight of the pseudo-label loss (eq. 5); default: 0.01")
+    runner.add_argument("--learning-rate", type=float, help=f"peak learning rate; {_defaults('learning_rate')}")
+    runner.add_argument("--beta", type=float, help=f"weight of the pseudo-label loss (eq. 5); {_defaults('beta')}")
+    runner.add_argument("--thresholds", help="sigma_c,sigma_b,sigma_m of the pseudo labels; default: the paper's")
     runner.add_argument(
-        "--thresholds", help="sigma_c,sigma_b,sigma_m of the pseudo labels; default: 0.9,0.9,0.8, as in the paper"
-    )
-    runner.add_argument(
-        "--queue-threshold", type=float, help="class score from which detections count in the queue; default: 0.2"
+        "--queue-threshold",
+        type=float,
+        help=f"class score from which detections count in the queue; default: {Selection().queue_threshold}",
     )
     runner.add_argument("--keep-networks", action="store_true", help="keep each run's last network in its folder")
     runner.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -160,6 +158,16 @@ def _options() -> argparse.Namespace:
     if options.out is None:
         options.out = _OUT / options.data.resolve().name
     return options
+
+
+def _defaults(name: str) -> str:
+    """What a setting is in each profile."""
+    values = []
+    for profile, effort in EFFORTS.items():
+        [owner] = [o for o in (effort, effort.experiment, effort.experiment.training) if hasattr(o, name)]
+        value = getattr(owner, name)
+        values.append(f"{profile}: {'all' if value is None else value}")
+    return ", ".join(values)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -53,19 +53,24 @@ def _labels(name: str, line: dict[str, Any], report: Report) -> list[str]:
     full, found = report["full_supervision"], []
     if "100" in line["images_to_reach"]:
         target = f"full supervision ({full['map_50']:.3f} with all {full['images']} images)"
-        said = _crossing(name, target, line["images_to_reach"]["100"], of="the pool")
-        by_cycle = ", ".join(signed(cycle) for cycle in line["over_full_supervision"] or [])
-        found.append(f"{said} Minus full supervision of the same seed, by cycle: {by_cycle}.")
+        found.append(_crossing(name, line, target, line["images_to_reach"]["100"], of="the pool"))
+        if line["over_full_supervision"] is not None:
+            by_cycle = ", ".join(signed(cycle) for cycle in line["over_full_supervision"])
+            found[-1] += f" Minus full supervision of the same seed, by cycle: {by_cycle}."
     if line["images_to_reach_random"] is not None:
-        said = _crossing(name, "random's last cycle", line["images_to_reach_random"], of="random")
+        said = _crossing(name, line, "random's last cycle", line["images_to_reach_random"], of="random")
         found.append(f"{said} (The paper: 1500 images do what 3000 do, 50 % of them, of a pool of 10,000.)")
     return found
 
 
-def _crossing(name: str, target: str, reached: dict[str, Any], *, of: str) -> str:
+def _crossing(name: str, line: dict[str, Any], target: str, reached: dict[str, Any], *, of: str) -> str:
     """Where the mean curve reaches the target for good, and where each seed's own curve does, if there are several."""
-    own = ", ".join("not" if images is None else str(images) for images in reached["images_by_seed"])
-    by_seed = f"; each seed by itself: {own}" if len(reached["images_by_seed"]) > 1 else ""
+    first = line["annotated_images"][0]
+    own = [
+        "not" if images is None else f"at most {images}" if images == first else str(images)
+        for images in reached["images_by_seed"]
+    ]
+    by_seed = f"; each seed by itself: {', '.join(own)}" if len(own) > 1 else ""
     if reached["images"] is None:
         return f"The mean curve of {name} ends below {target}{by_seed}."
     images, instances = percent(reached["share_of_images"]), percent(reached["share_of_instances"])

@@ -32,7 +32,10 @@ def plot_all(report: Report, folder: Path) -> dict[str, str]:
     """Draw every figure for which there are results; by file name, what it shows."""
     figures = {
         "figure2.png": ("mAP@0.5 by annotated images, as in the paper's Figure 2", _figure_2),
-        "figure4.png": ("With pseudo labels, and without some of the scores (the paper's Figure 4)", _figure_4),
+        "figure4.png": (
+            "With pseudo labels, by beta, and without some of the scores (the paper's Figure 4)",
+            _figure_4,
+        ),
         "options.png": ("Lines with options of their own", _figure_options),
         "cost.png": ("mAP@0.5 by annotated instances and vertices", _figure_cost),
         "pseudo.png": ("Pseudo labels against the hidden ground truth", _figure_pseudo),

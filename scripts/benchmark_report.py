@@ -36,6 +36,7 @@ Lines = dict[str, list[Run]]
 _RATES = {"minutes_an_image": 4.0, "dollars_an_image": 8.5}
 _TEST_RESAMPLES = 400
 _BINS = 10
+_NO_BETTER_THAN_0 = "cannot be told apart from 0"
 
 
 def write_reports(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -76,13 +77,14 @@ def make_report(runs: Sequence[Run]) -> dict[str, Any]:
     variants = {line: lines.pop(line) for line in list(lines) if lines[line][0]["strategy"] == FULL}
     unfit = _unfit(full, lines.get("random", []))
     reference = full if unfit is None else None
+    random = lines.get("random", []) if unfit != _NO_BETTER_THAN_0 else []  # fewer labels have then taught nothing, too
     return {
         "settings": runs[0]["settings"],
         "annotation_rates": _RATES,
         "full_supervision": full,
         "full_supervision_unfit": unfit,
         "full_supervision_variants": {line: _full_supervision(of_line) for line, of_line in variants.items()},
-        "lines": {line: _line(of_line, lines, reference) for line, of_line in lines.items()},
+        "lines": {line: _line(of_line, lines, reference, random) for line, of_line in lines.items()},
         "comparisons": _comparisons(lines),
         "reliability": {branch: _reliability(lines, f"{branch}_reliability") for branch in ("box", "mask")},
         "unfinished": [
@@ -130,13 +132,14 @@ def _unfit(full: dict[str, Any] | None, random: Sequence[Run]) -> str | None:
     if full is None:
         return None
     if full["map_50"] <= max(full["map_50_half_width_95"], NEXT_TO_NOTHING):
-        return "cannot be told apart from 0"
+        return _NO_BETTER_THAN_0
     if random and full["map_50"] < (height := curves_of(random)[:, -1].mean()):
         return f"is below random's last cycle ({height:.3f} with {random[0]['cycles'][-1]['annotated_images']} images)"
     return None
 
 
-def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None) -> dict[str, Any]:
+def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None, random: Sequence[Run]) -> dict[str, Any]:
+    """A line's tables; `full` and `random` are what its labels are measured against, if they are fit for it."""
     cycles = [list(cycle) for cycle in zip(*(run["cycles"] for run in runs), strict=True)]
     curves = curves_of(runs)
     images = [cycle[0]["annotated_images"] for cycle in cycles]
@@ -162,7 +165,7 @@ def _line(runs: Sequence[Run], lines: Lines, full: dict[str, Any] | None) -> dic
         "last_cycle_over_random": _over_random(runs, lines, -1),
         "over_full_supervision": _over_full(runs, full),
         "images_to_reach": labels_for_full(runs, full),
-        "images_to_reach_random": labels_for_random(runs, lines.get("random", [])),
+        "images_to_reach_random": labels_for_random(runs, random),
         **_costs(cycles[-1], runs[0]["settings"]),
         "seconds": {
             part: _mean([_seconds(run, part) for run in runs]) for part in ("training", "evaluation", "scoring")

@@ -42,12 +42,12 @@ def main() -> None:
     """Print the table, and keep it."""
     options = _options()
     try:
-        kept = {run.name: load_kept(run, options.data) for run in options.runs}
-        _check_comparable(options.runs, list(kept.values()))
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
+        kept = {run.name: load_kept(run, options.data) for run in options.runs}
+        _check_comparable(options.runs, list(kept.values()))
         by_run = {name: rankings_of(one) for name, one in kept.items()}
-    except (TSPError, ValueError) as error:
+    except (OSError, TSPError, ValueError) as error:
         sys.exit(f"Nothing is compared: {error}")
     print(_table(list(by_run.values())))
     if options.out:

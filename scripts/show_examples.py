@@ -54,12 +54,13 @@ def main() -> None:
     """Draw the picture."""
     options = _options()
     try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         network, card, pool = _from_run(options) if options.run else _from_version(options)
         examples, without = score(network, pool.images, threshold=options.threshold)
         if not examples:
             raise ValueError(f"the network finds nothing with a class score of {options.threshold} in {options.data}")
         draw(examples, card.class_names, options.out, columns=options.columns, network=network)
-    except (TSPError, ValueError) as error:
+    except (OSError, TSPError, ValueError) as error:
         sys.exit(f"No picture: {error}")
     print(f"{options.out}: of {len(pool.images)} images{_left_out(without)}")
 
@@ -90,7 +91,6 @@ def draw(
             _draw_example(axes, example, class_names, network.config.mask_threshold)
         of_row[0].set_ylabel(name, fontsize=13)
     figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

@@ -69,7 +69,7 @@ def test_a_floor_above_the_threshold_that_it_bounds_is_refused(monkeypatch: pyte
 
 def test_a_precision_that_nothing_measures_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     unmeasured = {"TSP_PSEUDO_RULE": "precision", "TSP_VALIDATION_FRACTION": "0"}
-    with pytest.raises(SettingsError, match=r"TSP_PSEUDO_RULE: `precision` .* TSP_VALIDATION_FRACTION is 0: set"):
+    with pytest.raises(SettingsError, match=r"TSP_PSEUDO_RULE: `precision` .* above 0 .*, got 0: set it"):
         read(monkeypatch, unmeasured)
     assert not read(monkeypatch, {**unmeasured, "TSP_SEMI_SUPERVISED": "false"}).semi_supervised
     assert read(monkeypatch, {**unmeasured, "TSP_PSEUDO_RULE": "and"}).pseudo_rule == "and"

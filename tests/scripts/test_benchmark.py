@@ -142,6 +142,15 @@ def test_the_help_names_the_lines_that_there_are(monkeypatch, capsys):
     assert all(name in output for name in [*STRATEGIES, "+ssl", "full"])
 
 
+def test_the_help_says_what_a_setting_is_in_each_profile(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        here(monkeypatch, "run", "--help")
+    output = capsys.readouterr().out
+    for setting in ("pool has; paper: all, cpu: 300", "starts with; paper: 500, cpu: 50", "steps; paper: 0, cpu: 1000"):
+        assert setting in output
+
+
 def test_saying_what_is_left_takes_no_run_from_another_process(tmp_path, data, monkeypatch):
     arguments = ["run", "--data", data, "--out", tmp_path, "--lines", "random", "--seeds", "0", *COMMAND]
     (tmp_path / "random-seed0" / "lock").mkdir(parents=True)  # who tried to lock it would fail

@@ -129,6 +129,7 @@ def made_run(line, seed, heights, images=(10, 20, 30), instances=2, precision=No
     """What a run with these values of mAP@0.5 would leave."""
     reliability = {"spearman": 0.5, "calibration_error": 0.1, "bins": [[0.55, 0.5, 6], [0.9, 0.8, 3]], "count": 9}
     shared = {"data": "made up", "pool_images": 100, "pool_instances": 300, "test_images": 2, "profile": "p",
+              "pool": "digest", "test": "digest",
               "weights": "none", "first_batch": 10, "batch": 10, "cycles": 3, "network": {"min_size": 64},
               "training": {"epochs": 1, "min_steps": 2, "batch_size": 3}}  # fmt: skip
     name = parse_line(line, seed)
@@ -435,18 +436,21 @@ def test_a_line_is_compared_with_the_one_that_it_changes_in_one_way():
 
 
 @pytest.mark.parametrize(
-    ("full", "said"),
+    ("full", "said", "random_is_target"),
     [
-        pytest.param([0.0, 0.01, 0.002], "(0.004 ± 0.013) cannot be told apart from 0: it is no reference", id="0"),
-        pytest.param([0.019], "(0.019) cannot be told apart from 0: it is no reference", id="0, one seed"),
+        pytest.param(
+            [0.0, 0.01, 0.002], "(0.004 ± 0.013) cannot be told apart from 0: it is no reference", False, id="0"
+        ),
+        pytest.param([0.019], "(0.019) cannot be told apart from 0: it is no reference", False, id="0, one seed"),
         pytest.param(
             [0.25, 0.26, 0.255],
             "(0.255 ± 0.012) is below random's last cycle (0.400 with 30 images): it is no reference",
+            True,
             id="below random",
         ),
     ],
 )
-def test_nothing_is_said_of_reaching_a_full_supervision_that_is_no_reference(full, said):
+def test_nothing_is_said_of_reaching_a_full_supervision_that_is_no_reference(full, said, random_is_target):
     runs = [made_run(line, 0, [0.1, 0.3, 0.4], precision=0.9) for line in ("random", "tsp+ssl")]
     runs += [made_run("full", seed, [height], images=[100]) for seed, height in enumerate(full)]
     report = make_report(runs)
@@ -456,7 +460,24 @@ def test_nothing_is_said_of_reaching_a_full_supervision_that_is_no_reference(ful
     assert report["lines"]["tsp+ssl"]["images_to_reach"] == {}
     labels_needed = markdown(report, {}).partition("## Labels needed")[2].partition("## Cost")[0]
     assert "full supervision" not in labels_needed
-    assert "| `tsp+ssl` | 30 images: 100 %, 100 % of the instances (1 of 1) |" in labels_needed
+    row = "| `tsp+ssl` | 30 images: 100 %, 100 % of the instances (1 of 1) |"
+    assert (row in labels_needed) == random_is_target
+    claimed = [
+        sentence.startswith("The mean curve of tsp+ssl reaches random's last cycle") for sentence in claims(report)
+    ]
+    assert any(claimed) == random_is_target
+
+
+def test_full_supervision_of_other_seeds_gives_no_differences():
+    report = make_report([made_run("tsp+ssl", 0, [0.1, 0.3, 0.5], precision=0.9), made_run("full", 1, [0.3])])
+    [said] = [sentence for sentence in claims(report) if "reaches full supervision" in sentence]
+    assert said.endswith("of its instances).")
+
+
+def test_a_seed_that_is_there_at_once_may_have_needed_less():
+    runs = [made_run("tsp+ssl", seed, [first, 0.3, 0.5], precision=0.9) for seed, first in enumerate((0.1, 0.4))]
+    report = make_report([*runs, *(made_run("full", seed, [0.3], images=[100]) for seed in range(2))])
+    assert any("; each seed by itself: 20, at most 10)" in sentence for sentence in claims(report))
 
 
 def test_pseudo_labels_that_never_came_about_are_mentioned():
@@ -568,10 +589,11 @@ def test_runs_of_different_settings_are_not_compared(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{ not", "got what is no JSON"),
-        ("{}", "with line, seed, "),
-        ('{"line": 3}', "got something else"),
-        ("[]", "else"),
+        pytest.param("{ not", "got what is no JSON", id="no JSON"),
+        pytest.param("{}", "got other JSON", id="an empty object"),
+        pytest.param("[]", "got other JSON", id="a list"),
+        pytest.param(json.dumps({**made_run("random", 0, [0.1]), "settings": {}}), "got other", id="no settings"),
+        pytest.param(json.dumps({**made_run("random", 0, [0.1]), "cycles": [{}]}), "got other", id="an empty cycle"),
     ],
 )
 def test_a_damaged_run_is_named_with_what_to_do(tmp_path, text, said):
@@ -581,7 +603,13 @@ def test_a_damaged_run_is_named_with_what_to_do(tmp_path, text, said):
     with pytest.raises(ValueError, match=said) as refused:
         write_report(tmp_path)
     assert str(refused.value).startswith(f"{folder / 'run.json'}: expected the run.json of a run")
-    assert str(refused.value).endswith("; delete its folder, and the same `benchmark run` makes it anew")
+    assert str(refused.value).endswith("delete it, and the same command makes it anew")
+
+
+def test_a_run_that_cannot_be_read_is_not_to_be_deleted(tmp_path):
+    (tmp_path / "random-seed0" / "run.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cannot be read: Is a directory$"):
+        write_report(tmp_path)
 
 
 def test_a_folder_of_benchmarks_gets_a_report_each(tmp_path):

@@ -98,6 +98,19 @@ def refused(monkeypatch, data, *runs):
     return str(stopped.value)
 
 
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, data, runs, monkeypatch, capsys):
+    monkeypatch.setattr(compare_rankings, "load_kept", None)
+    arguments = ["compare_rankings", "--data", str(data), "--runs", str(runs[0]), "--out"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "a.csv"])
+    with pytest.raises(SystemExit):
+        compare_rankings.main()
+    assert "--out: expected a file whose name ends in .json, got 'a.csv'" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "file" / "a.json")])
+    with pytest.raises(SystemExit, match=r"Nothing is compared: .*File exists"):
+        compare_rankings.main()
+
+
 def test_the_same_seed_twice_is_refused(tmp_path, data, runs, monkeypatch):
     shutil.copytree(runs[0], tmp_path / "again")
     for second in (runs[0], tmp_path / "again"):

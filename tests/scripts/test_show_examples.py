@@ -128,18 +128,32 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, data, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--out", "a.gif"), "--out: expected a file whose name ends in .png, got 'a.gif'"),
-        (("--out", "."), "--out: expected a file whose name ends in .png, got '.'"),
-        (("--out", "a.png", "--columns", "0"), "--columns: expected a whole number of at least 1, got '0'"),
+        pytest.param(["--out", "a.gif"], "--out: expected a file whose name ends in .png, got 'a.gif'", id="suffix"),
+        pytest.param(["--out", "{folder}"], "name ends in .png, got the folder '{folder}'", id="a folder"),
+        pytest.param(["--out", "a.png", "--columns", "0"], "--columns: expected a whole number of at", id="no column"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_the_network_looks_at_anything(
-    data, kept, monkeypatch, capsys, arguments, said
+    tmp_path, data, kept, monkeypatch, capsys, arguments, said
 ):
+    folder = tmp_path / "a.png"
+    folder.mkdir()
     monkeypatch.setattr(show_examples, "_from_run", None)
     with pytest.raises(SystemExit):
-        here(monkeypatch, "--data", data, "--run", kept, *arguments)
-    assert said in capsys.readouterr().err
+        here(monkeypatch, "--data", data, "--run", kept, *(part.format(folder=folder) for part in arguments))
+    assert said.format(folder=folder) in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_to_is_named_first(tmp_path, data, kept, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(show_examples, "_from_run", None)
+    with pytest.raises(SystemExit, match=r"^No picture: .*File exists: '.*file'"):
+        here(monkeypatch, "--data", data, "--run", kept, "--out", tmp_path / "file" / "a.png")
+
+
+def test_a_name_in_capital_letters_is_as_good(tmp_path, data, kept, monkeypatch):
+    here(monkeypatch, "--data", data, "--run", kept, "--out", tmp_path / "A.PNG", "--threshold", "0")
+    assert (tmp_path / "A.PNG").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_damaged_run_is_refused(tmp_path, data, monkeypatch):
