@@ -145,6 +145,8 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in values:
                 raise InvalidInputError(f"{name}: expected {values[0]!r} or {values[1]!r}, got {getattr(self, name)!r}")
+        if self.beta < 0:
+            raise InvalidInputError(f"beta: expected at least 0, got {self.beta}")
         for name in ("ramp_up", "ema_burn_in"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(f"{name}: expected a share of the run in [0, 1], got {getattr(self, name)}")

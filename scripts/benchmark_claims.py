@@ -128,6 +128,8 @@ def _ranges(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _verdict(comparison: dict[str, Any], one: str, other: str) -> str:
     """The same, better, worse or not told apart: by the t-test, before and after Holm's correction."""
+    if not any(comparison["differences"]) and not comparison["same_choices"]:
+        return f"{one} measures the same as {other} ({comparison['seeds']} seeds), from other images."
     if not any(comparison["differences"]):
         return f"{one} is the same as {other} ({comparison['seeds']} seeds): what it does otherwise changed nothing."
     difference, p = comparison["difference"], comparison["p_holm"]

@@ -347,6 +347,7 @@ def _comparison(
         "other": other,
         "seeds": len(differences),
         "differences": differences.tolist(),
+        "same_choices": _choices(lines[one], lines[other]) == _choices(lines[other], lines[one]),
         "difference": float(differences.mean()),
         "half_width_95": float(half_width(differences)),
         "p": paired_t_p(differences),
@@ -361,6 +362,12 @@ def _comparison(
         interval = np.quantile(np.mean(known, axis=0), [0.025, 0.975])
         comparison["test_images_interval_95"] = [float(value) for value in interval]
     return comparison
+
+
+def _choices(runs: Sequence[Run], others: Sequence[Run]) -> list[list[list[str]]]:
+    """What was annotated in each cycle, by the seeds that the others have, too."""
+    seeds = {run["seed"] for run in others}
+    return [[cycle["annotated"] for cycle in run["cycles"]] for run in runs if run["seed"] in seeds]
 
 
 def _resampled(lines: Lines) -> dict[tuple[str, int], FloatArray]:

@@ -386,6 +386,7 @@ def test_beta_zero_makes_pseudo_labels_weightless(images):
         ({"checkpoint_every_steps": 0}, "checkpoint_every_steps: expected at least 1"),
         ({"schedule": "cosine"}, "'step' or 'one_cycle', got 'cosine'"),
         ({"pseudo_negatives": "all"}, "'none' or 'outside_ignored', got 'all'"),
+        ({"beta": -1.0}, r"beta: expected at least 0, got -1.0"),
         ({"ramp_up": 1.1}, r"ramp_up: expected a share of the run in \[0, 1\], got 1.1"),
         ({"ema_burn_in": -0.1}, "ema_burn_in: expected a share"),
         ({"ema_decay": 1.0}, r"ema_decay: expected a number in \[0, 1\), got 1.0"),

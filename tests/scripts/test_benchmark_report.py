@@ -252,6 +252,13 @@ def test_lines_that_are_the_same_runs_count_once_in_the_correction():
     assert "**random+ssl** is the same as random (3 seeds): what it does otherwise changed nothing." in told
 
 
+def test_lines_that_measure_the_same_from_other_images_are_not_the_same_runs():
+    """Where nothing is learnt, all lines measure 0."""
+    runs = [made_run(line, seed, [0.0] * 3) for line in ("random", "tsp") for seed in range(2)]
+    runs[-1]["cycles"][1]["annotated"] = ["another"]
+    assert "**tsp** measures the same as random (2 seeds), from other images." in claims(make_report(runs))
+
+
 def test_lines_are_compared_with_random_with_random_ssl_and_with_their_twin_and_corrected_together():
     heights = {"random": 0.1, "random+ssl": 0.2, "tsp": 0.3, "tsp+ssl@beta=0.05": 0.5, "core_set": 0.4}
     runs = [
