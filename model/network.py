@@ -301,21 +301,23 @@ class _ScoringRoIHeads(RoIHeads):
         *,
         pseudo: bool,
     ) -> dict[str, Mean]:
-        proposals, matched, labels, delta_targets = self.select_training_samples(proposals, targets)
+        rois = self.select_training_samples(proposals, targets)
+        sampled, weights = sum(map(len, rois[0])), None
+        if pseudo:
+            rois, weights = _that_weigh(rois, targets)
+        proposals, matched, labels, delta_targets = rois
         box_features = self.box_roi_pool(features, proposals, image_sizes)
         class_logits, deltas = self._box_outputs(box_features)
         positive = [label > 0 for label in labels]
-        weights = None
-        if pseudo:
-            weights = torch.cat([pseudo_weights(*roi) for roi in zip(proposals, positive, targets, strict=True)])
         box = losses.box_head_losses(
             class_logits,
             deltas,
             labels=torch.cat(labels),
             delta_targets=torch.cat(delta_targets),
             weights=weights,
+            sampled=sampled,
         )
-        result = {name: Mean(loss, len(class_logits)) for name, loss in box.items()}
+        result = {name: Mean(loss, sampled) for name, loss in box.items()}
         boxes = [box[keep] for box, keep in zip(proposals, positive, strict=True)]
         matched = [index[keep] for index, keep in zip(matched, positive, strict=True)]
         classes = torch.cat(labels)[torch.cat(positive)]
@@ -463,6 +465,21 @@ def _roi_heads(config: NetworkConfig) -> _ScoringRoIHeads:
         mask_threshold=config.mask_threshold,
         dropout=config.dropout,
     )
+
+
+def _that_weigh(rois: tuple[list[Tensor], ...], targets: list[Target]) -> tuple[tuple[list[Tensor], ...], Tensor]:
+    """Of the RoIs of pseudo-labelled images those that teach something, and what these R weigh in eq. 4, (R, 3).
+
+    By eq. 4 background weighs nothing, so that the heads, through which no gradient of it comes, need not see it.
+    rois: boxes, matched instances, labels and box targets, each a list by image.
+    """
+    boxes, _, labels, _ = rois
+    weights = [pseudo_weights(*image) for image in zip(boxes, [label > 0 for label in labels], targets, strict=True)]
+    keep = [(label > 0) | (weight[:, 0] > 0) for label, weight in zip(labels, weights, strict=True)]
+    *kept, kept_weights = (
+        [rows[index] for rows, index in zip(column, keep, strict=True)] for column in (*rois, weights)
+    )
+    return tuple(kept), torch.cat(kept_weights)
 
 
 def _roi_pool(output_size: int) -> MultiScaleRoIAlign:

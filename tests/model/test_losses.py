@@ -98,6 +98,7 @@ def test_class_gradient_by_hand(positives_only):
         labels=torch.tensor([0, 2, 0, 1, 0]),
         delta_targets=torch.zeros(5, 4),
         weights=eq_4(torch.tensor([0, 2, 0, 1, 0])) if positives_only else None,
+        sampled=5,
     )
     result["loss_classifier"].backward()
     # softmax of equal logits is 1/3; (1/3 - one hot) / N_cls with N_cls = 5 for both kinds of image
@@ -130,7 +131,12 @@ def test_box_and_mask_losses_do_not_depend_on_the_kind_of_image(pseudo):
         weights=weights(labels[sampled]),
     )
     heads = losses.box_head_losses(
-        torch.zeros(6, 3), deltas.repeat(1, 3), labels=labels.long(), delta_targets=targets, weights=weights(labels)
+        torch.zeros(6, 3),
+        deltas.repeat(1, 3),
+        labels=labels.long(),
+        delta_targets=targets,
+        weights=weights(labels),
+        sampled=6,
     )
     torch.testing.assert_close(rpn["loss_rpn_box_reg"], huber(deltas[[0, 3]], targets[[0, 3]]) / 4)
     torch.testing.assert_close(heads["loss_box_reg"], huber(deltas[[0, 3, 5]], targets[[0, 3, 5]]) / 6)
@@ -155,7 +161,7 @@ def test_every_term_is_weighed_by_its_own_column():
         sampled=torch.arange(3), weights=weights,
     )  # fmt: skip
     heads = losses.box_head_losses(
-        torch.zeros(3, 3), deltas.repeat(1, 3), labels=labels, delta_targets=targets, weights=weights
+        torch.zeros(3, 3), deltas.repeat(1, 3), labels=labels, delta_targets=targets, weights=weights, sampled=3
     )
     counted = 0.9 + 0.8 + 0.25
     assert rpn["loss_objectness"].item() == pytest.approx(counted * math.log(2) / 3)
@@ -171,7 +177,7 @@ def test_every_term_is_weighed_by_its_own_column():
 # --- eq. 4 through the whole network
 
 
-def test_no_background_anchor_and_no_background_roi_of_a_pseudo_labelled_image_has_a_gradient():
+def test_no_background_anchor_of_a_pseudo_labelled_image_has_a_gradient_and_the_heads_see_objects_alone():
     network, targets = tiny_network(), [target(*OBJECTS, pseudo=True)]
     seen = watch(network)
     result = network([image()], targets)
@@ -182,7 +188,7 @@ def test_no_background_anchor_and_no_background_roi_of_a_pseudo_labelled_image_h
     assert torch.equal(gradients[labels != 1], torch.zeros_like(gradients[labels != 1]))
     assert (gradients[labels == 1] < 0).any()
     rows = (seen["classes"][0].grad != 0).any(dim=1)
-    assert 0 < rows.sum() == seen["positive_rois"][0] < len(rows)
+    assert 0 < rows.sum() == seen["positive_rois"][0] == len(rows)
 
 
 def test_background_of_an_annotated_image_does_have_a_gradient():
@@ -198,19 +204,24 @@ def test_background_of_an_annotated_image_does_have_a_gradient():
     assert seen["positive_rois"][0] < len(seen["classes"][0])
 
 
-def test_which_rois_of_a_pseudo_labelled_image_count_follows_from_their_overlap_alone():
+def test_of_a_pseudo_labelled_image_the_rois_that_overlap_a_label_count_among_all_that_were_sampled():
     network = tiny_network()
     seen = watch(network)
     on_object = torch.tensor([[8.0, 8, 30, 28], [9, 9, 30, 28]])
     on_nothing = torch.tensor([[40.0, 0, 60, 20], [0, 40, 20, 60], [45, 5, 63, 20]])
-    features = network.backbone(image()[None])
     result = network.roi_heads.losses(
-        features, [torch.cat([on_object, on_nothing])], [HW], [target(OBJECTS[0], pseudo=True)], pseudo=True
+        network.backbone(image()[None]),
+        [torch.cat([on_object, on_nothing])],
+        [HW],
+        [target(OBJECTS[0], pseudo=True)],
+        pseudo=True,
     )
-    sum(loss.value for loss in result.values()).backward()
-    # all six RoIs fit into the sample and keep their order; the labelled box itself is appended
-    rows = (seen["classes"][0].grad != 0).any(dim=1)
-    assert rows.tolist() == [True, True, False, False, False, True]
+    (logits,) = seen["classes"]
+    assert len(logits) == 3  # the labelled box itself is appended, so that six were sampled
+    value, samples = result["loss_classifier"]
+    torch.testing.assert_close(value, F.cross_entropy(logits, torch.ones(3).long(), reduction="sum") / 6)
+    assert samples == result["loss_box_reg"].samples == 6
+    assert result["loss_mask"].samples == 3
 
 
 def test_the_iou_branches_get_no_gradient_from_pseudo_labelled_images():
@@ -297,13 +308,23 @@ def test_iou_loss_is_the_mean_squared_difference():
         pytest.param(lambda x: losses.mask_loss(x[:0, :, None], torch.zeros(0, 12, 1)), id="masks"),
         pytest.param(
             lambda x: losses.box_head_losses(
-                x[:, :3], x, labels=torch.zeros(4).long(), delta_targets=torch.zeros(4, 4), weights=eq_4(torch.zeros(4))
+                x[:, :3],
+                x,
+                labels=torch.zeros(4).long(),
+                delta_targets=torch.zeros(4, 4),
+                weights=eq_4(torch.zeros(4)),
+                sampled=4,
             )["loss_classifier"],
             id="classes of a pseudo-labelled image",
         ),
         pytest.param(
             lambda x: losses.box_head_losses(
-                x[:, :3], x, labels=torch.zeros(4).long(), delta_targets=torch.zeros(4, 4), weights=None
+                x[:, :3],
+                x,
+                labels=torch.zeros(4).long(),
+                delta_targets=torch.zeros(4, 4),
+                weights=None,
+                sampled=4,
             )["loss_box_reg"],
             id="boxes",
         ),
@@ -337,7 +358,7 @@ def test_box_head_losses_agree_with_torchvision():
     torch.manual_seed(0)
     logits, deltas, targets = torch.randn(40, 4), torch.randn(40, 16), torch.randn(40, 4)
     labels = torch.randint(0, 4, (40,))
-    ours = losses.box_head_losses(logits, deltas, labels=labels, delta_targets=targets, weights=None)
+    ours = losses.box_head_losses(logits, deltas, labels=labels, delta_targets=targets, weights=None, sampled=40)
     classes, boxes = fastrcnn_loss(logits, deltas, [labels], [targets])
     torch.testing.assert_close(ours, {"loss_classifier": classes, "loss_box_reg": boxes})
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import model.network
 from model.losses import total_loss
 from model.pseudo_weights import pseudo_weights
 from tests.model.examples import HW, ellipse, image, rectangle, target, tiny_network
@@ -96,7 +97,7 @@ def test_background_anchors_and_rois_outside_ignored_boxes_have_a_gradient_and_t
     assert torch.equal(gradients[on_ignored], torch.zeros_like(gradients[on_ignored]))
     assert (on_ignored & (labels == 0)).any()
     rows = (seen["classes"][0].grad != 0).any(dim=1)
-    assert seen["positive_rois"][0] < rows.sum()
+    assert seen["positive_rois"][0] < rows.sum() == len(rows)
 
 
 def test_rois_on_ignored_boxes_count_by_equation_4_and_the_iou_branches_still_learn_nothing():
@@ -108,8 +109,39 @@ def test_rois_on_ignored_boxes_count_by_equation_4_and_the_iou_branches_still_le
     )
     assert set(result) == {"loss_classifier", "loss_box_reg", "loss_mask"}
     sum(loss.value for loss in result.values()).backward()
-    # the boxes of both objects are appended
-    assert (seen["classes"][0].grad != 0).any(dim=1).tolist() == [True, False, True, True, True]
+    # The boxes of both objects are appended; the RoI on the ignored box, of five, is not looked at.
+    assert (seen["classes"][0].grad != 0).any(dim=1).tolist() == [True] * 4
+    assert result["loss_classifier"].samples == 5
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        pytest.param([pseudo(), pseudo()], id="eq. 4"),
+        pytest.param([pseudo(ignored=torch.tensor([[34.0, 2, 62, 30]])), pseudo()], id="one with ignored boxes"),
+        pytest.param([pseudo(weights=torch.tensor([[0.7, 0.6, 0.5], [0.0, 0.0, 0.2]])), pseudo()], id="soft weights"),
+        pytest.param([target(pseudo=True), target(pseudo=True)], id="no objects"),
+    ],
+)
+def test_leaving_out_what_weighs_nothing_changes_no_loss_and_no_gradient(targets, monkeypatch):
+    def all_of_them(rois, targets):
+        boxes, _, labels, _ = rois
+        images = zip(boxes, [label > 0 for label in labels], targets, strict=True)
+        return rois, torch.cat([pseudo_weights(*one) for one in images])
+
+    results = []
+    for way in (model.network._that_weigh, all_of_them):
+        monkeypatch.setattr(model.network, "_that_weigh", way)
+        network = tiny_network()
+        seen = watch(network)
+        losses = semi_losses(network, *targets)
+        total_loss(losses, beta=1, iou_weight=1).backward()
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        results.append((losses, gradients, len(seen["classes"][0])))
+    (losses, gradients, looked_at), (losses_of_all, gradients_of_all, sampled) = results
+    assert looked_at < sampled
+    torch.testing.assert_close(losses, losses_of_all)
+    torch.testing.assert_close(gradients, gradients_of_all, rtol=1e-4, atol=1e-6)
 
 
 def test_images_that_the_network_resizes_have_their_ignored_boxes_resized():
