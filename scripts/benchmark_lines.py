@@ -79,14 +79,20 @@ class RunName:
 
     @property
     def line(self) -> str:
-        recipe, standing_for = self._recipe() if self.semi_supervised else ("", {})
-        own = (f"@{name}={value}" for name, value in self.options if name not in standing_for)
-        return self.strategy + f"+{recipe}" * bool(recipe) + "".join(own)
+        recipe, own = self._recipe() if self.semi_supervised else ("", self.options)
+        return self.strategy + f"+{recipe}" * bool(recipe) + "".join(f"@{name}={value}" for name, value in own)
 
-    def _recipe(self) -> tuple[str, dict[str, str]]:
-        """The largest recipe whose options are all here."""
-        fitting = [(n, options) for n, options in RECIPES.items() if options.items() <= dict(self.options).items()]
-        return max(fitting, key=lambda item: len(item[1]))
+    def _recipe(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """The recipe by which the fewest options are left to be written, and these; its own may be among them, varied.
+        A recipe must have a say on no option that is not here."""
+        names = {option for option, _ in self.options}
+        left = {
+            recipe: tuple(pair for pair in self.options if pair not in standing_for.items())
+            for recipe, standing_for in RECIPES.items()
+            if standing_for.keys() <= names
+        }
+        recipe = min(left, key=lambda name: len(left[name]))
+        return recipe, left[recipe]
 
     @property
     def folder(self) -> str:

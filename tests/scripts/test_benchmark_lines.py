@@ -9,6 +9,7 @@ from scripts.benchmark_lines import (
     RECIPES,
     Experiment,
     Selection,
+    changed_from,
     parse_line,
     random_alike,
     settings_of,
@@ -71,9 +72,12 @@ def test_a_recipe_stands_for_its_options_and_can_be_varied():
     assert settings(varied.line).pseudo == replace(by_name.pseudo, precision=0.8)
     assert supervised_twin(varied).line == "tsp"
     assert random_alike(varied.line) == "random+ssl_by_precision@precision=0.8"
-    otherwise = parse_line("tsp+ssl_by_precision@beta=0.1", 1)  # no longer what the recipe says
-    assert otherwise.line.startswith("tsp+ssl@beta=0.1@")
+    otherwise = parse_line("tsp+ssl_by_precision@pseudo_every_steps=4", 1)  # varies what the recipe says
+    assert otherwise.line == "tsp+ssl_by_precision@pseudo_every_steps=4"
     assert parse_line(otherwise.line, 1) == otherwise
+    assert changed_from(otherwise.line) == "tsp+ssl_by_precision"
+    few = parse_line("tsp+ssl@beta=0.5@rule=precision", 1)  # of five that the recipe has a say on
+    assert few.line == "tsp+ssl@beta=0.5@rule=precision"
 
 
 def test_the_seed_of_the_run_is_that_of_its_training():
