@@ -81,7 +81,11 @@ class Settings(BaseSettings):
 
     batch_size: int = _env("TSP_BATCH_SIZE", 500, "b: newly annotated images that start a cycle", ge=1)
     validation_fraction: float = _env(
-        "TSP_VALIDATION_FRACTION", 0.2, "share of the images, by a hash of their bytes, that only measure", ge=0, lt=1
+        "TSP_VALIDATION_FRACTION",
+        0.2,
+        "share of the images, by a hash of their bytes, that only measure; more than 0 for TSP_PSEUDO_RULE=precision",
+        ge=0,
+        lt=1,
     )
     semi_supervised: bool = _env("TSP_SEMI_SUPERVISED", True, "also learn from images that nobody has labelled yet")
     strategy: str = _env(
@@ -113,7 +117,7 @@ class Settings(BaseSettings):
         "TSP_PSEUDO_RULE",
         "and",
         "`and`: all three thresholds (section 3.2); `or`: any of them (Algorithm 1, line 10); `precision`: as many as "
-        "were right on the validation images (TSP_PSEUDO_PRECISION)",
+        "were right on the validation images (TSP_PSEUDO_PRECISION, TSP_VALIDATION_FRACTION)",
     )
     pseudo_precision: float = _env(
         "TSP_PSEUDO_PRECISION", 0.9, "share of right pseudo labels that the rule `precision` aims at", gt=0, lt=1

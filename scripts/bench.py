@@ -8,7 +8,7 @@ of ours / theirs round by round: lower is better. Without --json it is preceded 
 `health` are answers of the web process while a cycle trains (bench_web.py): `ours` is the 99th percentile, `theirs` the
 time that Label Studio waits. `start`, `publish`, `ingest` and `score-workers` are wall time, `polygons` compares sums
 over all masks, `predict-few` tells the worse of two cases; what they compare stands in their files, bench_<name>.py.
---profile and --size are for train-step, ssl-step, branches and score-workers.
+--profile and --size are for train-step, ssl-training, branches and score-workers.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from scripts.bench_polygons import polygons
 from scripts.bench_pool import score_pool
 from scripts.bench_predict import predict, predict_few
 from scripts.bench_publish import publish
+from scripts.bench_ssl import ssl_training
 from scripts.bench_start import start
 from scripts.bench_web import SOAKS, Load, soak
 from scripts.bench_workers import score_workers
@@ -66,6 +67,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=positive, default=10, help="publish: two at most")
     parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument(
+        "--line", default="tsp+ssl", help="of ssl-training, as in scripts.benchmark; default: %(default)s"
+    )
     parser.add_argument("--requests", type=positive, default=2000, help="of webhook and health")
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
     parser.add_argument("--database-url", default="", help="where webhook, health, score-workers keep the state")
@@ -138,24 +142,6 @@ def train_step(setting: Setting) -> tuple[Work, Work]:
     return partial(_step, network, images, targets), partial(_step, torchvision_network(network), images, targets)
 
 
-def semi_supervised_step(setting: Setting) -> tuple[Work, Work]:
-    """Eight steps, in one of which a pseudo-labelled image joins (`pseudo_every_steps` = 8), against eight without."""
-    network = _network(setting)
-    images, targets = _batch(setting.size, IMAGES)
-    more, pseudo = _batch(setting.size, 1, pseudo=True)
-
-    def supervised() -> None:
-        for _ in range(8):
-            _step(network, images, targets)
-
-    def semi_supervised() -> None:
-        for _ in range(7):
-            _step(network, images, targets)
-        _step(network, [*images, *more], [*targets, *pseudo])
-
-    return semi_supervised, supervised
-
-
 def branches(setting: Setting) -> tuple[Work, Work]:
     """Inference with both IoU branches, against inference that leaves them out; both are made quick, as predictions and
     the look at the pool have them, and the masks stay in their boxes.
@@ -173,12 +159,12 @@ def branches(setting: Setting) -> tuple[Work, Work]:
 
 BENCHMARKS: dict[str, tuple[str, Callable[[Setting], tuple[Work, Work]]]] = {
     "train-step": ("training step, ours against torchvision's", train_step),
-    "ssl-step": ("eight training steps, one with a pseudo-labelled image, against eight without", semi_supervised_step),
     "branches": ("inference with both IoU branches against without", branches),
 }
 
 # Those that take more than two pieces of work in turn; each gets all options.
 OTHERS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+    "ssl-training": ("a training with pseudo labels against one without, for as many steps", ssl_training),
     "predict": ("/predict with 100 detections against torchvision's network alone", predict),
     "predict-few": ("/predict with 5 detections, or at 512 px, against torchvision's network alone", predict_few),
     "score-pool": (
@@ -241,12 +227,12 @@ def _network(setting: Setting, **options: Any) -> MaskRCNNWithScores:
     return build_model(setting.profile, len(CLASS_NAMES) + 1, **sides, **options).train()
 
 
-def _batch(size: int, count: int, *, pseudo: bool = False) -> tuple[list[Tensor], list[dict[str, Any]]]:
+def _batch(size: int, count: int) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Phantoms with lesions, as training gets them."""
     images: list[Tensor] = []
     targets: list[dict[str, Any]] = []
     for number in range(count):
-        drawn = phantom((number, int(pseudo)), size, empty_fraction=0.0)
+        drawn = phantom(number, size, empty_fraction=0.0)
         masks = torch.from_numpy(drawn.masks.astype(np.uint8))
         where = [mask.nonzero() for mask in masks]
         corners = [torch.cat([yx.min(0).values.flip(0), yx.max(0).values.flip(0) + 1]) for yx in where]
@@ -256,7 +242,6 @@ def _batch(size: int, count: int, *, pseudo: bool = False) -> tuple[list[Tensor]
                 "boxes": torch.stack(corners).float(),
                 "labels": torch.from_numpy(drawn.labels),
                 "masks": masks,
-                "pseudo": pseudo,
             }
         )
     return images, targets

@@ -13,6 +13,26 @@ _PARTS = {
     "settings": dict,
     "cycles": list,
 }
+_CYCLE = (
+    "number",
+    "annotated",
+    "annotated_images",
+    "annotated_instances",
+    "annotated_vertices",
+    "new_images",
+    "new_empty_images",
+    "pseudo_images",
+    "pseudo_quality",
+    "map_50",
+    "map_50_95",
+    "rescored_map_50",
+    "rescored_map_50_95",
+    "ap_50_by_class",
+    "box_reliability",
+    "mask_reliability",
+    "matches",
+    "seconds",
+)
 _SETTINGS = ("cycles", "pool", "test", "pool_images", "test_images")
 _MEND = "choose the folder of a run; if `benchmark run` made this one, delete it, and the same command makes it anew"
 
@@ -35,5 +55,5 @@ def _is_run(run: Any) -> TypeGuard[dict[str, Any]]:
         isinstance(run, dict)
         and all(isinstance(run.get(name), kind) for name, kind in _PARTS.items())
         and run["settings"].keys() >= set(_SETTINGS)
-        and all(isinstance(cycle, dict) and "map_50" in cycle for cycle in run["cycles"])
+        and all(isinstance(cycle, dict) and cycle.keys() >= set(_CYCLE) for cycle in run["cycles"])
     )
