@@ -93,7 +93,7 @@ def main() -> None:
     forgetting = commands.add_parser("forget", help="leave a project alone until it is connected again")
     for command in (listing, activation, forgetting):
         command.add_argument("project", help='"<id>-<unix time of creation>", or the id in Label Studio')
-    activation.add_argument("version")
+    activation.add_argument("version", help="one that `list` names")
     forgetting.add_argument("--delete-data", action="store_true", help="also remove its versions, scores and history")
     arguments = parser.parse_args()
     try:

@@ -138,7 +138,7 @@ def _load(folder: Path, name: RunName, experiment: Experiment, data: Data) -> di
     if differing := _differing(state["settings"], settings):
         raise ValueError(
             f"{path} was made with other settings or images ({', '.join(differing)}): choose another --out, or delete "
-            "it"
+            f"the folder {folder}"
         )
     return state
 

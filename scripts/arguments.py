@@ -29,6 +29,26 @@ def file_called(suffix: str) -> Callable[[str], Path]:
     return read
 
 
+def folder_to_write(text: str) -> Path:
+    """The path of a folder, which need not be there yet."""
+    path = Path(text)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise ArgumentTypeError(f"expected a folder, got {text!r}, where {part} is a file")
+    return path
+
+
+def from_0_to_1(text: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return number
+
+
 def _at_least(least: int, text: str) -> int:
     try:
         number = int(text)

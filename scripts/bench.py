@@ -60,13 +60,13 @@ class Setting:
 def main() -> None:
     """Run one benchmark and print what it measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("name", choices=[*BENCHMARKS, *OTHERS, *SOAKS])
-    parser.add_argument("--profile", choices=PROFILES, default="resnet50_fpn")
+    parser.add_argument("name", choices=[*BENCHMARKS, *OTHERS, *SOAKS], help="what is measured")
+    parser.add_argument("--profile", choices=PROFILES, default="resnet50_fpn", help="default: %(default)s")
     parser.add_argument(
         "--size", type=positive, default=512, help="side of the images and of the network's input, pixels"
     )
     parser.add_argument("--rounds", type=positive, default=10, help="publish: two at most")
-    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--threads", type=positive, default=1, help="of torch; default: %(default)s")
     parser.add_argument(
         "--line", default="tsp+ssl", help="of ssl-training, as in scripts.benchmark; default: %(default)s"
     )

@@ -33,7 +33,7 @@ from model.errors import InvalidInputError, TSPError
 from model.registry import Registry
 from model.strategies import STRATEGIES
 from scripts.active_learning import KEPT, anchors_for, cycles_done, run
-from scripts.arguments import not_negative, positive
+from scripts.arguments import folder_to_write, not_negative, positive
 from scripts.benchmark_lines import FULL, RECIPES, Experiment, RunName, Selection, parse_line
 from scripts.benchmark_report import write_report, write_reports
 from scripts.benchmark_sets import Data, read_data
@@ -114,7 +114,9 @@ def _options() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="carry out the runs that are not finished")
     runner.add_argument("--data", type=Path, required=True, help="COCO folder: images/ and annotations.json")
-    runner.add_argument("--out", type=Path, help=f"where the runs are kept; default: {_OUT}/<the set's name>")
+    runner.add_argument(
+        "--out", type=folder_to_write, help=f"where the runs are kept; default: {_OUT}/<the set's name>"
+    )
     runner.add_argument("--lines", default="random,tsp,random+ssl,tsp+ssl,full", help=_LINES_HELP)
     runner.add_argument("--seeds", default="0,1,2", help="by commas; default: %(default)s")
     runner.add_argument("--jobs", type=positive, default=1, help="processes, one thread each")
@@ -136,7 +138,11 @@ def _options() -> argparse.Namespace:
         "--first-batch", type=positive, help=f"images that a line starts with; {_defaults('first_batch')}"
     )
     runner.add_argument("--batch", type=positive, help=f"images that each later cycle chooses; {_defaults('batch')}")
-    runner.add_argument("--cycles", type=positive, help=f"trainings, each from the start; {_defaults('cycles')}")
+    runner.add_argument(
+        "--cycles",
+        type=positive,
+        help=f"trainings, each from the start; a benchmark's runs all have as many, {_defaults('cycles')}",
+    )
     runner.add_argument("--epochs", type=positive, help=f"passes over the annotated images; {_defaults('epochs')}")
     runner.add_argument(
         "--min-steps", type=not_negative, help=f"more epochs, until there are so many steps; {_defaults('min_steps')}"

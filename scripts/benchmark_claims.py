@@ -67,12 +67,13 @@ def _crossing(name: str, line: dict[str, Any], target: str, reached: dict[str, A
     """Where the mean curve reaches the target for good, and where each seed's own curve does, if there are several."""
     first = line["annotated_images"][0]
     own = [
-        "not" if images is None else f"at most {images}" if images == first else str(images)
+        "never" if images is None else f"at most {images}" if images == first else str(images)
         for images in reached["images_by_seed"]
     ]
     by_seed = f"; each seed by itself: {', '.join(own)}" if len(own) > 1 else ""
     if reached["images"] is None:
-        return f"The mean curve of {name} ends below {target}{by_seed}."
+        alike = "; so does each seed's own" if len(own) > 1 and set(own) == {"never"} else by_seed
+        return f"The mean curve of {name} ends below {target}{alike}."
     images, instances = percent(reached["share_of_images"]), percent(reached["share_of_instances"])
     at = "at or before" if reached["from_the_first_cycle"] else "at"
     return (
@@ -97,9 +98,7 @@ def _remarks(lines: Mapping[str, dict[str, Any]]) -> list[str]:
     found = []
     for name, line in lines.items():
         if line["semi_supervised"] and not any(cycle["instances"] for cycle in line["pseudo"]):
-            found.append(
-                f"{name}: no prediction ever passed the thresholds, so there were no pseudo labels to learn from."
-            )
+            found.append(f"{name}: no prediction was ever trusted, so there were no pseudo labels to learn from.")
         if (first := line["first_cycle_over_random"]) is not None:
             found.append(
                 f"{name} is {signed(first)} against random in the first cycle already, on the same images: it trains "
@@ -117,7 +116,7 @@ def _ranges(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     if ranks:
         found.append(f"m ranks the true mask IoU with a Spearman correlation of {span(ranks, '.2f')} (by line).")
     if gains:
-        found.append(f"Ranking by c x m instead of c: {span(gains, '+.1f')} points of mAP@[.5:.95] (by line).")
+        found.append(f"Ranking by c x m instead of c: {span(gains, '+z.1f')} points of mAP@[.5:.95] (by line).")
     if ratios:
         found.append(
             f"Trainings with pseudo labels take {span(ratios, '.2f')} times as long as those without, for as many "

@@ -140,8 +140,7 @@ def strategy_of(name: RunName, selection: Selection) -> Strategy:
 
 def supervised_twin(name: RunName) -> RunName:
     """The same line without pseudo labels and what is said about them."""
-    about_pseudo = set(_types(PseudoLabelConfig)) | _semi_supervised_only()
-    options = tuple((option, value) for option, value in name.options if option not in about_pseudo)
+    options = tuple((option, value) for option, value in name.options if option not in _about_pseudo_labels())
     return replace(name, semi_supervised=False, options=options)
 
 
@@ -170,6 +169,11 @@ def without_semi_supervision(training: TrainingConfig) -> TrainingConfig:
     return replace(training, **defaults)
 
 
+def _about_pseudo_labels() -> set[str]:
+    """Options that change nothing where there are no pseudo labels."""
+    return (set(_types(PseudoLabelConfig)) | _semi_supervised_only()) - {"score_threshold"}  # which is found
+
+
 def _semi_supervised_only() -> set[str]:
     """Settings of the training that concern only pseudo-labelled images."""
     known = {"beta", "ramp_up", "soft_weights", "ema_burn_in"}
@@ -187,8 +191,9 @@ def _overrides(name: RunName) -> dict[type[Any], dict[str, Any]]:
     result: dict[type[Any], dict[str, Any]] = {TrainingConfig: {}, PseudoLabelConfig: {}, Selection: {}}
     for option, text in name.options:
         if option not in owners:
+            hint = "; with +ssl there is" if option in _about_pseudo_labels() and name.strategy != FULL else ""
             raise ValueError(
-                f"there is no option {option!r} for {name.strategy}; there are {', '.join(sorted(owners))}"
+                f"there is no option {option!r} for {name.strategy}{hint}; there are {', '.join(sorted(owners))}"
             )
         owner = owners[option]
         result[owner][option] = _read(option, text, _types(owner)[option])
@@ -203,7 +208,7 @@ def _forbidden(name: RunName) -> set[str]:
     if name.strategy == FULL:
         forbidden |= set(_types(Selection))
     if not name.semi_supervised:
-        forbidden |= set(_types(PseudoLabelConfig)) | _semi_supervised_only()
+        forbidden |= _about_pseudo_labels()
     if not hasattr(STRATEGIES.get(name.strategy), "candidates"):
         forbidden.add("candidates")
     return forbidden

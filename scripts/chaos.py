@@ -44,7 +44,7 @@ def main() -> None:
     """Run, or go on, until so many processes were killed; then settle, check and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="processes to kill, web and worker together")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of what is broken, and when; default: %(default)s")
     parser.add_argument("--out", required=True, help="folder of the run; an unfinished run in it goes on")
     parser.add_argument("--minutes", type=float, default=1e6, help="kill no more after this time in all")
     parser.add_argument("--quick", action="store_true", help="smaller trainings, shorter lives: for few kills")

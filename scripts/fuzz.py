@@ -305,9 +305,9 @@ def _shares(findings: Findings) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Fuzz, print the report, and fail if there is a problem."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--conversions", type=int, help="as many as requests, unless said otherwise")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the requests; default: %(default)s")
     parser.add_argument("--out", type=Path, help="where the report is kept, too")
     options = parser.parse_args()
     converted = options.requests if options.conversions is None else options.conversions

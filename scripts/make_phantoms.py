@@ -221,9 +221,9 @@ def _claim(out: Path, parameters: Parameters) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write procedural CT phantoms with lesions as a COCO folder.")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder")
-    parser.add_argument("--images", type=int, default=120)
+    parser.add_argument("--images", type=int, default=120, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=192, help="width and height in pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other images; default: %(default)s")
     parser.add_argument("--empty-fraction", type=float, default=0.15, help="chance of an image without lesions")
     given = parser.parse_args(arguments)
     try:

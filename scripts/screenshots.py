@@ -99,12 +99,12 @@ def select_region(page: Page, index: int) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--label-studio-url", default="http://127.0.0.1:8080")
-    parser.add_argument("--dashboard-url", default="http://127.0.0.1:9090/ui")
+    parser.add_argument("--label-studio-url", default="http://127.0.0.1:8080", help="default: %(default)s")
+    parser.add_argument("--dashboard-url", default="http://127.0.0.1:9090/ui", help="default: %(default)s")
     parser.add_argument("--project", type=int, required=True, help="the number in the address of the project")
     parser.add_argument("--task", type=int, help="a task to open instead of the one that is served next")
-    parser.add_argument("--email", default=EMAIL)
-    parser.add_argument("--password", default=PASSWORD)
+    parser.add_argument("--email", default=EMAIL, help="of the user who signs in; default: %(default)s")
+    parser.add_argument("--password", default=PASSWORD, help="that user's; default: that of the demo")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder of the pictures")
     return parser.parse_args()
 

@@ -25,7 +25,7 @@ from model.predict import detect
 from model.registry import ModelCard, Registry
 from model.tsp import image_score, instance_scores
 from model.types import Detections, LabeledImage
-from scripts.arguments import file_called, positive
+from scripts.arguments import file_called, from_0_to_1, positive
 from scripts.benchmark_sets import read_data
 from scripts.kept_network import load_kept
 
@@ -114,7 +114,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=file_called(".png"), required=True, help="the PNG")
     parser.add_argument("--columns", type=positive, default=4, help="images of each kind")
-    parser.add_argument("--threshold", type=float, default=0.2, help="class score from which an instance counts in S")
+    parser.add_argument(
+        "--threshold", type=from_0_to_1, default=0.2, help="class score from which an instance counts in S"
+    )
     return parser.parse_args()
 
 
@@ -128,6 +130,10 @@ def _from_run(options: argparse.Namespace) -> tuple[MaskRCNNWithScores, ModelCar
 
 def _from_version(options: argparse.Namespace) -> tuple[MaskRCNNWithScores, ModelCard, LabeledSet]:
     folder = options.weights.resolve()
+    if not (folder / "card.json").exists():
+        raise ValueError(
+            f"--weights: expected the folder of a version, with card.json and weights.safetensors, got {folder}"
+        )
     network, card = Registry(folder.parent.parent).load(folder.parent.name, folder.name)
     return network, card, read_data(options.data, pool_size=None, test_size=None).pool
 

@@ -111,6 +111,12 @@ def test_runs_of_different_settings_are_not_compared(tmp_path):
         write_report(tmp_path)
 
 
+def _without(name):
+    run = made_run("random", 0, [0.1])
+    del run["cycles"][0][name]
+    return json.dumps(run)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -119,6 +125,7 @@ def test_runs_of_different_settings_are_not_compared(tmp_path):
         pytest.param("[]", "got other JSON", id="a list"),
         pytest.param(json.dumps({**made_run("random", 0, [0.1]), "settings": {}}), "got other", id="no settings"),
         pytest.param(json.dumps({**made_run("random", 0, [0.1]), "cycles": [{}]}), "got other", id="an empty cycle"),
+        pytest.param(_without("annotated_images"), "got other", id="a cycle that does not say how many images it has"),
     ],
 )
 def test_a_damaged_run_is_named_with_what_to_do(tmp_path, text, said):

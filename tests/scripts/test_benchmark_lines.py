@@ -91,7 +91,10 @@ def test_the_seed_of_the_run_is_that_of_its_training():
         ("tsp+sll", "got 'tsp\\+sll'"),
         ("full+ssl", "got 'full\\+ssl'"),
         ("tsp@betta=1", r"there is no option 'betta' for tsp; there are .*epochs"),
-        ("tsp@beta=0.05", r"there is no option 'beta' for tsp;"),  # without pseudo labels it would change nothing
+        (
+            "tsp@beta=0.05",
+            r"there is no option 'beta' for tsp; with \+ssl there is; there are batch_size",
+        ),  # without pseudo labels it would change nothing
         ("full@first=spread", r"there is no option 'first' for full;"),
         ("tsp@candidates=8", r"there is no option 'candidates' for tsp;"),
         ("tsp@seed=1", r"there is no option 'seed'"),
