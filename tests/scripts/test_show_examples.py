@@ -125,12 +125,20 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, data, monkeypatch):
         here(monkeypatch, "--data", data, "--run", tmp_path, "--out", tmp_path / "a.png")
 
 
+def test_a_folder_that_is_no_version_is_refused(tmp_path, data, monkeypatch):
+    with pytest.raises(SystemExit, match=rf"--weights: expected the folder of a version, .* got {tmp_path}$"):
+        here(monkeypatch, "--data", data, "--weights", tmp_path, "--out", tmp_path / "a.png")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         pytest.param(["--out", "a.gif"], "--out: expected a file whose name ends in .png, got 'a.gif'", id="suffix"),
         pytest.param(["--out", "{folder}"], "name ends in .png, got the folder '{folder}'", id="a folder"),
         pytest.param(["--out", "a.png", "--columns", "0"], "--columns: expected a whole number of at", id="no column"),
+        pytest.param(
+            ["--out", "a.png", "--threshold", "1.5"], "expected a number from 0 to 1, got '1.5'", id="threshold"
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_the_network_looks_at_anything(
