@@ -77,19 +77,19 @@ def box_head_losses(
     labels: Tensor,
     delta_targets: Tensor,
     weights: Tensor | None,
-    sampled: int,
+    sampled_count: int,
 ) -> dict[str, Tensor]:
     """Class and box losses over R RoIs: class_logits (R, C), box_deltas (R, 4C), labels (R,), delta_targets (R, 4),
-    weights (R, 3). `sampled`: R and those that were left out because they weigh nothing."""
+    weights (R, 3). `sampled_count`: R and those that were left out because they weigh nothing."""
     entropy = F.cross_entropy(class_logits, labels, reduction="none")
     positive = torch.nonzero(labels > 0).squeeze(1)
     deltas = box_deltas.reshape(len(labels), box_deltas.shape[1] // 4, 4)[positive, labels[positive]]  # -1 fails at R=0
     return {
-        "loss_classifier": _mean(entropy, _column(weights, 0), count=sampled),
+        "loss_classifier": _mean(entropy, _column(weights, 0), count=sampled_count),
         "loss_box_reg": _mean(
             F.smooth_l1_loss(deltas, delta_targets[positive], beta=1 / 9, reduction="none"),
             _column(weights, 1, positive),
-            count=sampled,
+            count=sampled_count,
         ),
     }
 

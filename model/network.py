@@ -302,9 +302,10 @@ class _ScoringRoIHeads(RoIHeads):
         pseudo: bool,
     ) -> dict[str, Mean]:
         rois = self.select_training_samples(proposals, targets)
-        sampled, weights = sum(map(len, rois[0])), None
+        sampled_count = sum(len(boxes) for boxes in rois[0])
+        weights = None
         if pseudo:
-            rois, weights = _that_weigh(rois, targets)
+            rois, weights = _without_weightless(rois, targets)
         proposals, matched, labels, delta_targets = rois
         box_features = self.box_roi_pool(features, proposals, image_sizes)
         class_logits, deltas = self._box_outputs(box_features)
@@ -315,9 +316,9 @@ class _ScoringRoIHeads(RoIHeads):
             labels=torch.cat(labels),
             delta_targets=torch.cat(delta_targets),
             weights=weights,
-            sampled=sampled,
+            sampled_count=sampled_count,
         )
-        result = {name: Mean(loss, sampled) for name, loss in box.items()}
+        result = {name: Mean(loss, sampled_count) for name, loss in box.items()}
         boxes = [box[keep] for box, keep in zip(proposals, positive, strict=True)]
         matched = [index[keep] for index, keep in zip(matched, positive, strict=True)]
         classes = torch.cat(labels)[torch.cat(positive)]
@@ -467,10 +468,12 @@ def _roi_heads(config: NetworkConfig) -> _ScoringRoIHeads:
     )
 
 
-def _that_weigh(rois: tuple[list[Tensor], ...], targets: list[Target]) -> tuple[tuple[list[Tensor], ...], Tensor]:
-    """Of the RoIs of pseudo-labelled images those that teach something, and what these R weigh in eq. 4, (R, 3).
+def _without_weightless(
+    rois: tuple[list[Tensor], ...], targets: list[Target]
+) -> tuple[tuple[list[Tensor], ...], Tensor]:
+    """The RoIs of pseudo-labelled images without background that weighs 0, and what these R weigh in eq. 4, (R, 3).
 
-    By eq. 4 background weighs nothing, so that the heads, through which no gradient of it comes, need not see it.
+    No gradient comes from background that weighs 0, in eq. 4 all of it, so that the heads need not see it.
     rois: boxes, matched instances, labels and box targets, each a list by image.
     """
     boxes, _, labels, _ = rois

@@ -162,7 +162,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Setting], tuple[Work, Work]]]] = {
     "branches": ("inference with both IoU branches against without", branches),
 }
 
-# Those that take more than two pieces of work in turn; each gets all options.
+# Those with results or options of their own; each gets all options.
 OTHERS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "ssl-training": ("a training with pseudo labels against one without, for as many steps", ssl_training),
     "predict": ("/predict with 100 detections against torchvision's network alone", predict),

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import FrameType
@@ -27,60 +27,18 @@ import torch
 if not __package__:  # started as a file, not by `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.config import PROFILES, PseudoLabelConfig, TrainingConfig
+from model.config import PROFILES, PseudoLabelConfig
 from model.device import check_device
 from model.errors import InvalidInputError, TSPError
 from model.registry import Registry
 from model.strategies import STRATEGIES
 from scripts.active_learning import KEPT, anchors_for, cycles_done, run
 from scripts.arguments import folder_to_write, not_negative, positive
+from scripts.benchmark_efforts import EFFORTS
 from scripts.benchmark_lines import FULL, RECIPES, Experiment, RunName, Selection, parse_line
 from scripts.benchmark_report import write_report, write_reports
 from scripts.benchmark_sets import Data, read_data
 from scripts.shared_files import locked
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """A profile of the command: the experiment, how much of a set it uses, and its defaults."""
-
-    experiment: Experiment
-    pool: int | None = None
-    test: int | None = None
-
-
-EFFORTS = {
-    # The paper's own settings (section 4.2); wants GPUs. It says neither where the weights come from, nor how many
-    # images a step has; its images are 512 x 512 and 512 x 1024. Anchors fit the pool, as with every profile.
-    "paper": Effort(
-        experiment=Experiment(
-            profile="resnet50_fpn",
-            weights="coco",
-            network={"min_size": 512, "max_size": 1024, "detections_per_image": 100},
-            training=TrainingConfig(batch_size=8, loader_workers=2),
-            first_batch=500,
-            batch=500,
-            cycles=6,
-        )
-    ),
-    # The paper's proportions: a batch is a sixth of what is annotated for full supervision. Every cycle trains for 1000
-    # steps, whatever it has: what more images bring must not come from more training. A run takes about ten minutes on
-    # one core at 128 px: eight lines, three seeds fit into three hours on two.
-    "cpu": Effort(
-        experiment=Experiment(
-            profile="efficientnet_lite0_fpn",
-            weights="imagenet",
-            network={"min_size": 160, "max_size": 256, "detections_per_image": 30},
-            # A pseudo-labelled image in each eighth step costs a tenth, in each step a half.
-            training=TrainingConfig.for_cpu(epochs=6, min_steps=1000, checkpoint_every_steps=100, pseudo_every_steps=8),
-            first_batch=50,
-            batch=50,
-            cycles=5,
-        ),
-        pool=300,
-        test=120,
-    ),
-}
 
 _OUT = Path("docs/benchmark")
 _LINES_HELP = (
@@ -316,7 +274,10 @@ def _stop(signal_number: int, frame: FrameType | None) -> None:
 
 def _names(options: argparse.Namespace) -> list[RunName]:
     """Seeds outermost, so that an unfinished benchmark has all lines at the first seeds."""
-    return [parse_line(line, seed) for seed, line in product(_seeds(options.seeds), options.lines.split(","))]
+    try:
+        return [parse_line(line, seed) for seed, line in product(_seeds(options.seeds), options.lines.split(","))]
+    except ValueError as error:
+        raise ValueError(f"--lines: {error}") from error
 
 
 def _seeds(text: str) -> list[int]:

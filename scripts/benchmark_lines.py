@@ -83,8 +83,8 @@ class RunName:
         return self.strategy + f"+{recipe}" * bool(recipe) + "".join(f"@{name}={value}" for name, value in own)
 
     def _recipe(self) -> tuple[str, tuple[tuple[str, str], ...]]:
-        """The recipe by which the fewest options are left to be written, and these; its own may be among them, varied.
-        A recipe must have a say on no option that is not here."""
+        """Of the recipes whose options are all set here, to whatever values, the one that leaves the fewest options to
+        be written, and these options."""
         names = {option for option, _ in self.options}
         left = {
             recipe: tuple(pair for pair in self.options if pair not in standing_for.items())
@@ -105,16 +105,16 @@ def parse_line(line: str, seed: int) -> RunName:
     strategy, plus, recipe = head.partition("+")
     if strategy not in {*STRATEGIES, FULL} or (plus and (recipe not in RECIPES or strategy == FULL)):
         known, ways = ", ".join(STRATEGIES), " or ".join(f"+{name}" for name in RECIPES)
-        raise ValueError(f"--lines: expected {known}, with or without {ways}, or {FULL}, got {line!r}")
+        raise ValueError(f"expected {known}, with or without {ways}, or {FULL}, got {line!r}")
     pairs = [text.partition("=")[::2] for text in written]
     if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError(f"--lines: {line!r} gives an option twice")
+        raise ValueError(f"{line!r} gives an option twice")
     options = tuple(sorted((RECIPES.get(recipe, {}) | dict(pairs)).items()))
     name = RunName(strategy=strategy, semi_supervised=bool(plus), options=options, seed=seed)
     try:
         _overrides(name)
     except ValueError as error:
-        raise ValueError(f"--lines: {line!r}: {error}") from error
+        raise ValueError(f"{line!r}: {error}") from error
     return name
 
 
@@ -171,7 +171,7 @@ def without_semi_supervision(training: TrainingConfig) -> TrainingConfig:
 
 def _about_pseudo_labels() -> set[str]:
     """Options that change nothing where there are no pseudo labels."""
-    return (set(_types(PseudoLabelConfig)) | _semi_supervised_only()) - {"score_threshold"}  # which is found
+    return (set(_types(PseudoLabelConfig)) | _semi_supervised_only()) - {"score_threshold"}  # found for each network
 
 
 def _semi_supervised_only() -> set[str]:

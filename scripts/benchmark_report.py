@@ -380,7 +380,7 @@ def _resampled(lines: Lines) -> dict[tuple[str, int], FloatArray]:
         )
         for line, runs in lines.items()
         for run in runs
-        if run["cycles"][-1].get("matches")
+        if run["cycles"][-1]["matches"]
     }
 
 

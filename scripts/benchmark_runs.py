@@ -12,9 +12,9 @@ _PARTS = {
     "options": dict,
     "settings": dict,
     "cycles": list,
+    "test_instances": dict,
 }
 _CYCLE = (
-    "number",
     "annotated",
     "annotated_images",
     "annotated_instances",

@@ -98,7 +98,7 @@ def test_class_gradient_by_hand(positives_only):
         labels=torch.tensor([0, 2, 0, 1, 0]),
         delta_targets=torch.zeros(5, 4),
         weights=eq_4(torch.tensor([0, 2, 0, 1, 0])) if positives_only else None,
-        sampled=5,
+        sampled_count=5,
     )
     result["loss_classifier"].backward()
     # softmax of equal logits is 1/3; (1/3 - one hot) / N_cls with N_cls = 5 for both kinds of image
@@ -136,7 +136,7 @@ def test_box_and_mask_losses_do_not_depend_on_the_kind_of_image(pseudo):
         labels=labels.long(),
         delta_targets=targets,
         weights=weights(labels),
-        sampled=6,
+        sampled_count=6,
     )
     torch.testing.assert_close(rpn["loss_rpn_box_reg"], huber(deltas[[0, 3]], targets[[0, 3]]) / 4)
     torch.testing.assert_close(heads["loss_box_reg"], huber(deltas[[0, 3, 5]], targets[[0, 3, 5]]) / 6)
@@ -161,7 +161,7 @@ def test_every_term_is_weighed_by_its_own_column():
         sampled=torch.arange(3), weights=weights,
     )  # fmt: skip
     heads = losses.box_head_losses(
-        torch.zeros(3, 3), deltas.repeat(1, 3), labels=labels, delta_targets=targets, weights=weights, sampled=3
+        torch.zeros(3, 3), deltas.repeat(1, 3), labels=labels, delta_targets=targets, weights=weights, sampled_count=3
     )
     counted = 0.9 + 0.8 + 0.25
     assert rpn["loss_objectness"].item() == pytest.approx(counted * math.log(2) / 3)
@@ -313,7 +313,7 @@ def test_iou_loss_is_the_mean_squared_difference():
                 labels=torch.zeros(4).long(),
                 delta_targets=torch.zeros(4, 4),
                 weights=eq_4(torch.zeros(4)),
-                sampled=4,
+                sampled_count=4,
             )["loss_classifier"],
             id="classes of a pseudo-labelled image",
         ),
@@ -324,7 +324,7 @@ def test_iou_loss_is_the_mean_squared_difference():
                 labels=torch.zeros(4).long(),
                 delta_targets=torch.zeros(4, 4),
                 weights=None,
-                sampled=4,
+                sampled_count=4,
             )["loss_box_reg"],
             id="boxes",
         ),
@@ -358,7 +358,7 @@ def test_box_head_losses_agree_with_torchvision():
     torch.manual_seed(0)
     logits, deltas, targets = torch.randn(40, 4), torch.randn(40, 16), torch.randn(40, 4)
     labels = torch.randint(0, 4, (40,))
-    ours = losses.box_head_losses(logits, deltas, labels=labels, delta_targets=targets, weights=None, sampled=40)
+    ours = losses.box_head_losses(logits, deltas, labels=labels, delta_targets=targets, weights=None, sampled_count=40)
     classes, boxes = fastrcnn_loss(logits, deltas, [labels], [targets])
     torch.testing.assert_close(ours, {"loss_classifier": classes, "loss_box_reg": boxes})
 

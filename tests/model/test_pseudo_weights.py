@@ -130,8 +130,8 @@ def test_leaving_out_what_weighs_nothing_changes_no_loss_and_no_gradient(targets
         return rois, torch.cat([pseudo_weights(*one) for one in images])
 
     results = []
-    for way in (model.network._that_weigh, all_of_them):
-        monkeypatch.setattr(model.network, "_that_weigh", way)
+    for way in (model.network._without_weightless, all_of_them):
+        monkeypatch.setattr(model.network, "_without_weightless", way)
         network = tiny_network()
         seen = watch(network)
         losses = semi_losses(network, *targets)

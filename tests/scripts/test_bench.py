@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import bench, bench_ingest, bench_plan, bench_publish, bench_start, bench_web, bench_workers
+from model.train import train
+from scripts import bench, bench_ingest, bench_plan, bench_publish, bench_ssl, bench_start, bench_web, bench_workers
 from scripts.label_studio_server import free_port
 from scripts.make_phantoms import CLASS_NAMES
 from tests.model.examples import rectangle, target, tiny_network
@@ -83,6 +84,38 @@ def test_the_figures_of_faster_coco_eval_are_ours(monkeypatch, capsys):
     assert 0.2 < measured["map_50_95"] < measured["map_50"] < 1
     assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"], abs=0.05)
     assert 0 < measured["share"] < 1
+
+
+@pytest.mark.parametrize("line", ["tsp+ssl@pseudo_every_steps=1", "learning_loss+ssl@ema_decay=0.9"])
+def test_a_training_with_pseudo_labels_is_measured_next_to_one_without(line, monkeypatch, capsys):
+    trained = []
+
+    def watched(network, images, training, **options):
+        trained.append((network.config.learning_loss, sum(image.pseudo for image in images), training.beta))
+        return train(network, images, training, **options)
+
+    monkeypatch.setattr(bench_ssl, "train", watched)
+    monkeypatch.setattr(bench_ssl, "TURNS", 1)
+    arguments = ("ssl-training", "--profile", PROFILE, "--size", "64", "--rounds", "1", "--line", line)
+    measured = run(monkeypatch, capsys, *arguments)
+    assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"])
+    assert (measured["line"], measured["pseudo_every_steps"]) == (line, 1 if "every" in line else 8)
+    assert measured["steps"] >= measured["pseudo_every_steps"]
+    watches = line.startswith("learning_loss")
+    assert sorted(trained) == [(watches, 0, 0.01)] * 2 + [(watches, bench_ssl.IMAGES, 0.01)] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("tsp", "--line: expected one with pseudo labels, such as tsp\\+ssl, got 'tsp'"),
+        ("nonsense", "--line: expected random, .* got 'nonsense'"),
+    ],
+)
+def test_a_line_whose_pseudo_labels_cost_nothing_is_refused(line, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "ssl-training", "--line", line])
+    with pytest.raises(SystemExit, match=f"^ssl-training: {said}"):
+        bench.main()
 
 
 @pytest.mark.label_studio
