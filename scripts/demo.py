@@ -255,10 +255,12 @@ def _explain(
   Label Studio   {server.url}/projects/{project_id}/data
   log in as      {EMAIL}   password: {PASSWORD}
   dashboard      {backend.url}/ui
+  logs           {options.folder}/logs
 
-  Press "Label All Tasks" and label. After {options.batch_size} images the model trains by itself (watch the dashboard);
-  then new tasks open with its polygons, the most uncertain image first. To train at once: project settings > Model,
-  "..." of the backend, Start Training, and confirm. Ctrl-C stops everything and keeps it.
+  Press "Label All Tasks" and label. After every {options.batch_size} images the model trains by itself (watch the
+  dashboard); then new tasks open with its polygons, the most uncertain image first, as the Data Manager shows by
+  Order by > Prediction score. To train at once: project settings > Model, "..." of the backend, Start Training, and
+  confirm. Ctrl-C stops everything and keeps it.
 """,
         flush=True,
     )

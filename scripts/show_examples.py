@@ -5,7 +5,7 @@
 
 Outlines are the network's, with "class: c, b, m" on the instances of the best class scores and S (eq. 3) as the title;
 the ground truth is dashed. A run is one of `benchmark run --keep-networks`; of its pool, only images that nobody
-annotated are shown.
+annotated are shown. For a version all images of the folder count, also those that it was trained on.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from model.dataset import LabeledSet, load_image
+from model.dataset import LabeledSet, load_image, read_coco
 from model.errors import TSPError
 from model.geometry import mask_to_polygons, rle_to_mask, roi_mask_to_polygons
 from model.network import MaskRCNNWithScores
@@ -26,7 +26,6 @@ from model.registry import ModelCard, Registry
 from model.tsp import image_score, instance_scores
 from model.types import Detections, LabeledImage
 from scripts.arguments import file_called, from_0_to_1, positive
-from scripts.benchmark_sets import read_data
 from scripts.kept_network import load_kept
 
 mpl.use("Agg")
@@ -135,7 +134,7 @@ def _from_version(options: argparse.Namespace) -> tuple[MaskRCNNWithScores, Mode
             f"--weights: expected the folder of a version, with card.json and weights.safetensors, got {folder}"
         )
     network, card = Registry(folder.parent.parent).load(folder.parent.name, folder.name)
-    return network, card, read_data(options.data, pool_size=None, test_size=None).pool
+    return network, card, read_coco(options.data / "annotations.json")
 
 
 def _draw_example(axes: Axes, example: Example, class_names: Sequence[str], mask_threshold: float) -> None:

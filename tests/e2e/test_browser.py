@@ -328,7 +328,7 @@ def telling(images: int) -> dict[str, int]:
             [
                 "box score Spearman 0.61, calibration error 0.08; mask score Spearman -0.20, calibration error 0.08 "
                 "(46 detections)",
-                "Ranked by class times mask score the newest is 0.810.",
+                "The newest has 0.810 when its detections are ranked by class times mask score.",
                 "next images by hybrid, a batch of 20",
                 "3 + 8 for the teacher",
                 "predicted IoU",

@@ -50,7 +50,7 @@ def test_the_picture_of_a_run_on_crops_shows_the_crops(tmp_path, data, monkeypat
     assert "of 4 images" in capsys.readouterr().out
 
 
-def test_the_picture_of_a_version_shows_the_whole_pool(tmp_path, data, monkeypatch, capsys):
+def test_the_picture_of_a_version_is_of_all_images(tmp_path, data, monkeypatch, capsys):
     network = tiny_network(num_classes=4)
     card = ModelCard(
         version="v1", network=network.config.to_json(), class_names=("a", "b", "c"), created_at="2026-01-01T00:00:00Z"
@@ -58,7 +58,7 @@ def test_the_picture_of_a_version_shows_the_whole_pool(tmp_path, data, monkeypat
     Registry(tmp_path).add("project", card, network)
     version = tmp_path / "project" / "v1"
     here(monkeypatch, "--data", data, "--weights", version, "--out", tmp_path / "a.png", "--columns", "2")
-    assert "of 9 images" in capsys.readouterr().out
+    assert "of 12 images" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
