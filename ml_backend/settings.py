@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     pseudo_every_steps: int = _env(
         "TSP_PSEUDO_EVERY_STEPS",
         8,
-        "a pseudo-labelled image joins each n-th training step only, and counts n times: 8 cost a tenth more time",
+        "a pseudo-labelled image joins each n-th training step only, and counts n times: 8 cost some 5 % more time",
         ge=1,
     )
     teacher_decay: float = _env(
