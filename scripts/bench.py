@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Setting:
 
     profile: str
     size: int
+    detections: int  # of each image, in inference
 
 
 def main() -> None:
@@ -64,6 +65,9 @@ def main() -> None:
     parser.add_argument("--profile", choices=PROFILES, default="resnet50_fpn", help="default: %(default)s")
     parser.add_argument(
         "--size", type=positive, default=512, help="side of the images and of the network's input, pixels"
+    )
+    parser.add_argument(
+        "--detections", type=positive, default=100, help="of branches, in its image; default: %(default)s"
     )
     parser.add_argument("--rounds", type=positive, default=10, help="publish: two at most")
     parser.add_argument("--threads", type=positive, default=1, help="of torch; default: %(default)s")
@@ -119,9 +123,14 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         result = measure(options)
     else:
         what, prepare = BENCHMARKS[options.name]
-        ours, theirs = prepare(Setting(profile=options.profile, size=options.size))
-        setting = {name: getattr(options, name) for name in ("profile", "size", "rounds", "threads")}
-        result = {**compare(ours, theirs, rounds=options.rounds), **setting}
+        setting = Setting(profile=options.profile, size=options.size, detections=options.detections)
+        ours, theirs = prepare(setting)
+        result = {
+            **compare(ours, theirs, rounds=options.rounds),
+            **asdict(setting),
+            "rounds": options.rounds,
+            "threads": options.threads,
+        }
     return result, f"{what}: {result['ours']:.3f} s against {result['theirs']:.3f} s, ratio {result['ratio']:.3f}"
 
 
@@ -146,15 +155,18 @@ def branches(setting: Setting) -> tuple[Work, Work]:
     """Inference with both IoU branches, against inference that leaves them out; both are made quick, as predictions and
     the look at the pool have them, and the masks stay in their boxes.
 
-    A score threshold of 0 lets an untrained network, too, fill its 100 detections, for which the branches work.
+    A score threshold of 0 lets an untrained network, too, fill its detections, for which the branches work.
     """
-    network = _network(setting, score_threshold=0.0).eval()
-    without = _network(setting, score_threshold=0.0).eval()
+    options: dict[str, Any] = {"score_threshold": 0.0, "detections_per_image": setting.detections}
+    network = _network(setting, **options).eval()
+    without = _network(setting, **options).eval()
     without.load_state_dict(network.state_dict())
-    for name in ("box_iou_branch", "mask_iou_branch"):
-        setattr(without.roi_heads, name, _Nothing())
+    without = for_inference(without)
+    heads = without.roi_heads
+    heads.box_iou_branch = heads.mask_iou_branch = _Nothing()
+    heads.box_roi_pool = _ForProposalsOnly(heads.box_roi_pool)
     images, _ = _batch(setting.size, 1)
-    return partial(_look, for_inference(network), images), partial(_look, for_inference(without), images)
+    return partial(_look, for_inference(network), images), partial(_look, without, images)
 
 
 BENCHMARKS: dict[str, tuple[str, Callable[[Setting], tuple[Work, Work]]]] = {
@@ -219,6 +231,20 @@ class _Body(nn.Module):
 class _Nothing(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return features.new_zeros(len(features))
+
+
+class _ForProposalsOnly(nn.Module):
+    """The second time in an image, the RoIs are the final boxes, whose features only the box IoU branch needs."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool, self.calls = pool, 0
+
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_sizes: list[tuple[int, int]]) -> Tensor:
+        self.calls += 1
+        if self.calls % 2:
+            return self.pool(features, boxes, image_sizes)  # type: ignore[no-any-return]
+        return torch.cat(boxes)
 
 
 def _network(setting: Setting, **options: Any) -> MaskRCNNWithScores:

@@ -23,12 +23,12 @@ PROFILE = "efficientnet_lite0_fpn"
 
 @pytest.mark.parametrize("name", bench.BENCHMARKS)
 def test_the_last_line_is_what_was_measured(name, monkeypatch, capsys):
-    arguments = ["--profile", PROFILE, "--size", "64", "--rounds", "1"]
+    arguments = ["--profile", PROFILE, "--size", "64", "--detections", "20", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["bench", name, *arguments])
     bench.main()
     words, line = capsys.readouterr().out.splitlines()
     measured = json.loads(line)
-    setting = {"name": name, "profile": PROFILE, "size": 64, "rounds": 1, "threads": 1}
+    setting = {"name": name, "profile": PROFILE, "size": 64, "detections": 20, "rounds": 1, "threads": 1}
     assert {key: measured[key] for key in setting} == setting
     assert set(measured) == {*setting, "ours", "theirs", "ratio", "machine"}
     assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"])
