@@ -5,10 +5,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -21,10 +21,12 @@ from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError, ImageHostSilentError, ImageUnavailableError
 from ml_backend.foreign_hosts import host_of
 from ml_backend.images import FetchedImage
+from ml_backend.inbox import label_studio_id
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
 from ml_backend.pseudo_labels import kept_detections, trust_by
 from ml_backend.service import Service
+from ml_backend.unseen import KnownPool, UnseenTasks
 from model.dataset import load_image
 from model.duplicates import distinct
 from model.errors import DatasetError, TooLargeError
@@ -39,6 +41,16 @@ from model.types import Detections, FloatArray
 logger = logging.getLogger(__name__)
 
 _SHARE_EVERY_SECONDS = 300.0  # what is found, with a store
+_PROBLEMS_TOLD = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSeen:
+    """What a look at a pool came to."""
+
+    count: int  # tasks that the version has seen, of those that are still in Label Studio ...
+    added: int  # ... and how many of them this look has seen
+    known: KnownPool | None  # for the next look; None: it has to list all tasks
 
 
 def score_pool(
@@ -56,69 +68,92 @@ def score_pool(
 
 
 def score_pool_in_steps(
-    service: Service, project_key: str, version: str, log: CycleLog | None = None, *, team: Team | None = None
-) -> Generator[bool, None, int]:
+    service: Service,
+    project_key: str,
+    version: str,
+    log: CycleLog | None = None,
+    *,
+    team: Team | None = None,
+    known: KnownPool | None = None,
+) -> Generator[bool, None, PoolSeen]:
     """`score_pool` for callers who stop in between, or for good: yields after each task whether it is seen now, and
-    also while there is nothing but to wait for the team. Returns how many tasks the version has seen, of those that are
-    still in Label Studio. Of a team's chunks, those that were not read yet are lost to who stops."""
+    also while tasks are listed or there is nothing but to wait for the team. Of a team's chunks, those that were not
+    read yet are lost to who stops. With what is `known` from the version's last look, only changes are asked for."""
     viewer = Viewer.of_project(service, project_key, version)
     path = service.scores_file(project_key, version)
+    folder, chunk = service.chunks_folder(project_key, version), service.settings.scoring_chunk
+    pool = find_cut(folder, project_key, version, store=service.store) if team else None
+    is_resumed = pool is not None
+    seen_before = cache(partial(_seen_before, service, path))
+    with UnseenTasks(service.settings.model_dir) as unseen:
+        if not is_resumed:
+            project_id = label_studio_id(project_key)
+            for _ in unseen.list_in_steps(service.label_studio, project_id, seen_before, known):
+                yield False
+            if team and len(unseen) > chunk:
+                pool = cut(folder, project_key, version, unseen, size=chunk, store=service.store)
+        seeing = _Seeing(pool.total if pool else len(unseen), log)
+        if not seeing.total:
+            return PoolSeen(count=unseen.seen, added=0, known=unseen.known(seen=unseen.seen, away=set()))
+        seen, away, added = set(seen_before()), set[int](), 0
+        shared_at = time.monotonic()
+        try:
+            with open_lines(path) as lines:
+                for line in team.see(pool) if team and pool else viewer.lines(unseen):
+                    if line is None:
+                        yield False
+                        continue
+                    if "away" in line:
+                        away.add(line["task"])
+                    elif line["task"] not in seen:
+                        append_line(lines, line)
+                        seen.add(line["task"])
+                        added += 1
+                    if time.monotonic() - shared_at > _SHARE_EVERY_SECONDS:
+                        service.share_lines(path)
+                        shared_at = time.monotonic()
+                    seeing.count(line)
+                    yield "away" not in line
+        except GeneratorExit:
+            if team and pool:  # nobody would read what the others find
+                team.forget(pool)
+            raise
+        service.share_lines(path)
+        if team and pool:
+            team.forget(pool)
+        seeing.tell()
+        if is_resumed:
+            return PoolSeen(count=len(seen), added=added, known=None)
+        count = unseen.seen + added
+        return PoolSeen(count=count, added=added, known=unseen.known(seen=count, away=away))
+
+
+def _seen_before(service: Service, path: Path) -> set[int]:
+    """The tasks in a version's scores file, to which lines can be added now."""
     service.bring_lines(path)
     seen = go_on_with(path, "task")
     service.share_lines(path)  # those of a worker that was killed here
-    folder = service.chunks_folder(project_key, version)
-    pool = find_cut(folder, project_key, version, store=service.store) if team else None
-    waiting, there = ([], set(seen)) if pool else viewer.waiting(seen)
-    if team and len(waiting) > service.settings.scoring_chunk:
-        size = service.settings.scoring_chunk
-        pool = cut(folder, project_key, version, waiting, size=size, store=service.store)
-    seeing = _Seeing(pool.total if pool else len(waiting), log)
-    if not seeing.total:
-        return len(there)
-    shared_at = time.monotonic()
-    try:
-        with open_lines(path) as lines:
-            for line in team.see(pool) if team and pool else viewer.lines(waiting):
-                if line is None:
-                    yield False
-                    continue
-                if "away" not in line and line["task"] not in seen:
-                    append_line(lines, line)
-                    seen.add(line["task"])
-                    there.add(line["task"])
-                if time.monotonic() - shared_at > _SHARE_EVERY_SECONDS:
-                    service.share_lines(path)
-                    shared_at = time.monotonic()
-                seeing.count(line)
-                yield "away" not in line
-    except GeneratorExit:
-        if team and pool:  # nobody would read what the others find
-            team.forget(pool)
-        raise
-    service.share_lines(path)
-    if team and pool:
-        team.forget(pool)
-    seeing.tell()
-    return len(there)
+    return seen
 
 
 class _Seeing:
     """What people are told of a look at a pool of `total` tasks."""
 
     def __init__(self, total: int, log: CycleLog | None) -> None:
-        self.total, self.away = total, 0
-        self._log, self._done, self._empty = log, 0, 0
-        self._problems: list[str] = []
+        self.total = total
+        self._log, self._done, self._empty, self._problem_count = log, 0, 0, 0
+        self._problems: list[str] = []  # the first ones
         if log:
             log.stage("scoring the unlabelled images", total=total)
 
     def count(self, line: Json) -> None:
         """One more task, by its line."""
         self._done += 1
-        self.away += "away" in line
         self._empty += line.get("instances") == 0
         if problem := line.get("away") or line.get("problem"):
-            self._problems.append(problem)
+            self._problem_count += 1
+            if len(self._problems) < _PROBLEMS_TOLD:
+                self._problems.append(problem)
         if self._log:
             self._log.progress(self._done, self.total)
 
@@ -129,8 +164,8 @@ class _Seeing:
                 {
                     "pool": self.total,
                     "pool_without_detections": self._empty,  # placed by TSP_EMPTY_POLICY
-                    "pool_problems": self._problems[:20],
-                    "pool_problem_count": len(self._problems),
+                    "pool_problems": self._problems,
+                    "pool_problem_count": self._problem_count,
                 }
             )
 
@@ -149,16 +184,6 @@ class Viewer:
         return cls(
             service, project_key, version, parse_label_config(label_config, from_name=service.settings.from_name)
         )
-
-    def waiting(self, seen: Set[int]) -> tuple[list[Json], set[int]]:
-        """The tasks {"id", "data"} without annotation, by id, that were not seen, and which of those seen are there."""
-        waiting, there = list[Json](), set[int]()
-        for task in self._service.label_studio.tasks(self._service.project(self._project_key).id):
-            if task.id in seen:
-                there.add(task.id)
-            elif not task.is_annotated:
-                waiting.append({"id": task.id, "data": task.data})
-        return waiting, there
 
     def lines(self, tasks: Iterable[Json]) -> Generator[Json, None, None]:
         """A line of the scores file for each task; {"task", "away": the reason} for one that is to be seen later.
@@ -275,7 +300,7 @@ def go_on_with(path: Path, name: str) -> set[Any]:
     if path.exists():
         with path.open("rb+") as file:
             file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
-    return {line[name] for line in read_scores(path)}
+    return {line[name] for line in read_heads(path)}
 
 
 def packed(feature: FloatArray) -> str:

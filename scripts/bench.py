@@ -6,8 +6,9 @@
 The last line is one JSON object with `name`, `ours`, `theirs` (median CPU seconds of one round) and `ratio`, the median
 of ours / theirs round by round: lower is better. Without --json it is preceded by the same in words. `webhook` and
 `health` are answers of the web process while a cycle trains (bench_web.py): `ours` is the 99th percentile, `theirs` the
-time that Label Studio waits. `start`, `publish`, `ingest` and `score-workers` are wall time, `polygons` compares sums
-over all masks, `predict-few` tells the worse of two cases; what they compare stands in their files, bench_<name>.py.
+time that Label Studio waits. `start`, `publish`, `ingest`, `look` and `score-workers` are wall time, `polygons`
+compares sums over all masks, `predict-few` tells the worse of two cases; what they compare stands in their files,
+bench_<name>.py.
 --profile and --size are for train-step, ssl-training, branches and score-workers.
 """
 
@@ -35,6 +36,7 @@ from scripts.arguments import positive
 from scripts.bench_compare import Work, compare
 from scripts.bench_evaluate import evaluate
 from scripts.bench_ingest import ingest
+from scripts.bench_look import look
 from scripts.bench_polygons import polygons
 from scripts.bench_pool import score_pool
 from scripts.bench_predict import predict, predict_few
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
     parser.add_argument("--database-url", default="", help="where webhook, health, score-workers keep the state")
     parser.add_argument("--data", nargs="+", default=[], help="COCO folders (annotations.json, images/) of polygons")
-    parser.add_argument("--tasks", type=positive, default=10_000, help="of publish and ingest")
+    parser.add_argument("--tasks", type=positive, default=10_000, help="of publish, ingest and look")
     parser.add_argument("--regions", type=positive, default=15, help="polygons of each of these tasks")
     parser.add_argument(
         "--label-studio",
@@ -163,7 +165,8 @@ def branches(setting: Setting) -> tuple[Work, Work]:
     without.load_state_dict(network.state_dict())
     without = for_inference(without)
     heads = without.roi_heads
-    heads.box_iou_branch = heads.mask_iou_branch = _Nothing()
+    for name in ("box_iou_branch", "mask_iou_branch"):
+        setattr(heads, name, _Nothing())
     heads.box_roi_pool = _ForProposalsOnly(heads.box_roi_pool)
     images, _ = _batch(setting.size, 1)
     return partial(_look, for_inference(network), images), partial(_look, without, images)
@@ -188,6 +191,7 @@ OTHERS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = 
     "start": ("start of the web process until /health answers, against one that loads torch first", start),
     "publish": ("publishing predictions against Label Studio's bulk import alone", publish),
     "ingest": ("reading annotations again when few have changed against reading all", ingest),
+    "look": ("a worker's look at a project when nothing has changed, against the first one", look),
     "evaluate": ("COCO's figures of masks against faster-coco-eval", evaluate),
 }
 

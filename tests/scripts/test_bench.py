@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from model.train import train
-from scripts import bench, bench_ingest, bench_plan, bench_publish, bench_ssl, bench_start, bench_web, bench_workers
+from scripts import (
+    bench,
+    bench_ingest,
+    bench_look,
+    bench_plan,
+    bench_publish,
+    bench_ssl,
+    bench_start,
+    bench_web,
+    bench_workers,
+)
 from scripts.label_studio_server import free_port
 from scripts.make_phantoms import CLASS_NAMES
 from tests.model.examples import rectangle, target, tiny_network
@@ -134,6 +144,15 @@ def test_reading_annotations_again_is_measured_next_to_reading_all(label_studio)
     assert measured["ratio"] > 0
     sent = {name: measured[name]["megabytes"] for name in ("first", "unchanged", "changed", "everything")}
     assert 0 <= sent["unchanged"] < sent["changed"] < sent["everything"] <= sent["first"]
+
+
+@pytest.mark.label_studio
+def test_a_look_lists_nothing_again(label_studio):
+    measured = bench_look.look(Namespace(tasks=30, regions=1), label_studio)
+    assert measured["annotated_meanwhile"] == 10
+    assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"], abs=1e-3)
+    first, unchanged, changed = (measured[name]["megabytes"] for name in ("first", "unchanged", "changed"))
+    assert unchanged < changed < first
 
 
 def test_workers_on_one_pool_need_a_postgresql(monkeypatch):
