@@ -144,12 +144,12 @@ def cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def reset_peak_memory(process: int) -> None:
+    """Let `peak_memory_mb` begin anew, with what the process holds at this moment (Linux)."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+
+
 def peak_memory_mb(process: int) -> int:
-    """The largest resident memory of a process so far (Linux)."""
+    """The largest resident memory of a process since it was started, or since `reset_peak_memory` (Linux)."""
     peak = next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(peak.split()[1]) // 1024
-
-
-def forget_peak_memory(process: int) -> None:
-    """From now on `peak_memory_mb` tells of what comes (Linux)."""
-    Path(f"/proc/{process}/clear_refs").write_text("5")

@@ -17,10 +17,10 @@ from scripts.bench_label_studio import (
     Connected,
     Requests,
     connected,
-    forget_peak_memory,
     image_tasks,
     peak_memory_mb,
     polygons,
+    reset_peak_memory,
 )
 from scripts.label_studio_server import LabelStudioServer
 from scripts.make_phantoms import CLASS_NAMES
@@ -45,7 +45,7 @@ def look(options: Namespace, server: LabelStudioServer | None = None) -> dict[st
         _see(label_studio, key, unannotated, options.regions)
         with closing(open_claims(label_studio.service.settings)) as claims:
             looks = PoolLooks(label_studio.service, claims, None)
-            forget_peak_memory(os.getpid())
+            reset_peak_memory(os.getpid())
             before = peak_memory_mb(os.getpid())
             first = _look(label_studio, key, looks)
             grown = peak_memory_mb(os.getpid()) - before
