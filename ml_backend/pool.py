@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -27,7 +27,7 @@ from ml_backend.ls_format import Json, image_uri, prediction
 from ml_backend.pseudo_labels import kept_detections, trust_by
 from ml_backend.service import Service
 from ml_backend.unseen import KnownPool, UnseenTasks
-from model.dataset import load_image
+from model.dataset import load_seen
 from model.duplicates import distinct
 from model.errors import DatasetError, TooLargeError
 from model.files import naming_full_disk
@@ -175,7 +175,8 @@ class Viewer:
 
     def __init__(self, service: Service, project_key: str, version: str, config: LabelConfig) -> None:
         self._service, self._project_key, self._version, self._config = service, project_key, version, config
-        self._images = TaskImages(service, project_key, config)
+        # The thread that reads images loads the network, whose input size it needs; nobody else needs it before.
+        self._images = TaskImages(service, project_key, config, network=lambda: self._loaded[0])
 
     @classmethod
     def of_project(cls, service: Service, project_key: str, version: str) -> Self:
@@ -201,7 +202,9 @@ class Viewer:
                 yield one
                 continue
             try:
-                observation, detections = _look_at_pixels(self._service, *self._loaded, one.pixels)
+                observation, detections = _look_at_pixels(
+                    self._service, *self._loaded, one.pixels, one.fetched.image_hw
+                )
             except TooLargeError as error:
                 yield {"task": one.task_id, "problem": str(error)}
             else:
@@ -214,10 +217,12 @@ class Viewer:
 
 
 class TaskImages:
-    """The images of a project's tasks. A host that does not answer is asked once."""
+    """The images of a project's tasks, as a network sees them. A host that does not answer is asked once."""
 
-    def __init__(self, service: Service, project_key: str, config: LabelConfig) -> None:
-        self._service, self._project_key, self._config = service, project_key, config
+    def __init__(
+        self, service: Service, project_key: str, config: LabelConfig, *, network: Callable[[], MaskRCNNWithScores]
+    ) -> None:
+        self._service, self._project_key, self._config, self._network = service, project_key, config, network
         self._silent: set[str] = set()  # hosts
 
     def opened(self, task: Json) -> "OpenedImage | Json":
@@ -230,7 +235,8 @@ class TaskImages:
             if host in self._silent:
                 raise ImageUnavailableError(f"image of task {task['id']}: {host} is away, it is asked again later")
             fetched = self._service.images.fetch(task_id=task["id"], uri=uri, project_key=self._project_key)
-            return OpenedImage(task_id=task["id"], fetched=fetched, pixels=load_image(fetched.path))
+            pixels = load_seen(fetched.path, fetched.image_hw, self._network().config)
+            return OpenedImage(task_id=task["id"], fetched=fetched, pixels=pixels)
         except ImageUnavailableError as error:
             if host and isinstance(error, ImageHostSilentError):
                 self._silent.add(host)
@@ -241,7 +247,7 @@ class TaskImages:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedImage:
-    """A task whose image lies in memory, (H, W, 3) uint8 RGB."""
+    """A task whose image lies in memory at the network's input size, (H, W, 3) uint8 RGB."""
 
     task_id: int
     fetched: FetchedImage
@@ -320,16 +326,22 @@ def load_to_look(service: Service, project_key: str, version: str) -> tuple[Mask
 
 
 def look_at(
-    service: Service, network: MaskRCNNWithScores, card: ModelCard, path: Path
+    service: Service, network: MaskRCNNWithScores, card: ModelCard, path: Path, image_hw: tuple[int, int]
 ) -> tuple[Observation, Detections]:
-    """What a version sees in an image: what its strategy keeps of it, and all detections."""
-    return _look_at_pixels(service, network, card, load_image(path))
+    """What a version sees in an image of size `image_hw`: what its strategy keeps of it, and all detections, in pixels
+    of the image. Raises ImageFileError, TooLargeError."""
+    return _look_at_pixels(service, network, card, load_seen(path, image_hw, network.config), image_hw)
 
 
 def _look_at_pixels(
-    service: Service, network: MaskRCNNWithScores, card: ModelCard, pixels: NDArray[np.uint8]
+    service: Service,
+    network: MaskRCNNWithScores,
+    card: ModelCard,
+    pixels: NDArray[np.uint8],
+    image_hw: tuple[int, int],
 ) -> tuple[Observation, Detections]:
-    sight, detections = look(network, pixels, queue_threshold=service.settings.queue_threshold)
+    """`pixels` are those at the network's input size, of an image of size `image_hw`."""
+    sight, detections = look(network, pixels, image_hw=image_hw, queue_threshold=service.settings.queue_threshold)
     return STRATEGIES[card.strategy].observe(sight), detections
 
 
