@@ -37,8 +37,9 @@ _LONG_SECONDS = 3600.0
 def publish(options: Namespace, server: LabelStudioServer | None = None) -> dict[str, Any]:
     """`options.tasks` predictions of `options.regions` polygons each. Seconds are wall time: Label Studio does most of
     the work, in a process of its own; `cpu_ratio` compares the CPU seconds of both processes together. Every round
-    has two new projects; which goes first alternates. `options.label_studio` are variables of the Label Studio that is
-    started."""
+    has two new projects; which goes first alternates, and the second begins with the memory that Label Studio still
+    holds of the first, `label_studio_memory_before_mb`. `options.label_studio` are variables of the Label Studio that
+    is started."""
     environment = dict(options.label_studio)
     with connected(server, environment) as label_studio:
         pairs = []
