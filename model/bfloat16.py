@@ -22,7 +22,9 @@ _HAS_INSTRUCTIONS = (
 
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies such numbers."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if platform.machine().lower() not in _X86:
         return True  # on Arm the library has asked for the instructions
