@@ -313,7 +313,7 @@ def test_an_image_whose_host_is_away_is_scored_when_it_is_back(
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "files"))
     with ThreadingHTTPServer((HOST, port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert score_pool(service, key, VERSION) == 6
+        assert score_pool(service, key, VERSION) == 5
         server.shutdown()
     found = scores(service, key)
     assert set(found) == {*own, *foreign}
