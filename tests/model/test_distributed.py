@@ -165,6 +165,16 @@ def test_after_the_death_of_a_process_all_are_started_again(images, by_two, tmp_
         assert torch.equal(network.state_dict()[name], tensor), name
 
 
+def test_more_processes_than_annotated_images_are_refused_before_they_start(images, tmp_path):
+    few = [image for image in images if image.pseudo or image.image_id == images[0].image_id]
+    options = {"processes": 2, "checkpoint": tmp_path / "c.safetensors"}
+    with pytest.raises(
+        InvalidInputError, match=r"annotated image \(1\).*got 2: annotate more images, or train with fewer"
+    ):
+        train_in_processes(tiny_network(), few, TrainingConfig(**TRAINING), **options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_process_reports_is_raised_here(images, tmp_path):
     broken = dataclasses.replace(images[0], path=tmp_path / "missing.png")
     options = {"processes": 2, "checkpoint": tmp_path / "c.safetensors"}

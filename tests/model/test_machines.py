@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -309,6 +310,51 @@ def test_what_strangers_send_disturbs_nobody(meeting, noise):
     with pytest.raises(KeyboardInterrupt), gathered(meeting, on_wait):
         pass
     assert all("1 of 2 machines" in reason for reason in reasons)
+
+
+def first_asked_then_given_up(meeting, *, meanwhile, afterwards):
+    """What somebody hears who asks while something is wrong here, `meanwhile`, until `afterwards`."""
+    rounds = []
+
+    def on_wait(reason):
+        rounds.append(reason)
+        if len(rounds) == 1:
+            asking.append(socket.create_connection((meeting.host, meeting.port), timeout=10))
+            meanwhile()
+        if len(rounds) == 2:
+            afterwards()
+        if len(rounds) == 4:
+            raise KeyboardInterrupt
+
+    asking = []
+    with pytest.raises(KeyboardInterrupt), gathered(meeting, on_wait):
+        pass
+    with asking[0]:
+        return asking[0].recv(1 << 16)
+
+
+def test_a_machine_that_asks_while_no_file_can_be_opened_is_heard_afterwards(meeting, caplog):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def open_no_more():
+        os.close(lowest := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+
+    def open_again():
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    try:
+        heard = first_asked_then_given_up(meeting, meanwhile=open_no_more, afterwards=open_again)
+    finally:
+        open_again()
+    assert b'{"nonce"' in heard
+    assert f"somebody who asks at {meeting.address} cannot be answered: Too many open files" in caplog.text
+
+
+def test_a_connection_that_the_system_refuses_to_set_up_is_closed(meeting, monkeypatch):
+    """Some do when the other side is gone already; here, a time that it does not take has the same effect."""
+    monkeypatch.setattr("model.machines._KEEP_ALIVE", {"TCP_KEEPIDLE": 0})
+    assert first_asked_then_given_up(meeting, meanwhile=lambda: None, afterwards=lambda: None) == b""
 
 
 def test_what_a_library_prints_is_no_message_and_stops_nothing(tmp_path):
