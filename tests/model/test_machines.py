@@ -22,7 +22,7 @@ from model.machines import Connection, Meeting, Roll, end, environment, gathered
 from model.together import train_in_processes
 from scripts.label_studio_server import free_port
 from tests.model.examples import tiny_network
-from tests.model.test_distributed import ROOT, TRAINING, images, processes_of
+from tests.model.test_distributed import ROOT, TRAINING, images, processes_of, rank_of
 
 __all__ = ["images"]
 
@@ -212,11 +212,6 @@ def test_of_those_amid_one_meeting_none_is_named_when_one_of_them_is_already_at_
     assert (roll.behind(), roll.is_stuck()) == ([0], False)
     roll.comes(0)
     assert (roll.behind(), roll.is_stuck()) == ([2], False)
-
-
-def rank_of(process):
-    pairs = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    return next(int(pair[5:]) for pair in pairs if pair.startswith(b"RANK="))
 
 
 def parent_of(process):
