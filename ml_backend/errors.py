@@ -32,7 +32,7 @@ class ImageUnavailableError(ImageError):
 
 
 class ImageHostSilentError(ImageUnavailableError):
-    """The image's host gave no answer at all; it need not be asked for other images in this moment."""
+    """The image's host gave no answer, or broke off: others of it may fail, too, in this moment."""
 
 
 class StoreError(TSPError):

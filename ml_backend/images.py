@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -73,6 +73,7 @@ class FetchedImage:
     path: Path
     sha256: str
     image_hw: tuple[int, int]
+    is_new: bool = field(default=False, compare=False)  # its host gave it now; it was in no cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class ImageStore:
         for: what is known here, the store has.
 
         Raises ImageError when this image cannot be had or read (the others may be fine; ImageUnavailableError when it
-        is worth another try, ImageHostSilentError when those of the same host are, too), DiskFullError,
+        is worth another try, ImageHostSilentError when those of the same host may be, too), DiskFullError,
         StoreUnavailableError, and the client's errors when Label Studio itself is away or refuses the token.
         """
         source = _Source(task_id=task_id, uri=uri)
@@ -161,7 +162,7 @@ class ImageStore:
             _publish(file, unfinished, path)
             with self._excused(may_do_without_store):
                 self._remember(entry, path, image_hw)
-        return FetchedImage(path=path, sha256=sha256, image_hw=image_hw)
+        return FetchedImage(path=path, sha256=sha256, image_hw=image_hw, is_new=True)
 
     def at_hand(self, path: Path) -> Path:
         """Where the file of a cache, perhaps another machine's, lies in this one; brought from the store if there is

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _SHARE_EVERY_SECONDS = 300.0  # what is found, with a store
 _PROBLEMS_TOLD = 20
+_UNANSWERED = 3  # downloads in a row, after which a host is left alone: each may take as long as its time-out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,32 +219,42 @@ class Viewer:
 
 
 class TaskImages:
-    """The images of a project's tasks, as a network sees them. A host that does not answer is asked once."""
+    """The images of a project's tasks, as a network sees them. A host that leaves three of them unanswered, one after
+    the other, is not asked any more."""
 
     def __init__(
         self, service: Service, project_key: str, config: LabelConfig, *, network: Callable[[], MaskRCNNWithScores]
     ) -> None:
         self._service, self._project_key, self._config, self._network = service, project_key, config, network
-        self._silent: set[str] = set()  # hosts
+        self._unanswered: Counter[str] = Counter()  # by host, since it last gave an answer
 
     def opened(self, task: Json) -> "OpenedImage | Json":
         """The image of a task {"id", "data"}, or why there is none: {"task", "away": the reason} when it may be there
         later, {"task", "problem": the reason} when it will not."""
-        host = ""
         try:
-            uri = image_uri(task, self._config)
-            host = host_of(uri)
-            if host in self._silent:
-                raise ImageUnavailableError(f"image of task {task['id']}: {host} is away, it is asked again later")
-            fetched = self._service.images.fetch(task_id=task["id"], uri=uri, project_key=self._project_key)
+            fetched = self._fetched(task["id"], image_uri(task, self._config))
             pixels = load_seen(fetched.path, fetched.image_hw, self._network().config)
             return OpenedImage(task_id=task["id"], fetched=fetched, pixels=pixels)
         except ImageUnavailableError as error:
-            if host and isinstance(error, ImageHostSilentError):
-                self._silent.add(host)
             return {"task": task["id"], "away": str(error)}
         except (ImageError, DatasetError) as error:
             return {"task": task["id"], "problem": str(error)}
+
+    def _fetched(self, task_id: int, uri: str) -> FetchedImage:
+        host = host_of(uri)
+        if host and self._unanswered[host] >= _UNANSWERED:
+            raise ImageUnavailableError(f"image of task {task_id}: {host} is away, it is asked again later")
+        try:
+            fetched = self._service.images.fetch(task_id=task_id, uri=uri, project_key=self._project_key)
+        except ImageHostSilentError:  # one download that breaks off says nothing of a host with thousands of images
+            self._unanswered[host] += 1
+            raise
+        except ImageError:
+            self._unanswered[host] = 0
+            raise
+        if fetched.is_new:  # the cache says nothing of the host
+            self._unanswered[host] = 0
+        return fetched
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,12 @@ def publish(service: Service, project_key: str, version: str, log: CycleLog) -> 
     import_missing(service, project_key, version, log)
     client.update_project(project_id, sampling=UNCERTAINTY_SAMPLING, show_collab_predictions=True)
     versions = client.model_versions(project_id)
+    if published.name not in versions and published.name + POOL in versions:
+        logger.warning("project %s: all tasks of the batch were deleted; the scores order the others", project_key)
+        service.keep_json(service.batch_file(project_key, version), {"tasks": []})
+        published = settle(service, project_key, version, config)
+        import_missing(service, project_key, version, log)
+        versions = client.model_versions(project_id)
     if published.name not in versions:
         log.stage("no task is left to predict for")
         service.registry.activate(project_key, version)

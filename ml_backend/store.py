@@ -162,6 +162,14 @@ class Store:
         content = self.recall(path)
         if content == _bytes_of(path):
             return
+        if self._remembers_seconds:  # a worker with the same folder may have written a newer file since
+            try:
+                content = self.read(path)
+            except StoreUnavailableError:
+                if path.exists():
+                    return
+            else:
+                self._remembered["read", path] = time.monotonic(), content
         if content is None:
             path.unlink(missing_ok=True)
         else:

@@ -38,9 +38,9 @@ class StoredRegistry(Registry):
         self._store.upload(folder / _WEIGHTS, source=made / _WEIGHTS)
         self._store.write(folder / _DIGEST, digest_of(made / _WEIGHTS).encode())
         self._store.upload(folder / _CARD, source=made / _CARD)
-        shutil.rmtree(folder, ignore_errors=True)  # of a version that was forgotten
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made.rename(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (_WEIGHTS, _CARD):  # one by one: from now on, another process may bring the card into the folder
+            (made / name).replace(folder / name)
         shutil.rmtree(unfinished.root, ignore_errors=True)
 
     def load(self, project: str, version: str) -> "tuple[MaskRCNNWithScores, ModelCard]":

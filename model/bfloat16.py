@@ -4,6 +4,7 @@ Convolutions and large matrix products take and give bfloat16; boxes, class scor
 float32 from what they give.
 """
 
+import platform
 from typing import Any
 
 import torch
@@ -12,10 +13,23 @@ from torch import Tensor, nn
 from model.errors import InvalidInputError
 from model.network import MaskRCNNWithScores
 
+_X86 = ("x86_64", "amd64")
+_HAS_INSTRUCTIONS = (
+    "_is_avx512_bf16_supported",
+    "_is_amx_tile_supported",
+)  # of torch.cpu; another release may lack one
+
 
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies such numbers."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine().lower() not in _X86:
+        return True  # on Arm the library has asked for the instructions
+    # On x86 it is content with AVX-512, with which bfloat16 is slower than float32.
+    return any(getattr(torch.cpu, name, lambda: False)() for name in _HAS_INSTRUCTIONS)
 
 
 def check_bfloat16(device: torch.device) -> None:

@@ -220,7 +220,16 @@ def _admitted(listening: socket.socket, meeting: Meeting) -> Connection | None:
         raw, (address, *_) = listening.accept()
     except TimeoutError:
         return None
-    other = Connection(raw, f"the machine at {address}")
+    except OSError as error:  # who asked is gone again, or this process has too many files open
+        logger.warning("somebody who asks at %s cannot be answered: %s", meeting.address, error.strerror)
+        time.sleep(_ASK_EVERY_SECONDS)
+        return None
+    try:
+        other = Connection(raw, f"the machine at {address}")
+    except OSError as error:  # some systems refuse to set up a connection that has ended again
+        logger.debug("somebody at %s asked, and then: %s", address, error)
+        raw.close()
+        return None
     try:
         if not (trouble := _greeted(other, meeting)):
             return other

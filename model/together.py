@@ -57,14 +57,20 @@ def train_in_processes(
     With a `meeting`, on each of several machines (`model.machines`); `on_wait` is told once a second which are missing.
     A process, or a machine, that dies ends the others, and so does a machine that stands still; all are started again
     and go on from the checkpoint. When that is complete, nobody is waited for and None returned. Raises what `train`
-    raises, InvalidInputError for more processes than images in a step, and TrainingProcessError when processes die
-    again and again.
+    raises, InvalidInputError for more processes than images in a step or annotated ones, and TrainingProcessError when
+    processes die again and again.
     """
     in_all = processes * (meeting.machines if meeting else 1)
     if in_all > config.batch_size:
         raise InvalidInputError(
             f"processes: expected at most batch_size ({config.batch_size}) on all machines, since each needs an image "
             f"in every step, got {in_all}"
+        )
+    annotated = sum(not image.pseudo for image in images)
+    if in_all > annotated:
+        raise InvalidInputError(
+            f"processes: expected at most one for each annotated image ({annotated}) on all machines, since each needs "
+            f"one in every step, got {in_all}: annotate more images, or train with fewer processes"
         )
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=JOB) as place:
         job = Path(place)

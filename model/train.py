@@ -78,6 +78,8 @@ def train(
     first = _resume(checkpoint, run, network, optimizer, teacher) if checkpoint else 0
     if ranks:
         ranks.start_alike(network, first)
+        if teacher:  # it was made of weights that may have been others until now
+            ranks.start_alike(teacher.network, first)
 
     progress, at_once = None, None
     batches = DataLoader(

@@ -4,7 +4,8 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +21,8 @@ from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_format import Json
 from ml_backend.ls_types import Project
 from ml_backend.pool import (
+    OpenedImage,
+    TaskImages,
     Viewer,
     append_line,
     detections_for_people,
@@ -34,6 +37,7 @@ from ml_backend.pool import (
 from ml_backend.pseudo_labels import seen_image
 from ml_backend.service import Service
 from model.types import Detections
+from scripts.fault_proxy import Call, Fault, FaultProxy
 from scripts.label_studio_server import HOST, LabelStudioServer, free_port
 from tests.label_studio import POLYGON_CONFIG, polygon_result
 from tests.ml_backend.examples import (
@@ -49,6 +53,7 @@ from tests.ml_backend.examples import (
     settings,
     sha256,
 )
+from tests.model.examples import tiny_network
 
 
 def detections(labels: list[int], class_scores: list[float]) -> Detections:
@@ -302,19 +307,19 @@ def test_an_image_whose_host_is_away_is_scored_when_it_is_back(
     images = grey_images(3)
     for number, image in enumerate(images[:2]):
         (tmp_path / "files" / f"{number}.png").write_bytes(image)
-    foreign = import_images(client, project, [f"http://{HOST}:{port}/{number}.png" for number in (0, 1, 2)])
+    foreign = import_images(client, project, [f"http://{HOST}:{port}/{number}.png" for number in (0, 1, 2, 3, 4)])
     own = import_images(client, project, [images[2]])
 
     assert score_pool(service, key, VERSION, log) == 1  # nothing listens there
     assert set(scores(service, key)) == set(own)
     facts = cycle_row(service, key).facts
-    assert facts["pool_problem_count"] == 3
-    assert sum("is away" in problem for problem in facts["pool_problems"]) == 2  # the host was asked once
+    assert facts["pool_problem_count"] == 5
+    assert sum("is away" in problem for problem in facts["pool_problems"]) == 2  # the host was asked three times
 
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "files"))
     with ThreadingHTTPServer((HOST, port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert score_pool(service, key, VERSION) == 3
+        assert score_pool(service, key, VERSION) == 5
         server.shutdown()
     found = scores(service, key)
     assert set(found) == {*own, *foreign}
@@ -343,6 +348,56 @@ def test_what_is_found_in_a_large_photo_is_in_its_own_pixels(lonely_service: Ser
     assert found.boxes_xyxy[:, 2].max() > hw[1] / 2
     assert found.boxes_xyxy[:, 3].max() > hw[0] / 2
     assert found.boxes_xyxy.max() <= max(hw)
+
+
+HOST_OF_IMAGES = {"away": Fault(kind="refuse"), "cut off": Fault(kind="cut"), "busy": Fault(kind="status", status=503)}
+
+
+@pytest.mark.parametrize(
+    ("faults", "asked"),
+    [
+        pytest.param(["cut off"], range(9), id="one is cut off"),
+        pytest.param(["cut off", "away"], range(9), id="two in a row"),
+        pytest.param(["away", "", "away", "", "away"], range(9), id="three between others"),
+        pytest.param(["away", "busy", "away", "busy", "away"], range(9), id="an error is an answer"),
+        pytest.param(["cut off", "away", "away"], range(3), id="three in a row"),
+        pytest.param(["away", "cached", "away", "cached", "away"], (0, 2, 4), id="a cached one is no answer"),
+    ],
+)
+def test_a_host_is_left_alone_after_three_images_in_a_row_without_an_answer(
+    faults: Sequence[str], asked: Sequence[int], tmp_path: Path
+) -> None:
+    (tmp_path / "files").mkdir()
+    for number, image in enumerate(grey_images(9)):
+        (tmp_path / "files" / f"{number}.png").write_bytes(image)
+    spoilt: dict[str, Fault] = {}
+    paths: list[str] = []
+
+    def choose(call: Call) -> Fault | None:
+        paths.append(call.path)
+        return spoilt.get(call.path)
+
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "files"))
+    with (
+        ThreadingHTTPServer((HOST, 0), handler) as server,
+        FaultProxy(f"http://{HOST}:{server.server_port}", choose) as proxy,
+        closing(Service.connect(settings(tmp_path, TSP_ALLOWED_IMAGE_HOSTS=HOST))) as service,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        images = TaskImages(service, KEY, parse_label_config(POLYGON_CONFIG), network=tiny_network)
+        tasks = [{"id": number, "data": {"image": f"{proxy.url}/{number}.png"}} for number in range(9)]
+        for number, fault in enumerate(faults):
+            if fault == "cached":
+                images.opened(tasks[number])
+            elif fault:
+                spoilt[f"/{number}.png"] = HOST_OF_IMAGES[fault]
+        paths.clear()
+        found = [images.opened(task) for task in tasks]
+        server.shutdown()
+    assert paths == [f"/{number}.png" for number in asked]
+    there = [number for number in range(9) if number in asked and f"/{number}.png" not in spoilt]
+    cached = [number for number, fault in enumerate(faults) if fault == "cached"]
+    assert [number for number, one in enumerate(found) if isinstance(one, OpenedImage)] == sorted([*there, *cached])
 
 
 def test_the_heads_of_lines_are_all_that_stands_before_what_was_seen(tmp_path: Path) -> None:

@@ -352,6 +352,28 @@ def test_predictions_of_tasks_that_were_never_scored_are_no_reason_to_import_ane
 
 
 @pytest.mark.label_studio
+def test_when_all_tasks_of_a_batch_were_deleted_the_scores_order_the_others(
+    service: Service, client: LabelStudioClient, project: Project, key: str, label_studio: LabelStudioServer
+) -> None:
+    tasks = import_images(client, project, grey_images(5))
+    write_scores(service, key, [scored(task, 0.5) for task in tasks])
+    publish(service, key, VERSION, begin_cycle(service, key))
+    others = {tasks[2]: 0.7, tasks[3]: 0.3, tasks[4]: 0.5}
+    write_scores(service, key, [scored(task, others.get(task, 0.1)) for task in tasks], SECOND)
+    write_batch(service, key, tasks[:2], SECOND)
+    with raw_api(label_studio) as api:
+        for task in tasks[:2]:
+            assert api.delete(f"/api/tasks/{task}/").is_success
+    log = begin_cycle(service, key, 2)
+    for _ in ("once", "a repetition changes nothing"):
+        publish(service, key, SECOND, log)
+        assert client.model_versions(project.id) == {f"{SECOND}.1": 3}
+        assert client.project(project.id).model_version == f"{SECOND}.1"
+        assert service.registry.active(key) == SECOND
+    assert served_order(client, project) == sorted(others, key=lambda task: others[task])
+
+
+@pytest.mark.label_studio
 def test_tasks_that_come_after_a_batch_was_chosen_stand_behind_it(
     service: Service, client: LabelStudioClient, project: Project, key: str
 ) -> None:

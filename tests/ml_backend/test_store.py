@@ -68,6 +68,39 @@ def test_what_is_remembered_is_answered_until_it_is_old_or_changed_here(machine:
     assert reader.recall(path) == b"3"
 
 
+@pytest.mark.parametrize("before", [b"1", None], ids=["an older one", "nothing"])
+def test_what_is_remembered_is_not_put_in_the_place_of_what_a_worker_has_written_since(
+    machine: Machine, tmp_path: Path, before: bytes | None
+) -> None:
+    """A web process with the worker's own folder."""
+    path = tmp_path / "here" / "publication.json"
+    web, worker = machine("here", remembers_seconds=3600.0), machine("here")
+    if before is not None:
+        worker.write(path, before)
+    web.refresh(path)
+    assert (path.read_bytes() if path.exists() else None) == before
+    worker.write(path, b"2")
+    path.write_bytes(b"2")
+    web.refresh(path)
+    assert path.read_bytes() == b"2"
+    assert not web.has_another(path)
+
+
+def test_while_the_store_is_away_a_file_that_a_worker_has_written_stays(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    url, path = f"file://{tmp_path / 'shared'}", tmp_path / "here" / "publication.json"
+    web, worker = Store(url, tmp_path / "here", remembers_seconds=3600.0), Store(url, tmp_path / "here")
+    worker.write(path, b"1")
+    web.refresh(path)
+    path.write_bytes(b"2")
+    (tmp_path / "shared").rename(tmp_path / "away")
+    web.refresh(path)
+    assert path.read_bytes() == b"2"
+    path.unlink()
+    web.refresh(path)
+    assert path.read_bytes() == b"1"  # nothing better is known
+
+
 def test_the_first_of_two_creates(machine: Machine, tmp_path: Path) -> None:
     assert machine("here").create(tmp_path / "here" / "secret", b"1") == b"1"
     assert machine("there").create(tmp_path / "there" / "secret", b"2") == b"1"

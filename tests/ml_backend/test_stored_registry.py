@@ -1,5 +1,6 @@
 """Versions in a store: what one machine adds, others load."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,35 @@ def test_versions_that_are_removed_while_they_are_listed_are_left_out(machine: M
     assert asked.versions(KEY) == []
     with pytest.raises(RegistryError, match=rf"{KEY} has no version '{VERSION}'; it has none"):
         asked.load(KEY, VERSION)
+
+
+def test_a_version_is_added_while_a_web_process_of_the_same_folder_asks_for_it(
+    machine: Machine, store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks after each step, as soon as it could: also right after something was removed."""
+    web = StoredRegistry(tmp_path / "here" / "versions", machine("here"))
+    found: list[str] = []
+
+    class Watched(Store):
+        def upload(self, path: Path, *, source: Path | None = None) -> None:
+            super().upload(path, source=source)
+            found.extend(web.versions(KEY))
+
+    def remove(path: Path, *, ignore_errors: bool) -> None:
+        rmtree(path, ignore_errors=ignore_errors)
+        found.extend(web.versions(KEY))
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr("ml_backend.stored_registry.shutil.rmtree", remove)
+    card, network = tiny_version(VERSION, ("cell", "lesion"))
+    of_forgotten = web.root / KEY / VERSION / "weights.safetensors"
+    of_forgotten.parent.mkdir(parents=True)
+    of_forgotten.write_bytes(b"older")
+    StoredRegistry(web.root, Watched(store_url, tmp_path / "here")).add(KEY, card, network)
+    assert VERSION in found
+    assert Registry(web.root).load(KEY, VERSION)[1] == card
+    assert {path.name for path in (web.root / KEY / VERSION).iterdir()} == {"card.json", "weights.safetensors"}
+    assert {path.name for path in (web.root / KEY).iterdir()} == {VERSION}
 
 
 _KILLED = """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from model.config import TrainingConfig
+from model.config import PseudoLabelConfig, TrainingConfig
 from model.dataset import read_coco
 from model.distributed import Ranks
 from model.files import write_tensors
@@ -32,11 +32,13 @@ def on_step(progress: Progress) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+config = TrainingConfig(**json.loads((folder.parent / "training.json").read_text()), milestones=(2, 4))
 network = tiny_network(seed=ranks.rank, frozen_batch_norm=True)  # all begin with those of the first one
 train(
     network,
     read_coco(folder.parent / "coco.json", Path("/")).images,
-    TrainingConfig(**json.loads((folder.parent / "training.json").read_text()), milestones=(2, 4)),
+    config,
+    pseudo=PseudoLabelConfig(class_threshold=0.0, box_threshold=0.0, mask_threshold=0.0) if config.ema_decay else None,
     checkpoint=folder / "checkpoint.safetensors",
     ranks=ranks,
     on_step=on_step,

@@ -1,6 +1,7 @@
 """A network in bfloat16 finds nearly what it finds in float32."""
 
 import copy
+import platform
 
 import pytest
 import torch
@@ -80,6 +81,33 @@ def test_dropout_drops_in_bfloat16_too():
     with torch.inference_mode():
         found = network.stochastic_passes(torch.rand(3, 64, 64), 2, seed=5)
     assert not torch.equal(found[0]["scores"], found[1]["scores"])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks what an x86 CPU can do")
+@pytest.mark.parametrize(
+    ("instructions", "is_quick"),
+    [
+        pytest.param((), False, id="AVX-512 without bfloat16, as Cascade Lake"),
+        pytest.param(("_is_avx512_bf16_supported",), True, id="AVX-512 BF16, as Zen 4"),
+        pytest.param(("_is_amx_tile_supported",), True, id="AMX"),
+    ],
+)
+@pytest.mark.parametrize("is_asked", [True, False], ids=["each can be asked for", "torch knows only what is there"])
+def test_avx512_alone_does_not_multiply_bfloat16(monkeypatch, instructions, is_quick, is_asked):
+    """Of CPUs that are not here: what torch says of them is set."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        if is_asked or name in instructions:
+            monkeypatch.setattr(torch.cpu, name, lambda there=name in instructions: there, raising=False)
+        else:
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert has_bfloat16() is is_quick
+
+
+def test_without_onednn_nothing_is_quick_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(InvalidInputError, match="expected float32"):
+        for_inference(tiny_network(), precision="bfloat16")
 
 
 @pytest.mark.skipif(has_bfloat16(), reason="this CPU has instructions for bfloat16")

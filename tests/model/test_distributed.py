@@ -38,9 +38,13 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def place(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trainings")
+    return written(tmp_path_factory.mktemp("trainings"), images, TRAINING)
+
+
+def written(folder, images, training):
+    """The folder, with what the processes read."""
     write_coco(folder / "coco.json", LabeledSet(images=tuple(images), class_names=("one", "two")))
-    (folder / "training.json").write_text(json.dumps(TRAINING))
+    (folder / "training.json").write_text(json.dumps(training))
     return folder
 
 
@@ -73,6 +77,21 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_same_images(place, by
         assert losses == pytest.approx(all_expected, rel=1e-3, abs=1e-5)
     assert any(name.startswith("semi_") for name in lines[0][2])
     assert lines[-1][1] < lines[0][1]
+
+
+def test_so_they_have_with_adamw_one_cycle_clipped_gradients_and_a_teacher(images, tmp_path):
+    """The teacher, whose weights they end with, labels the images from step 4 on."""
+    options = {"optimizer": "adamw", "schedule": "one_cycle", "gradient_clip": 0.5, "ema_decay": 0.9}
+    place = written(tmp_path, images, {**TRAINING, **options, "learning_rate": 0.001, "ema_burn_in": 0.5})
+    (by_one, _), (lines, (first, second)) = trained(place / "one", 1), trained(place / "two", 2)
+    assert [step for step, *_ in lines] == list(range(1, STEPS + 1))
+    for (_, loss, losses), (_, expected, all_expected) in zip(lines, by_one, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+        assert losses == pytest.approx(all_expected, rel=1e-3, abs=1e-5)
+    before, after = (lines[number][2]["semi_loss_objectness"] for number in (2, 3))
+    assert after > 10 * before  # the teacher, which trusts everything here, sees more than the labels said
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
 
 
 def test_all_processes_end_with_the_same_weights(by_two):
@@ -149,20 +168,33 @@ def test_processes_that_we_start_train_as_those_of_torchrun_do(images, by_two, t
     assert list(tmp_path.iterdir()) == [checkpoint]
 
 
-def test_after_the_death_of_a_process_all_are_started_again(images, by_two, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_after_the_death_of_a_process_all_are_started_again(images, by_two, tmp_path, caplog, rank):
     network, steps = tiny_network(frozen_batch_norm=True), []
 
     def on_step(progress):
         steps.append(progress.step)
         if steps == [1, 2, 3]:
-            os.kill(processes_of(tmp_path)[-1], signal.SIGKILL)
+            (victim,) = (process for process in processes_of(tmp_path) if rank_of(process) == rank)
+            os.kill(victim, signal.SIGKILL)
 
     config = TrainingConfig(**TRAINING, milestones=(2, 4))
     train_in_processes(network, images, config, processes=2, checkpoint=tmp_path / "c.safetensors", on_step=on_step)
+    assert caplog.text.count("one of 2 training processes ended with 1; all go on from the checkpoint") == 1
     assert steps[:3] == [1, 2, 3]
     assert steps[-1] == STEPS
     for name, tensor in by_two[1][0].items():
         assert torch.equal(network.state_dict()[name], tensor), name
+
+
+def test_more_processes_than_annotated_images_are_refused_before_they_start(images, tmp_path):
+    few = [image for image in images if image.pseudo or image.image_id == images[0].image_id]
+    options = {"processes": 2, "checkpoint": tmp_path / "c.safetensors"}
+    with pytest.raises(
+        InvalidInputError, match=r"annotated image \(1\).*got 2: annotate more images, or train with fewer"
+    ):
+        train_in_processes(tiny_network(), few, TrainingConfig(**TRAINING), **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_process_reports_is_raised_here(images, tmp_path):
@@ -196,3 +228,8 @@ def processes_of(folder):
         if f"{folder}/together-".encode() in command and b"model.agent" not in command:
             found.append(int(process.name))
     return sorted(found)
+
+
+def rank_of(process):
+    pairs = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return next(int(pair[5:]) for pair in pairs if pair.startswith(b"RANK="))

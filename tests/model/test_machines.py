@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from model.machines import Connection, Meeting, Roll, end, environment, gathered
 from model.together import train_in_processes
 from scripts.label_studio_server import free_port
 from tests.model.examples import tiny_network
-from tests.model.test_distributed import ROOT, TRAINING, images, processes_of
+from tests.model.test_distributed import ROOT, TRAINING, images, processes_of, rank_of
 
 __all__ = ["images"]
 
@@ -213,11 +214,6 @@ def test_of_those_amid_one_meeting_none_is_named_when_one_of_them_is_already_at_
     assert (roll.behind(), roll.is_stuck()) == ([2], False)
 
 
-def rank_of(process):
-    pairs = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    return next(int(pair[5:]) for pair in pairs if pair.startswith(b"RANK="))
-
-
 def parent_of(process):
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -309,6 +305,51 @@ def test_what_strangers_send_disturbs_nobody(meeting, noise):
     with pytest.raises(KeyboardInterrupt), gathered(meeting, on_wait):
         pass
     assert all("1 of 2 machines" in reason for reason in reasons)
+
+
+def first_asked_then_given_up(meeting, *, meanwhile, afterwards):
+    """What somebody hears who asks while something is wrong here, `meanwhile`, until `afterwards`."""
+    rounds = []
+
+    def on_wait(reason):
+        rounds.append(reason)
+        if len(rounds) == 1:
+            asking.append(socket.create_connection((meeting.host, meeting.port), timeout=10))
+            meanwhile()
+        if len(rounds) == 2:
+            afterwards()
+        if len(rounds) == 4:
+            raise KeyboardInterrupt
+
+    asking = []
+    with pytest.raises(KeyboardInterrupt), gathered(meeting, on_wait):
+        pass
+    with asking[0]:
+        return asking[0].recv(1 << 16)
+
+
+def test_a_machine_that_asks_while_no_file_can_be_opened_is_heard_afterwards(meeting, caplog):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def open_no_more():
+        os.close(lowest := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+
+    def open_again():
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    try:
+        heard = first_asked_then_given_up(meeting, meanwhile=open_no_more, afterwards=open_again)
+    finally:
+        open_again()
+    assert b'{"nonce"' in heard
+    assert f"somebody who asks at {meeting.address} cannot be answered: Too many open files" in caplog.text
+
+
+def test_a_connection_that_the_system_refuses_to_set_up_is_closed(meeting, monkeypatch):
+    """Some do when the other side is gone already; here, a time that it does not take has the same effect."""
+    monkeypatch.setattr("model.machines._KEEP_ALIVE", {"TCP_KEEPIDLE": 0})
+    assert first_asked_then_given_up(meeting, meanwhile=lambda: None, afterwards=lambda: None) == b""
 
 
 def test_what_a_library_prints_is_no_message_and_stops_nothing(tmp_path):
