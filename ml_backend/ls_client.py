@@ -4,7 +4,7 @@ the SDK lacks. What Label Studio really answers was observed on 1.23.2."""
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -277,9 +277,10 @@ class LabelStudioClient:
         *,
         max_request_bytes: int | None = None,
         on_progress: Callable[[int], None] = lambda _: None,
+        turn: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> int:
         """Import `{"task", "result", "score", "model_version"}` in bulk, as they come; returns how many Label Studio
-        says it created. `on_progress` is told how many have been sent.
+        says it created. `on_progress` is told how many have been sent; a request is sent within `turn` (its bytes).
 
         Compare that with what was sent: invalid ones (a score outside [0, 1], an unknown label, points beyond 100)
         are dropped without an error. Each request costs Label Studio a count of the whole project (115 s at 100,000
@@ -289,20 +290,23 @@ class LabelStudioClient:
         """
         sent = created = 0
         for parts in _json_parts(predictions, max_bytes=max_request_bytes or self._bytes_an_import):
-            created += self._import_encoded(project_id, parts)
+            created += self._import_encoded(project_id, parts, turn)
             sent += len(parts)
             on_progress(sent)
         return created
 
-    def _import_encoded(self, project_id: int, parts: Sequence[bytes]) -> int:
+    def _import_encoded(
+        self, project_id: int, parts: Sequence[bytes], turn: Callable[[int], AbstractContextManager[None]]
+    ) -> int:
         path, body = f"/api/projects/{project_id}/import/predictions", _json_array(parts)
         try:
-            answer = self._http.json("POST", path, content=body, headers=_JSON_BODY, timeout=_LONG_SECONDS)
+            with turn(len(body)):
+                answer = self._http.json("POST", path, content=body, headers=_JSON_BODY, timeout=_LONG_SECONDS)
         except TooLargeRequestError:
             if len(parts) == 1:
                 raise
             middle = len(parts) // 2
-            return sum(self._import_encoded(project_id, half) for half in (parts[:middle], parts[middle:]))
+            return sum(self._import_encoded(project_id, half, turn) for half in (parts[:middle], parts[middle:]))
         except LabelStudioUnavailableError:  # perhaps a proxy that gives up on long requests: the next are shorter
             self._bytes_an_import = max(self._bytes_an_import // 4, _LEAST_BYTES_AN_IMPORT)
             raise

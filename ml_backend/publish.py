@@ -84,7 +84,8 @@ def import_lines(
     pending = (_prediction(order, line) for line in lines() if line["task"] in missing)
     tell = partial(log.progress, total=len(missing)) if log else lambda _: None
     try:
-        created = client.import_predictions(project_id, pending, on_progress=tell)
+        turn = partial(service.import_turns.turn, log=log)
+        created = client.import_predictions(project_id, pending, on_progress=tell, turn=turn)
     except LabelStudioUnavailableError:
         raise
     except LabelStudioError:  # all of a request is refused because a task was deleted since it was scored
@@ -182,7 +183,7 @@ def _replace_refused(
     logger.error("project %s: Label Studio refused the predictions of tasks %s", project_id, _some(refused))
     scores = {line["task"]: order.score_of(line) for line in lines() if line["task"] in unpredicted}
     empty = [for_task(empty_prediction(order.version_of(task), score=scores[task]), task) for task in refused]
-    client.import_predictions(project_id, empty)
+    client.import_predictions(project_id, empty, turn=service.import_turns.turn)
     left = set(refused) - _predicted_task_ids(service, project_id, order.versions)
     left &= {task.id for task in client.tasks(project_id)}  # a task that was deleted meanwhile needs none
     if left:

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,7 @@ from ml_backend.db import Database
 from ml_backend.errors import ProjectGoneError, SettingsError
 from ml_backend.foreign_hosts import AllowedHosts
 from ml_backend.images import ImageLimits, ImageStore
+from ml_backend.import_turns import ImportTurns
 from ml_backend.inbox import ProjectName, label_studio_id
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_http import NotFoundError
@@ -38,6 +39,7 @@ class Service:
     label_studio: LabelStudioClient
     images: ImageStore
     store: Store | None = None  # None: all processes share MODEL_DIR
+    import_turns: ImportTurns = field(default_factory=ImportTurns)  # a worker's are shared with the others
 
     @cached_property
     def annotated(self) -> AnnotatedIds:

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from ml_backend.durable_cycles import (
 from ml_backend.ended_checkpoints import EndedCheckpoints
 from ml_backend.errors import LabelConfigError, SettingsError, StoreUnavailableError
 from ml_backend.forget import forgotten_projects, remove_forgotten_data
+from ml_backend.import_turns import ImportTurns
 from ml_backend.logs import in_words, speaks_for_itself, start_logging
 from ml_backend.pool_looks import PoolLooks
 from ml_backend.reconcile import reconcile
@@ -71,6 +73,7 @@ class Worker:
     """Looks after the known projects, beside the other workers, until the process ends."""
 
     def __init__(self, service: Service, claims: Claims, *, name: str) -> None:
+        service = replace(service, import_turns=ImportTurns(claims))
         self._service, self._claims, self._name = service, claims, name
         self._process = f"{name}-{secrets.token_hex(4)}"
         # Queues of this process alone: who has a project's claim, does its work.

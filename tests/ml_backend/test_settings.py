@@ -142,6 +142,7 @@ EXAMPLES: list[tuple[str, str, str, Any]] = [
     ("TSP_DEVICE", "cuda:1", "device", "cuda:1"),
     ("TSP_PRECISION", "bfloat16", "precision", "bfloat16"),
     ("TSP_THREADS", "2", "threads", 2),
+    ("TSP_LOADED_VERSIONS", "1", "loaded_versions", 1),
     ("TSP_PROCESSES", "2", "processes", 2),
     ("TSP_MACHINES", "1", "machines", 1),
     ("TSP_MEETING_POINT", "10.0.0.5:29400", "meeting_point", "10.0.0.5:29400"),
@@ -273,6 +274,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("TSP_MEETING_POINT", "10.0.0.5:0", "expected host:port"),
         ("TSP_SCORING_CHUNK", "0", "greater than or equal to 1"),
         ("TSP_NICENESS", "-5", "greater than or equal to 0"),
+        ("TSP_LOADED_VERSIONS", "0", "greater than or equal to 1"),
         ("TSP_RECONCILE_SECONDS", "0", "greater than 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ml_backend.claims import open_claims
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import CycleRow, PoolLookRow, ProjectRow, unfinished_work
 from ml_backend.forget import forget, forgotten_projects, remove_forgotten_data
+from ml_backend.import_turns import ImportTurns
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.overview import overview
@@ -139,6 +141,35 @@ def test_a_look_that_is_due_is_one_at_the_pool_too(
     import_images(client, project, phantom_images(1))
     rounds.until(lambda: key in rounds.worker._pool_looks._looked_at)  # it has ended, later than it began
     assert rounds.worker._pool_looks._is_due(key, rounds.worker._next_look[key] + 0.001)  # rounding aside
+
+
+def test_a_large_import_waits_for_that_of_another_worker(
+    begin: Callable[..., Rounds],
+    client: LabelStudioClient,
+    project: Project,
+    postgres: Postgres,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ml_backend.import_turns._SMALL_BYTES", 0)
+    monkeypatch.setattr("ml_backend.import_turns._TELL_EVERY_SECONDS", 0.5)
+    rounds = begin(DATABASE_URL=postgres.new_database(), TSP_RECONCILE_SECONDS=3600, TSP_SCORING_CHUNK=100)
+    key = use_version(rounds.service, project)
+    tasks = import_images(client, project, phantom_images(2))
+    stored: list[dict[str, int]] = []
+
+    def let_go_when_told() -> None:
+        wait(lambda: "waiting" in (shown(rounds.service, key)["pool_look"] or {}).get("facts", {}), dict)
+        stored.append(client.model_versions(project.id))
+        others.close()
+
+    with closing(open_claims(rounds.service.settings)) as claims, ExitStack() as others:
+        others.enter_context(ImportTurns(claims).turn(1))
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(let_go_when_told)
+            rounds.until(lambda: key in rounds.worker._pool_looks._looked_at)
+            waiting.result(timeout=SECONDS)
+    assert stored == [{}]
+    assert client.predicted_task_ids(project.id, VERSION) == set(tasks)
 
 
 def test_nothing_is_published_again_when_only_a_task_is_deleted(
