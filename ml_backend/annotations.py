@@ -8,8 +8,9 @@ import hashlib
 import json
 import logging
 import sqlite3
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from ml_backend.ls_types import AnnotatedTask
 logger = logging.getLogger(__name__)
 
 _OVERLAP = timedelta(hours=1)  # servers' clocks may differ, and a long import is seen after others that began later
+_LIST_ALL_EVERY_SECONDS = 3600.0  # by AnnotatedIds, which knows no overlap
 _LISTED_AT_ONCE = 500
 _TASKS_IN_MEMORY = 1000
 _PATIENCE_SECONDS = 5.0  # when another process writes
@@ -38,7 +40,7 @@ class AnnotatedTasks:
     def __init__(self, client: LabelStudioClient, project_id: int, path: Path) -> None:
         self._client, self._project_id, self._path = client, project_id, path
         with _Kept.opened(path) as kept:
-            self._there = _listed(client, project_id, kept.tasks())
+            self._there = _listed(client, project_id, kept.tasks(), overlap=_OVERLAP)
             kept.leave_only(self._there)
 
     def __len__(self) -> int:
@@ -57,11 +59,33 @@ class AnnotatedTasks:
                 yield from (read[number] for number in part if number in read)
 
 
-def _listed(client: LabelStudioClient, project_id: int, known: Mapping[int, AnnotatedTask]) -> dict[int, AnnotatedTask]:
-    """The annotated tasks, of which `known` have not changed if nothing says otherwise."""
+class AnnotatedIds:
+    """Which tasks of the projects are annotated, for the looks of one process: the first one lists them, later ones ask
+    for what has changed."""
+
+    def __init__(self, client: LabelStudioClient) -> None:
+        self._client = client
+        self._known: dict[str, tuple[float, dict[int, AnnotatedTask]]] = {}  # when all were listed, and what is there
+
+    def of(self, project_key: str, project_id: int) -> Set[int]:
+        """The tasks with an annotation that is neither skipped nor a draft; imported ground truth does count."""
+        now = time.monotonic()
+        listed_at, known = self._known.pop(project_key, (now, {}))
+        if now - listed_at > _LIST_ALL_EVERY_SECONDS:
+            listed_at, known = now, {}
+        found = _listed(self._client, project_id, known, overlap=timedelta(0))
+        self._known[project_key] = listed_at, found
+        return found.keys()
+
+
+def _listed(
+    client: LabelStudioClient, project_id: int, known: Mapping[int, AnnotatedTask], *, overlap: timedelta
+) -> dict[int, AnnotatedTask]:
+    """The annotated tasks, of which `known` have not changed if nothing says otherwise: neither the time of their last
+    change, for which `overlap` allows, nor their number."""
     if not known:
         return {task.id: task for task in client.annotated(project_id)}
-    since = max(task.updated_at for task in known.values()) - _OVERLAP
+    since = max(task.updated_at for task in known.values()) - overlap
     changed = {task.id: task for task in client.annotated(project_id, changed_after=since)}
     return _agreed(client, project_id, {**known, **changed}, 0, None)
 

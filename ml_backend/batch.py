@@ -119,7 +119,7 @@ def _annotated(
     network, card = load_to_look(service, project_key, version)
     with open_lines(path) as lines:
         for done, image in enumerate(waiting, start=1):
-            observation, _ = look_at(service, network, card, image.path)
+            observation, _ = look_at(service, network, card, image.path, image.image_hw)
             append_line(lines, {"image": image.image_id, "feature": packed(observation.feature)})
             log.progress(done, len(waiting))
     found = Observations(len(seen) + len(waiting))

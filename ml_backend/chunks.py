@@ -7,9 +7,10 @@
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,25 +103,32 @@ class Team(Protocol):
 
 
 def cut(
-    folder: Path, project_key: str, version: str, tasks: Sequence[Json], *, size: int, store: Store | None = None
+    folder: Path, project_key: str, version: str, tasks: Iterable[Json], *, size: int, store: Store | None = None
 ) -> CutPool:
-    """Cut tasks {"id", "data"} into chunks of `size`, the last one perhaps smaller, in a folder that has none yet."""
+    """Cut tasks {"id", "data"} into chunks of `size`, the last one perhaps smaller, in a folder that has none yet. One
+    chunk at a time is in the memory."""
     name = secrets.token_hex(4)  # a later pool of the version must not be taken for this one
-    chunks = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-    contents: dict[str, Any] = {f"{number}.tasks.json": chunk for number, chunk in enumerate(chunks)}
-    contents[_PLAN] = {"chunks": len(chunks), "total": len(tasks)}
     if store:
         store.remove(folder)  # what a crash left unfinished
-        for file, content in contents.items():
+        for file, content in _contents(tasks, size):
             store.write(folder / name / file, json.dumps(content, allow_nan=False).encode())
     else:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished = folder / f".{name}"
         unfinished.mkdir(parents=True)
-        for file, content in contents.items():
+        for file, content in _contents(tasks, size):
             write_json(unfinished / file, content)
         unfinished.rename(folder / name)
     return open_cut(folder, project_key, version, name, store=store)
+
+
+def _contents(tasks: Iterable[Json], size: int) -> Iterator[tuple[str, Any]]:
+    """The files of a cut pool, the plan last."""
+    left, chunks, total = iter(tasks), 0, 0
+    while chunk := list(islice(left, size)):
+        yield f"{chunks}.tasks.json", chunk
+        chunks, total = chunks + 1, total + len(chunk)
+    yield _PLAN, {"chunks": chunks, "total": total}
 
 
 def find_cut(folder: Path, project_key: str, version: str, *, store: Store | None = None) -> CutPool | None:

@@ -98,7 +98,8 @@ def _observe(service: Service, project_key: str, project: Project, tasks: Sequen
         return
     logger.info("project %s: looking at %d images for the first batch", project_key, len(waiting))
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
-    images, network = TaskImages(service, project_key, config), cache(partial(_pretrained, service))
+    network = cache(partial(_pretrained, service))
+    images = TaskImages(service, project_key, config, network=network)
     told, away = 0.0, []
     with open_lines(path) as lines:
         for done, task in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
@@ -122,7 +123,7 @@ def _line(image: OpenedImage | Json, network: Callable[[], MaskRCNNWithScores]) 
     if not isinstance(image, OpenedImage):
         return image
     try:
-        sight, _ = look(network(), image.pixels)
+        sight, _ = look(network(), image.pixels, image_hw=image.fetched.image_hw)
     except TooLargeError as error:
         return {"task": image.task_id, "problem": str(error)}
     return {"task": image.task_id, "image": image.fetched.sha256, "feature": packed(sight.feature)}

@@ -352,6 +352,7 @@ class ImageStore:
                     )
                 try:
                     orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+                    image.draft(None, (1, 1))  # of a JPEG, all bytes are read and few pixels made
                     image.load()
                 except _BROKEN as error:
                     raise source.error(f"expected a whole image, got a damaged {extension} file: {error}") from error

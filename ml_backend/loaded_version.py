@@ -36,7 +36,7 @@ class LoadedVersion:
             fetched = self._service.images.fetch(
                 task_id=task_id, uri=uri, project_key=self._project_key, may_do_without_store=True
             )
-            seen, found = look_at(self._service, self._network, self._card, fetched.path)
+            seen, found = look_at(self._service, self._network, self._card, fetched.path, fetched.image_hw)
         except (ImageError, DatasetError, TooLargeError) as error:
             logger.warning("%s", error)
             return empty_prediction(order.version, score=1.0)

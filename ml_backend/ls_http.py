@@ -126,8 +126,8 @@ class Http(httpx.Client):
         if status == 413:
             size = request.headers.get("content-length", "so many")
             raise TooLargeRequestError(
-                f"{what} to {size} bytes: let the proxy before Label Studio take requests of 128 MB "
-                "(nginx: client_max_body_size 128m)"
+                f"{what} to {size} bytes: let the proxy before Label Studio take requests of 180 MB "
+                "(nginx: client_max_body_size 180m)"
             )
         if response.is_redirect:
             target = without_query(response.headers.get("location", ""))

@@ -6,10 +6,10 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -22,11 +22,13 @@ from ml_backend.cycle_log import CycleLog
 from ml_backend.errors import ImageError, ImageHostSilentError, ImageUnavailableError
 from ml_backend.foreign_hosts import host_of
 from ml_backend.images import FetchedImage
+from ml_backend.inbox import label_studio_id
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
 from ml_backend.pseudo_labels import kept_detections, trust_by
 from ml_backend.service import Service
-from model.dataset import load_image
+from ml_backend.unseen import KnownPool, UnseenTasks
+from model.dataset import load_seen
 from model.duplicates import distinct
 from model.errors import DatasetError, TooLargeError
 from model.files import naming_full_disk
@@ -41,6 +43,16 @@ logger = logging.getLogger(__name__)
 
 _SHARE_EVERY_SECONDS = 300.0  # what is found, with a store
 _UNANSWERED = 3  # downloads in a row, after which a host is left alone: each may take as long as its time-out
+_PROBLEMS_TOLD = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSeen:
+    """What a look at a pool came to."""
+
+    count: int  # tasks that the version has seen, of those that are still in Label Studio ...
+    added: int  # ... and how many of them this look has seen
+    known: KnownPool | None  # for the next look; None: it has to list all tasks
 
 
 def score_pool(
@@ -58,69 +70,92 @@ def score_pool(
 
 
 def score_pool_in_steps(
-    service: Service, project_key: str, version: str, log: CycleLog | None = None, *, team: Team | None = None
-) -> Generator[bool, None, int]:
+    service: Service,
+    project_key: str,
+    version: str,
+    log: CycleLog | None = None,
+    *,
+    team: Team | None = None,
+    known: KnownPool | None = None,
+) -> Generator[bool, None, PoolSeen]:
     """`score_pool` for callers who stop in between, or for good: yields after each task whether it is seen now, and
-    also while there is nothing but to wait for the team. Returns how many tasks the version has seen, of those that are
-    still in Label Studio. Of a team's chunks, those that were not read yet are lost to who stops."""
+    also while tasks are listed or there is nothing but to wait for the team. Of a team's chunks, those that were not
+    read yet are lost to who stops. With what is `known` from the version's last look, only changes are asked for."""
     viewer = Viewer.of_project(service, project_key, version)
     path = service.scores_file(project_key, version)
+    folder, chunk = service.chunks_folder(project_key, version), service.settings.scoring_chunk
+    pool = find_cut(folder, project_key, version, store=service.store) if team else None
+    is_resumed = pool is not None
+    seen_before = cache(partial(_seen_before, service, path))
+    with UnseenTasks(service.settings.model_dir) as unseen:
+        if not is_resumed:
+            project_id = label_studio_id(project_key)
+            for _ in unseen.list_in_steps(service.label_studio, project_id, seen_before, known):
+                yield False
+            if team and len(unseen) > chunk:
+                pool = cut(folder, project_key, version, unseen, size=chunk, store=service.store)
+        seeing = _Seeing(pool.total if pool else len(unseen), log)
+        if not seeing.total:
+            return PoolSeen(count=unseen.seen, added=0, known=unseen.known(seen=unseen.seen, away=set()))
+        seen, away, added = set(seen_before()), set[int](), 0
+        shared_at = time.monotonic()
+        try:
+            with open_lines(path) as lines:
+                for line in team.see(pool) if team and pool else viewer.lines(unseen):
+                    if line is None:
+                        yield False
+                        continue
+                    if "away" in line:
+                        away.add(line["task"])
+                    elif line["task"] not in seen:
+                        append_line(lines, line)
+                        seen.add(line["task"])
+                        added += 1
+                    if time.monotonic() - shared_at > _SHARE_EVERY_SECONDS:
+                        service.share_lines(path)
+                        shared_at = time.monotonic()
+                    seeing.count(line)
+                    yield "away" not in line
+        except GeneratorExit:
+            if team and pool:  # nobody would read what the others find
+                team.forget(pool)
+            raise
+        service.share_lines(path)
+        if team and pool:
+            team.forget(pool)
+        seeing.tell()
+        if is_resumed:
+            return PoolSeen(count=len(seen), added=added, known=None)
+        count = unseen.seen + added
+        return PoolSeen(count=count, added=added, known=unseen.known(seen=count, away=away))
+
+
+def _seen_before(service: Service, path: Path) -> set[int]:
+    """The tasks in a version's scores file, to which lines can be added now."""
     service.bring_lines(path)
     seen = go_on_with(path, "task")
     service.share_lines(path)  # those of a worker that was killed here
-    folder = service.chunks_folder(project_key, version)
-    pool = find_cut(folder, project_key, version, store=service.store) if team else None
-    waiting, there = ([], set(seen)) if pool else viewer.waiting(seen)
-    if team and len(waiting) > service.settings.scoring_chunk:
-        size = service.settings.scoring_chunk
-        pool = cut(folder, project_key, version, waiting, size=size, store=service.store)
-    seeing = _Seeing(pool.total if pool else len(waiting), log)
-    if not seeing.total:
-        return len(there)
-    shared_at = time.monotonic()
-    try:
-        with open_lines(path) as lines:
-            for line in team.see(pool) if team and pool else viewer.lines(waiting):
-                if line is None:
-                    yield False
-                    continue
-                if "away" not in line and line["task"] not in seen:
-                    append_line(lines, line)
-                    seen.add(line["task"])
-                    there.add(line["task"])
-                if time.monotonic() - shared_at > _SHARE_EVERY_SECONDS:
-                    service.share_lines(path)
-                    shared_at = time.monotonic()
-                seeing.count(line)
-                yield "away" not in line
-    except GeneratorExit:
-        if team and pool:  # nobody would read what the others find
-            team.forget(pool)
-        raise
-    service.share_lines(path)
-    if team and pool:
-        team.forget(pool)
-    seeing.tell()
-    return len(there)
+    return seen
 
 
 class _Seeing:
     """What people are told of a look at a pool of `total` tasks."""
 
     def __init__(self, total: int, log: CycleLog | None) -> None:
-        self.total, self.away = total, 0
-        self._log, self._done, self._empty = log, 0, 0
-        self._problems: list[str] = []
+        self.total = total
+        self._log, self._done, self._empty, self._problem_count = log, 0, 0, 0
+        self._problems: list[str] = []  # the first ones
         if log:
             log.stage("scoring the unlabelled images", total=total)
 
     def count(self, line: Json) -> None:
         """One more task, by its line."""
         self._done += 1
-        self.away += "away" in line
         self._empty += line.get("instances") == 0
         if problem := line.get("away") or line.get("problem"):
-            self._problems.append(problem)
+            self._problem_count += 1
+            if len(self._problems) < _PROBLEMS_TOLD:
+                self._problems.append(problem)
         if self._log:
             self._log.progress(self._done, self.total)
 
@@ -131,8 +166,8 @@ class _Seeing:
                 {
                     "pool": self.total,
                     "pool_without_detections": self._empty,  # placed by TSP_EMPTY_POLICY
-                    "pool_problems": self._problems[:20],
-                    "pool_problem_count": len(self._problems),
+                    "pool_problems": self._problems,
+                    "pool_problem_count": self._problem_count,
                 }
             )
 
@@ -142,7 +177,8 @@ class Viewer:
 
     def __init__(self, service: Service, project_key: str, version: str, config: LabelConfig) -> None:
         self._service, self._project_key, self._version, self._config = service, project_key, version, config
-        self._images = TaskImages(service, project_key, config)
+        # The thread that reads images loads the network, whose input size it needs; nobody else needs it before.
+        self._images = TaskImages(service, project_key, config, network=lambda: self._loaded[0])
 
     @classmethod
     def of_project(cls, service: Service, project_key: str, version: str) -> Self:
@@ -151,16 +187,6 @@ class Viewer:
         return cls(
             service, project_key, version, parse_label_config(label_config, from_name=service.settings.from_name)
         )
-
-    def waiting(self, seen: Set[int]) -> tuple[list[Json], set[int]]:
-        """The tasks {"id", "data"} without annotation, by id, that were not seen, and which of those seen are there."""
-        waiting, there = list[Json](), set[int]()
-        for task in self._service.label_studio.tasks(self._service.project(self._project_key).id):
-            if task.id in seen:
-                there.add(task.id)
-            elif not task.is_annotated:
-                waiting.append({"id": task.id, "data": task.data})
-        return waiting, there
 
     def lines(self, tasks: Iterable[Json]) -> Generator[Json, None, None]:
         """A line of the scores file for each task; {"task", "away": the reason} for one that is to be seen later.
@@ -178,7 +204,9 @@ class Viewer:
                 yield one
                 continue
             try:
-                observation, detections = _look_at_pixels(self._service, *self._loaded, one.pixels)
+                observation, detections = _look_at_pixels(
+                    self._service, *self._loaded, one.pixels, one.fetched.image_hw
+                )
             except TooLargeError as error:
                 yield {"task": one.task_id, "problem": str(error)}
             else:
@@ -191,11 +219,13 @@ class Viewer:
 
 
 class TaskImages:
-    """The images of a project's tasks. A host that leaves three of them unanswered, one after the other, is not asked
-    any more."""
+    """The images of a project's tasks, as a network sees them. A host that leaves three of them unanswered, one after
+    the other, is not asked any more."""
 
-    def __init__(self, service: Service, project_key: str, config: LabelConfig) -> None:
-        self._service, self._project_key, self._config = service, project_key, config
+    def __init__(
+        self, service: Service, project_key: str, config: LabelConfig, *, network: Callable[[], MaskRCNNWithScores]
+    ) -> None:
+        self._service, self._project_key, self._config, self._network = service, project_key, config, network
         self._unanswered: Counter[str] = Counter()  # by host, since it last gave an answer
 
     def opened(self, task: Json) -> "OpenedImage | Json":
@@ -203,7 +233,8 @@ class TaskImages:
         later, {"task", "problem": the reason} when it will not."""
         try:
             fetched = self._fetched(task["id"], image_uri(task, self._config))
-            return OpenedImage(task_id=task["id"], fetched=fetched, pixels=load_image(fetched.path))
+            pixels = load_seen(fetched.path, fetched.image_hw, self._network().config)
+            return OpenedImage(task_id=task["id"], fetched=fetched, pixels=pixels)
         except ImageUnavailableError as error:
             return {"task": task["id"], "away": str(error)}
         except (ImageError, DatasetError) as error:
@@ -228,7 +259,7 @@ class TaskImages:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedImage:
-    """A task whose image lies in memory, (H, W, 3) uint8 RGB."""
+    """A task whose image lies in memory at the network's input size, (H, W, 3) uint8 RGB."""
 
     task_id: int
     fetched: FetchedImage
@@ -287,7 +318,7 @@ def go_on_with(path: Path, name: str) -> set[Any]:
     if path.exists():
         with path.open("rb+") as file:
             file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
-    return {line[name] for line in read_scores(path)}
+    return {line[name] for line in read_heads(path)}
 
 
 def packed(feature: FloatArray) -> str:
@@ -307,16 +338,22 @@ def load_to_look(service: Service, project_key: str, version: str) -> tuple[Mask
 
 
 def look_at(
-    service: Service, network: MaskRCNNWithScores, card: ModelCard, path: Path
+    service: Service, network: MaskRCNNWithScores, card: ModelCard, path: Path, image_hw: tuple[int, int]
 ) -> tuple[Observation, Detections]:
-    """What a version sees in an image: what its strategy keeps of it, and all detections."""
-    return _look_at_pixels(service, network, card, load_image(path))
+    """What a version sees in an image of size `image_hw`: what its strategy keeps of it, and all detections, in pixels
+    of the image. Raises ImageFileError, TooLargeError."""
+    return _look_at_pixels(service, network, card, load_seen(path, image_hw, network.config), image_hw)
 
 
 def _look_at_pixels(
-    service: Service, network: MaskRCNNWithScores, card: ModelCard, pixels: NDArray[np.uint8]
+    service: Service,
+    network: MaskRCNNWithScores,
+    card: ModelCard,
+    pixels: NDArray[np.uint8],
+    image_hw: tuple[int, int],
 ) -> tuple[Observation, Detections]:
-    sight, detections = look(network, pixels, queue_threshold=service.settings.queue_threshold)
+    """`pixels` are those at the network's input size, of an image of size `image_hw`."""
+    sight, detections = look(network, pixels, image_hw=image_hw, queue_threshold=service.settings.queue_threshold)
     return STRATEGIES[card.strategy].observe(sight), detections
 
 

@@ -8,14 +8,17 @@ from collections.abc import Generator
 from ml_backend import inbox
 from ml_backend.claims import Claims
 from ml_backend.cold_start import prepare_first_batch
-from ml_backend.cycle_log import PoolLookLog
-from ml_backend.pool import score_pool_in_steps
+from ml_backend.cycle_log import CycleLog, PoolLookLog
+from ml_backend.pool import PoolSeen, score_pool_in_steps
 from ml_backend.publication import POOL, publication_of
 from ml_backend.publish import import_missing
 from ml_backend.service import Service
 from ml_backend.team import ScoringTeam
+from ml_backend.unseen import KnownPool
 
 _MOST_AT_ONCE = 2  # each has a network in the memory
+_LIST_ALL_EVERY_SECONDS = 3600.0  # what changed could be missed where clocks are set back
+_QUICKLY_COMPARED = 1000  # tasks
 _SLICE_SECONDS = 5.0  # how long a project's new tasks are worked on before the others have their turn
 
 
@@ -27,6 +30,8 @@ class PoolLooks:
         self._looked_at: dict[str, float] = {}  # when the last whole look at each began; missing: it is due
         self._changed: set[str] = set()  # projects of which an event said so since the last look began
         self._going: dict[str, Generator[object, None, None]] = {}
+        self._surplus: dict[tuple[str, str], int] = {}  # predictions of a project's version for tasks it has not seen
+        self._known: dict[str, tuple[str, KnownPool]] = {}  # the last look's version, and what it has found out
 
     def is_going(self, project_key: str) -> bool:
         """Whether a look at the project has begun and not ended."""
@@ -78,15 +83,37 @@ class PoolLooks:
     def _predict_new_tasks(self, project_key: str, version: str) -> Generator[object, None, None]:
         """Also those whose predictions somebody has deleted in Label Studio, which sends no event for that."""
         log = PoolLookLog(self._service.database, project_key, 1, confirm=self._claims.confirm)
+        known = self._forget_known(project_key, version)
         try:
-            seen = yield from score_pool_in_steps(self._service, project_key, version, log, team=self._team)
-            if self._count_published(project_key, version) < seen:
-                import_missing(self._service, project_key, version, log)
+            seen = yield from score_pool_in_steps(
+                self._service, project_key, version, log, team=self._team, known=known
+            )
+            self._publish_missing(project_key, version, seen, log)
         finally:
             log.end()
+        if seen.known:
+            self._known[project_key] = version, seen.known
+
+    def _publish_missing(self, project_key: str, version: str, seen: PoolSeen, log: CycleLog) -> None:
+        """Each task that the version has seen has one prediction. Those of others, which people may have retrieved, are
+        a surplus that must not hide what is missing; how large it should be, a worker that starts cannot tell."""
+        surplus = self._count_published(project_key, version) - seen.count
+        known = self._surplus.get((project_key, version))
+        is_doubtful = known is None and (surplus != 0 or seen.count <= _QUICKLY_COMPARED)
+        if seen.added or is_doubtful or surplus < (known or 0):
+            import_missing(self._service, project_key, version, log)
+            surplus = self._count_published(project_key, version) - seen.count
+        self._surplus[project_key, version] = surplus
+
+    def _forget_known(self, project_key: str, version: str) -> KnownPool | None:
+        """What the last whole look with this version has found out, unless that is too old. A look that ends early
+        leaves nothing behind."""
+        of_version, known = self._known.pop(project_key, (version, None))
+        is_young = known is not None and time.monotonic() - known.listed_at < _LIST_ALL_EVERY_SECONDS
+        return known if is_young and of_version == version else None
 
     def _count_published(self, project_key: str, version: str) -> int:
-        """How many predictions of the version Label Studio has; each task that the version has seen has one."""
+        """How many predictions of the version Label Studio has."""
         publication = publication_of(self._service, project_key, version)
         name = publication.name if publication else version
         counts = self._service.label_studio.model_versions(inbox.label_studio_id(project_key))

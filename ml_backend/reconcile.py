@@ -51,7 +51,7 @@ def reconcile(service: Service, project_key: str, events: Sequence[tuple[int, st
         events = inbox.unhandled(service.database, project_key)
     project = service.project(project_key)
     config = parse_label_config(project.label_config, from_name=service.settings.from_name)
-    annotated = service.label_studio.annotated_task_ids(project.id)
+    annotated = service.annotated.of(project_key, project.id)
     postponed = still_postponed(service, project_key, project)
     new = len(annotated - used_tasks(service.database, project_key) - postponed)
     now = service.database.now()

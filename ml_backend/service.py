@@ -3,11 +3,13 @@
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy.exc import DBAPIError
 
+from ml_backend.annotations import AnnotatedIds
 from ml_backend.db import Database
 from ml_backend.errors import ProjectGoneError, SettingsError
 from ml_backend.foreign_hosts import AllowedHosts
@@ -36,6 +38,11 @@ class Service:
     label_studio: LabelStudioClient
     images: ImageStore
     store: Store | None = None  # None: all processes share MODEL_DIR
+
+    @cached_property
+    def annotated(self) -> AnnotatedIds:
+        """Which tasks are annotated."""
+        return AnnotatedIds(self.label_studio)
 
     @classmethod
     def connect(cls, settings: Settings, *, remembers_seconds: float = 0.0) -> Self:

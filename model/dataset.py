@@ -26,6 +26,10 @@ Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 _LEAST_OF_16_BITS = 4096  # some pixel reaches it, or at most 16 levels of grey are left of an image in 8 bits
 
+_JPEG_STARTS_WITH = b"\xff\xd8\xff"
+_REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
+_LEAST_TIMES_INPUT = 4  # what is decoded of a JPEG has at least so many times the rows and columns of the input
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledSet:
@@ -121,7 +125,45 @@ def load_image(path: Path) -> NDArray[np.uint8]:
             f"{path}: expected 8 bits a channel, or 16 with values from {_LEAST_OF_16_BITS} on, got {pixels.dtype} up "
             f"to {pixels.max()}: window the image to 8 bits, so that what people look for can be seen, and save it anew"
         )
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+    return _rgb(pixels)
+
+
+def load_seen(path: Path, image_hw: tuple[int, int], config: NetworkConfig) -> NDArray[np.uint8]:
+    """What the network sees of an image of size `image_hw`, (*input_hw, 3) uint8 RGB: for looks, not for training.
+
+    A large JPEG is decoded at a half, a quarter or an eighth of its height and width, and then shrunk: nearly the same
+    pixels as those of `load_image`, sooner (docs/decisions/086). All other files are read as there. Raises
+    ImageFileError, also when the file is not of the stated size.
+    """
+    hw = input_hw(image_hw, config)
+    factor = _reduction(image_hw, hw) if _is_jpeg(path) else 1
+    pixels = load_image(path) if factor == 1 else _rgb(_read(path, _REDUCED[factor]))
+    got = (pixels.shape[0] * factor, pixels.shape[1] * factor)
+    if got != image_hw:
+        raise ImageFileError(f"{path}: expected an image of size {image_hw}, the file has about {got}")
+    return _resized(pixels, hw)
+
+
+def _reduction(image_hw: tuple[int, int], hw: tuple[int, int]) -> int:
+    """By how much a JPEG's sides are divided when it is decoded, before it is shrunk to `hw`: 8, 4, 2 or 1.
+
+    Without a remainder: the last row and column would be padded, and everything before them shifted.
+    """
+    most = min(image_hw[0] / hw[0], image_hw[1] / hw[1]) / _LEAST_TIMES_INPUT
+    return next((n for n in _REDUCED if n <= most and image_hw[0] % n == image_hw[1] % n == 0), 1)
+
+
+def _is_jpeg(path: Path) -> bool:
+    """By its first bytes, as OpenCV tells; files of other kinds it would decode whole and shrink by neighbours."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_JPEG_STARTS_WITH)) == _JPEG_STARTS_WITH
+    except OSError:  # told by who reads it
+        return False
+
+
+def _rgb(pixels_bgr: NDArray[Any]) -> NDArray[np.uint8]:
+    return cv2.cvtColor(pixels_bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
 
 def _read(path: Path, flags: int) -> NDArray[Any]:
@@ -151,12 +193,14 @@ def input_hw(image_hw: tuple[int, int], config: NetworkConfig) -> tuple[int, int
 
 def image_tensor(pixels: NDArray[np.uint8], hw: tuple[int, int]) -> Tensor:
     """(H, W, 3) uint8 -> (3, *hw) float32 in [0, 1]; shrinks by area, so that thin structures do not alias."""
-    if pixels.shape[:2] != hw:
-        shrinks = hw[0] < pixels.shape[0]
-        pixels = cv2.resize(
-            pixels, (hw[1], hw[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        ).astype(np.uint8, copy=False)
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.ascontiguousarray(_resized(pixels, hw))).permute(2, 0, 1).float() / 255
+
+
+def _resized(pixels: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:
+    if pixels.shape[:2] == hw:
+        return pixels
+    way = cv2.INTER_AREA if hw[0] < pixels.shape[0] else cv2.INTER_LINEAR
+    return cv2.resize(pixels, (hw[1], hw[0]), interpolation=way).astype(np.uint8, copy=False)
 
 
 def fitting_anchors(images: Sequence[LabeledImage], config: NetworkConfig) -> tuple[int, ...]:

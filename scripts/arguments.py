@@ -1,5 +1,6 @@
 """Kinds of numbers and files that commands take."""
 
+import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,17 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """A whole number of at least 0."""
     return _at_least(0, text)
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 def file_called(suffix: str) -> Callable[[str], Path]:

@@ -7,13 +7,13 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import numpy as np
 
 from ml_backend.annotations import AnnotatedTasks
-from scripts.bench_label_studio import Connected, connected, cpu_seconds, image_tasks, polygons
+from scripts.bench_label_studio import Connected, Requests, connected, image_tasks, polygons
 from scripts.label_studio_server import LabelStudioServer
 
 CHANGED, DELETED = 0.01, 0.001  # of all tasks
@@ -60,14 +60,14 @@ def ingest(options: Namespace, server: LabelStudioServer | None = None) -> dict[
 
 
 def _read(label_studio: Connected, project_id: int, path: Path) -> tuple[dict[str, float], dict[int, Any]]:
-    with _Requests(label_studio) as measured:
+    with Requests(label_studio) as measured:
         found = _essence(AnnotatedTasks(label_studio.client, project_id, path))
     return measured.costs, found
 
 
 def _read_everything(label_studio: Connected, project_id: int) -> tuple[dict[str, float], dict[int, Any]]:
     client = label_studio.client
-    with _Requests(label_studio) as measured:
+    with Requests(label_studio) as measured:
         ids = sorted(client.annotated_task_ids(project_id))
         found = _essence(client.annotated_tasks(project_id, ids))
     return measured.costs, found
@@ -79,38 +79,6 @@ def _essence(tasks: Iterable[Mapping[str, Any]]) -> dict[int, Any]:
         task["id"]: [(a["id"], a["updated_at"], len(a["result"]), a["result"][:1]) for a in task["annotations"]]
         for task in tasks
     }
-
-
-class _Requests:
-    """Seconds, CPU seconds, and what our client asked of Label Studio and got."""
-
-    def __init__(self, label_studio: Connected) -> None:
-        self._label_studio = label_studio
-        self.costs: dict[str, float] = {}
-
-    def __enter__(self) -> Self:
-        self._requests = self._bytes = 0
-        self._hooks().append(self._count)
-        self._began = time.perf_counter(), time.process_time(), cpu_seconds(self._label_studio.server.process_id)
-        return self
-
-    def _count(self, response: httpx.Response) -> None:
-        self._requests += 1
-        self._bytes += len(response.read())
-
-    def __exit__(self, *_: object) -> None:
-        wall, ours, theirs = self._began
-        self.costs = {
-            "seconds": round(time.perf_counter() - wall, 2),
-            "our_cpu_seconds": round(time.process_time() - ours, 2),
-            "label_studio_cpu_seconds": round(cpu_seconds(self._label_studio.server.process_id) - theirs, 2),
-            "requests": self._requests,
-            "megabytes": round(self._bytes / 1e6, 4),
-        }
-        self._hooks().remove(self._count)
-
-    def _hooks(self) -> list[Any]:
-        return self._label_studio.client._http.event_hooks["response"]
 
 
 def _make_older(server: LabelStudioServer) -> None:

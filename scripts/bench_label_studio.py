@@ -2,12 +2,14 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import httpx
 import numpy as np
 
 from ml_backend.inbox import ProjectName, remember_project
@@ -104,13 +106,50 @@ def polygons(count: int, seed: int, *, origin: str = "prediction") -> list[dict[
     return regions
 
 
+class Requests:
+    """Seconds, CPU seconds, and what our client asked of Label Studio and got."""
+
+    def __init__(self, label_studio: Connected) -> None:
+        self._label_studio = label_studio
+        self.costs: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self._requests = self._bytes = 0
+        self._hooks().append(self._count)
+        self._began = time.perf_counter(), time.process_time(), cpu_seconds(self._label_studio.server.process_id)
+        return self
+
+    def _count(self, response: httpx.Response) -> None:
+        self._requests += 1
+        self._bytes += len(response.read())
+
+    def __exit__(self, *_: object) -> None:
+        wall, ours, theirs = self._began
+        self.costs = {
+            "seconds": round(time.perf_counter() - wall, 2),
+            "our_cpu_seconds": round(time.process_time() - ours, 2),
+            "label_studio_cpu_seconds": round(cpu_seconds(self._label_studio.server.process_id) - theirs, 2),
+            "requests": self._requests,
+            "megabytes": round(self._bytes / 1e6, 4),
+        }
+        self._hooks().remove(self._count)
+
+    def _hooks(self) -> list[Any]:
+        return self._label_studio.client._http.event_hooks["response"]
+
+
 def cpu_seconds(process: int) -> float:
     """What a process has used so far, with its threads (Linux)."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def reset_peak_memory(process: int) -> None:
+    """Let `peak_memory_mb` begin anew, with what the process holds at this moment (Linux)."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+
+
 def peak_memory_mb(process: int) -> int:
-    """The largest resident memory of a process so far (Linux)."""
+    """The largest resident memory of a process since it was started, or since `reset_peak_memory` (Linux)."""
     peak = next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(peak.split()[1]) // 1024

@@ -14,7 +14,15 @@ from ml_backend.cycle_log import CycleLog
 from ml_backend.db import CycleRow
 from ml_backend.pool import append_line, open_lines
 from ml_backend.publish import publish as publish_version
-from scripts.bench_label_studio import Connected, connected, cpu_seconds, image_tasks, peak_memory_mb, polygons
+from scripts.bench_label_studio import (
+    Connected,
+    connected,
+    cpu_seconds,
+    image_tasks,
+    peak_memory_mb,
+    polygons,
+    reset_peak_memory,
+)
 from scripts.label_studio_server import LabelStudioServer
 from scripts.make_phantoms import CLASS_NAMES
 from scripts.tiny_version import tiny_version
@@ -29,8 +37,9 @@ _LONG_SECONDS = 3600.0
 def publish(options: Namespace, server: LabelStudioServer | None = None) -> dict[str, Any]:
     """`options.tasks` predictions of `options.regions` polygons each. Seconds are wall time: Label Studio does most of
     the work, in a process of its own; `cpu_ratio` compares the CPU seconds of both processes together. Every round
-    has two new projects; which goes first alternates. `options.label_studio` are variables of the Label Studio that is
-    started."""
+    has two new projects; which goes first alternates, and the second begins with the memory that Label Studio still
+    holds of the first, `label_studio_memory_before_mb`. `options.label_studio` are variables of the Label Studio that
+    is started."""
     environment = dict(options.label_studio)
     with connected(server, environment) as label_studio:
         pairs = []
@@ -38,8 +47,6 @@ def publish(options: Namespace, server: LabelStudioServer | None = None) -> dict
             sides = (_ours, _theirs) if number % 2 else (_theirs, _ours)
             seconds = {side: side(label_studio, options.tasks, options.regions) for side in sides}
             pairs.append((seconds[_ours], seconds[_theirs]))
-        process = label_studio.server.process_id
-        memory = peak_memory_mb(process)
     ours, theirs = zip(*pairs, strict=True)
     return {
         "ours": round(float(np.median([one["seconds"] for one in ours])), 2),
@@ -48,7 +55,6 @@ def publish(options: Namespace, server: LabelStudioServer | None = None) -> dict
         "goal": GOAL,
         "cpu_ratio": round(float(np.median([_cpu(a) / _cpu(b) for a, b in pairs])), 3),
         "rounds": [{"ours": a, "theirs": b} for a, b in pairs],
-        "label_studio_peak_memory_mb": memory,
         "tasks": options.tasks,
         "regions": options.regions,
         "label_studio": environment,
@@ -111,12 +117,16 @@ def _theirs(label_studio: Connected, tasks: int, regions: int) -> dict[str, Any]
 
 def _measured(label_studio: Connected, work: Any) -> dict[str, Any]:
     process = label_studio.server.process_id
+    reset_peak_memory(process)
+    memory = peak_memory_mb(process)
     ours, theirs, began = time.process_time(), cpu_seconds(process), time.perf_counter()
     work()
     return {
         "seconds": round(time.perf_counter() - began, 2),
         "our_cpu_seconds": round(time.process_time() - ours, 2),
         "label_studio_cpu_seconds": round(cpu_seconds(process) - theirs, 2),
+        "label_studio_memory_before_mb": memory,
+        "label_studio_peak_memory_mb": peak_memory_mb(process),
     }
 
 

@@ -33,6 +33,7 @@ from scripts.oracle import Oracle
 
 IMAGES, SIZE = 16, 256
 _TRAINING_SECONDS = 600.0
+_LONGEST_SECONDS = 60.0  # for one answer, which is far more than Label Studio waits
 
 Request = tuple[str, str, bytes]  # method, path, body
 
@@ -171,13 +172,19 @@ async def _status(port: int, request: Request) -> int:
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     try:
-        reader, writer = await asyncio.open_connection(HOST, port)
-        writer.write(head.encode() + body)
-        answer = await reader.read()
-        writer.close()
-    except OSError:
+        answer = await asyncio.wait_for(_answer(port, head.encode() + body), _LONGEST_SECONDS)
+    except (OSError, TimeoutError):
         return 0
     return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0
+
+
+async def _answer(port: int, request: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection(HOST, port)
+    try:
+        writer.write(request)
+        return await reader.read()
+    finally:
+        writer.close()
 
 
 def _measured(answers: Sequence[tuple[int, float]], *, waits_seconds: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 
 import torch
 
+from model.bfloat16 import has_bfloat16
 from model.files import write_bytes, write_json
+
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_average() -> list[float]:
@@ -20,13 +24,37 @@ def load_average() -> list[float]:
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     return {
+        "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
+        "bfloat16": has_bfloat16(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "architecture": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "torchvision": version("torchvision"),
         "dbos": version("dbos"),
+        "commit": commit(),
     }
+
+
+def _cpu_model(path: Path = Path("/proc/cpuinfo")) -> str:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def commit(folder: Path = _ROOT) -> str | None:
+    """The one whose code runs, with "+changes" if a file of the code differs; None outside of a repository. Results
+    that were kept meanwhile, in docs/, are no changes."""
+    try:
+        name = _git(folder, "rev-parse", "--short", "HEAD")
+        changes = _git(folder, "status", "--porcelain", "--", ".", ":!docs")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name + ("+changes" if changes else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,13 +176,18 @@ class Strategy(ABC):
 
 
 def look(
-    network: MaskRCNNWithScores, pixels: NDArray[np.uint8], *, queue_threshold: float = 0.0
+    network: MaskRCNNWithScores,
+    pixels: NDArray[np.uint8],
+    *,
+    image_hw: tuple[int, int] | None = None,
+    queue_threshold: float = 0.0,
 ) -> tuple[Sight, Detections]:
     """One image (H, W, 3) uint8 RGB as strategies need it, and all its detections, in pixels of that image.
 
-    The network is in evaluation mode and runs where its weights are. Raises TooLargeError.
+    Of an image that was shrunk before (`model.dataset.load_seen`), `image_hw` is the size that it had, and detections
+    are in pixels of that. The network is in evaluation mode and runs where its weights are. Raises TooLargeError.
     """
-    image_hw = (pixels.shape[0], pixels.shape[1])
+    image_hw = image_hw or (pixels.shape[0], pixels.shape[1])
     image = image_tensor(pixels, input_hw(image_hw, network.config)).to(next(network.parameters()).device)
     (output,) = outputs_in_memory(network, [image])
     sight = Sight(network=network, image=image, output=output, queue_threshold=queue_threshold)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ml_backend import annotations
-from ml_backend.annotations import AnnotatedTasks
+from ml_backend.annotations import AnnotatedIds, AnnotatedTasks
 from ml_backend.cycle import snapshot
 from ml_backend.frozen import frozen_part
 from ml_backend.ls_client import LabelStudioClient
@@ -20,7 +20,7 @@ from ml_backend.ls_types import Project
 from ml_backend.service import Service
 from scripts.fault_proxy import Call, FaultProxy
 from scripts.label_studio_server import LabelStudioServer
-from tests.label_studio import POLYGON_CONFIG, polygon_result, raw_api
+from tests.label_studio import POLYGON_CONFIG, listed_rows, polygon_result, raw_api
 from tests.ml_backend.examples import begin_cycle, grey_images, import_images, key_of
 
 pytestmark = pytest.mark.label_studio
@@ -53,6 +53,7 @@ class Reader:
         self._proxy = FaultProxy(url, self._look)
         self._proxy.__enter__()
         self.client = LabelStudioClient(self._proxy.url, token)
+        self._ids = AnnotatedIds(self.client)
 
     def close(self) -> None:
         self.client.close()
@@ -64,13 +65,16 @@ class Reader:
         self.listed += call.path.startswith("/api/tasks/?") and query["page_size"] != ["1"]
 
     def read(self) -> list[int]:
-        """Read, compare with everything that Label Studio has, and tell which tasks were fetched for it."""
+        """Read, compare with everything that Label Studio has, and tell which tasks were fetched for it. The ids, which
+        a process remembers, are compared as well."""
         self.exported.clear()
         self.listed = 0
         tasks = AnnotatedTasks(self.client, self.project.id, self.path)
         found = list(tasks)
         fetched, listed = list(self.exported), self.listed
-        there = self.client.annotated_tasks(self.project.id, sorted(self.client.annotated_task_ids(self.project.id)))
+        ids = self.client.annotated_task_ids(self.project.id)
+        assert self._ids.of("a project", self.project.id) == ids
+        there = self.client.annotated_tasks(self.project.id, sorted(ids))
         assert found == [annotations._slim(task) for task in there]
         assert len(tasks) == len(found)
         self.listed = listed
@@ -109,6 +113,21 @@ def test_only_what_changed_is_fetched_again(
     assert reader.read() == [tasks[2], new]
     assert reader.listed == 1
     assert reader.read() == []
+
+
+def test_ids_that_are_known_are_not_listed_again(
+    client: LabelStudioClient, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, rows = AnnotatedIds(client), listed_rows(client)
+    tasks, _ = annotated(client, project, 4)
+    assert ids.of("a project", project.id) == set(tasks)
+    assert ids.of("a project", project.id) == set(tasks)
+    (new,) = client.import_tasks(project.id, [{"data": {"image": "/new.png"}}])
+    annotate(client, new)
+    assert ids.of("a project", project.id) == {*tasks, new}
+    monkeypatch.setattr(annotations, "_LIST_ALL_EVERY_SECONDS", -1.0)
+    assert ids.of("a project", project.id) == {*tasks, new}
+    assert rows == [4, 0, 1, 5]
 
 
 CHANGES: dict[str, Callable[[httpx.Client, Project, int, int], httpx.Response]] = {

@@ -1,5 +1,7 @@
 """Scoring the unlabelled images of a real Label Studio with a tiny real network."""
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ml_backend.chunks import CutPool
 from ml_backend.errors import LabelConfigError, LabelStudioUnavailableError
@@ -25,6 +28,8 @@ from ml_backend.pool import (
     detections_for_people,
     go_on_with,
     is_validation,
+    load_to_look,
+    look_at,
     read_heads,
     read_scores,
     score_pool,
@@ -355,7 +360,9 @@ def test_a_host_is_left_alone_after_three_images_in_a_row_without_an_answer(
         closing(Service.connect(settings(tmp_path, TSP_ALLOWED_IMAGE_HOSTS=HOST))) as service,
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        images = TaskImages(service, KEY, parse_label_config(POLYGON_CONFIG))
+        add_version(service, KEY)
+        network, _ = load_to_look(service, KEY, VERSION)
+        images = TaskImages(service, KEY, parse_label_config(POLYGON_CONFIG), network=lambda: network)
         tasks = [{"id": number, "data": {"image": f"{proxy.url}/{number}.png"}} for number in range(9)]
         for number, fault in enumerate(faults):
             if fault == "cached":
@@ -369,6 +376,29 @@ def test_a_host_is_left_alone_after_three_images_in_a_row_without_an_answer(
     there = [number for number in range(9) if number in asked and f"/{number}.png" not in spoilt]
     cached = [number for number, fault in enumerate(faults) if fault == "cached"]
     assert [number for number, one in enumerate(found) if isinstance(one, OpenedImage)] == sorted([*there, *cached])
+
+
+@pytest.mark.parametrize("orientation", [1, 6], ids=["upright", "turned"])
+def test_what_is_found_in_a_large_photo_is_in_its_own_pixels(lonely_service: Service, orientation: int) -> None:
+    """It is decoded reduced and shrunk before the network has it."""
+    service = lonely_service
+    add_version(service, KEY)
+    photo, exif, file = Image.effect_noise((768, 512), 60), Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    photo.save(file, "JPEG", exif=exif)
+    task = {"id": 1, "data": {"image": f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"}}
+    (line,) = Viewer(service, KEY, VERSION, parse_label_config(POLYGON_CONFIG)).lines([task])
+    hw = (512, 768) if orientation == 1 else (768, 512)
+    assert line["image_hw"] == list(hw)
+    network, card = load_to_look(service, KEY, VERSION)
+    _, expected = look_at(service, network, card, Path(line["path"]), hw)
+    found = seen_image(line, card.class_names, only_masks=False).detections
+    assert found.image_hw == expected.image_hw == hw
+    boxes = {tuple(np.round(box, 1)) for box in expected.boxes_xyxy}
+    assert boxes >= {tuple(np.round(box, 1)) for box in found.boxes_xyxy.astype(np.float32)}
+    assert found.boxes_xyxy[:, 2].max() > hw[1] / 2
+    assert found.boxes_xyxy[:, 3].max() > hw[0] / 2
+    assert found.boxes_xyxy.max() <= max(hw)
 
 
 def test_the_heads_of_lines_are_all_that_stands_before_what_was_seen(tmp_path: Path) -> None:

@@ -20,14 +20,14 @@ from ml_backend.forget import forget, forgotten_projects, remove_forgotten_data
 from ml_backend.ls_client import LabelStudioClient
 from ml_backend.ls_types import Project
 from ml_backend.overview import overview
-from ml_backend.pool import read_scores
+from ml_backend.pool import read_scores, score_pool
 from ml_backend.publish import import_missing
 from ml_backend.reconcile import reconcile
 from ml_backend.service import Service
 from ml_backend.versions import request_activation
 from ml_backend.worker import Worker
 from scripts.label_studio_server import LabelStudioServer
-from tests.label_studio import POLYGON_CONFIG, polygon_result, raw_api
+from tests.label_studio import POLYGON_CONFIG, listed_rows, polygon_result, raw_api
 from tests.ml_backend.examples import VERSION, add_version, import_images, key_of, phantom_images, settings
 from tests.ml_backend.test_worker import SECONDS, wait
 from tests.postgres import Postgres
@@ -110,6 +110,11 @@ def use_version(service: Service, project: Project) -> str:
     add_version(service, key)
     service.registry.activate(key, VERSION)
     return key
+
+
+def project_is_looked_at(rounds: Rounds) -> bool:
+    """Whether a look at a pool has ended."""
+    return bool(rounds.worker._pool_looks._looked_at)
 
 
 def test_tasks_whose_event_was_lost_get_predictions_while_people_annotate(
@@ -280,6 +285,46 @@ def test_predictions_that_are_deleted_in_label_studio_come_back(
         assert client.predicted_task_ids(project.id, VERSION) < set(tasks)
         rounds.until(lambda: client.predicted_task_ids(project.id, VERSION) == set(tasks))
     assert client.project(project.id).model_version == VERSION
+
+
+def test_predictions_that_people_retrieve_for_other_tasks_hide_none_that_is_missing(
+    begin: Callable[..., Rounds], client: LabelStudioClient, project: Project
+) -> None:
+    rounds = begin(TSP_RECONCILE_SECONDS=1)
+    use_version(rounds.service, project)
+    annotated = import_images(client, project, phantom_images(5)[:3])
+    annotate(client, annotated)
+    rounds.until(lambda: project_is_looked_at(rounds))
+    retrieved = [{"task": task, "result": [], "score": 0.5, "model_version": VERSION} for task in annotated]
+    client.import_predictions(project.id, retrieved)
+    tasks = import_images(client, project, phantom_images(5)[3:])
+    rounds.until(lambda: client.predicted_task_ids(project.id, VERSION) == {*annotated, *tasks})
+
+
+def test_a_worker_that_starts_publishes_what_predictions_of_other_tasks_hide(
+    begin: Callable[..., Rounds], client: LabelStudioClient, project: Project
+) -> None:
+    first = begin(TSP_RECONCILE_SECONDS=3600)
+    key = use_version(first.service, project)
+    tasks = import_images(client, project, phantom_images(4)[:2])
+    score_pool(first.service, key, VERSION)  # and it was killed before it had published
+    annotated = import_images(client, project, phantom_images(4)[2:])
+    annotate(client, annotated)
+    retrieved = [{"task": task, "result": [], "score": 0.5, "model_version": VERSION} for task in annotated]
+    client.import_predictions(project.id, retrieved)
+    first.until(lambda: client.predicted_task_ids(project.id, VERSION) == {*annotated, *tasks})
+
+
+def test_a_look_when_nothing_has_changed_lists_nothing(
+    begin: Callable[..., Rounds], client: LabelStudioClient, project: Project
+) -> None:
+    rounds = begin(TSP_RECONCILE_SECONDS=0.5)
+    use_version(rounds.service, project)
+    annotate(client, import_images(client, project, phantom_images(4))[:2])
+    rounds.until(lambda: client.project(project.id).model_version == VERSION)
+    rows = listed_rows(rounds.service.label_studio)
+    rounds.until(lambda: len(rows) >= 10)
+    assert sum(rows[4:]) == 0  # a look that had begun before may have listed them
 
 
 @pytest.mark.usefixtures("one_task_a_turn")

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from model import tsp
 from model.config import STRATEGY_NAMES, TrainingConfig
+from model.dataset import input_hw
 from model.empty_images import EmptyImagePolicy
 from model.errors import InvalidInputError, TooLargeError
 from model.loss_prediction import LossPredictor, ranking_loss
@@ -91,6 +93,17 @@ def test_a_look_sees_what_the_detector_finds_and_says_what_counts():
     assert len(found) == len(sight.output["scores"]) > len(sight.counted["scores"])
     assert sight.image.shape[0] == 3
     assert sight.feature.shape == (320,)
+
+
+def test_what_is_found_in_an_image_that_was_shrunk_before_is_in_its_own_pixels():
+    network = tiny_network().eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (250, 350, 3), dtype=np.uint8)
+    _, expected = look(network, pixels)
+    height, width = input_hw((250, 350), network.config)
+    shrunk = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    _, found = look(network, shrunk, image_hw=(250, 350))
+    for field in dataclasses.fields(expected):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
 
 
 def test_a_look_at_an_image_that_does_not_fit_into_memory_says_what_to_lower():

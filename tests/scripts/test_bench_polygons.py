@@ -21,6 +21,15 @@ def test_all_masks_of_the_folders_that_are_there_are_outlined(tmp_path):
     assert measured["ratio"] == pytest.approx(measured["ours"] / measured["theirs"])
 
 
+def test_a_folder_without_instances_counts_as_absent(tmp_path):
+    make_phantoms(tmp_path / "phantoms", images=1, size=96, seed=0, empty_fraction=0.0)
+    make_phantoms(tmp_path / "empty", images=1, size=96, seed=0, empty_fraction=1.0)
+    measured = polygons(Namespace(data=[str(tmp_path / "phantoms"), str(tmp_path / "empty")]))
+    assert (list(measured["sets"]), measured["absent"]) == (["phantoms"], ["empty"])
+    with pytest.raises(SystemExit, match=r"--data must name a folder .* with instances"):
+        polygons(Namespace(data=[str(tmp_path / "empty")]))
+
+
 def test_without_any_folder_it_says_what_it_needs(tmp_path):
     with pytest.raises(SystemExit, match="--data must name a folder"):
         polygons(Namespace(data=[str(tmp_path / "nowhere")]))

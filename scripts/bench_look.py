@@ -1,0 +1,100 @@
+"""What a worker's look at a project costs when nothing has changed since the last one, and when people have annotated;
+against one that lists all tasks, as the first look of a worker does."""
+
+import os
+from argparse import Namespace
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from ml_backend.claims import open_claims
+from ml_backend.pool import append_line, open_lines
+from ml_backend.pool_looks import PoolLooks
+from ml_backend.publish import import_missing
+from ml_backend.reconcile import reconcile
+from scripts.bench_label_studio import (
+    Connected,
+    Requests,
+    connected,
+    image_tasks,
+    peak_memory_mb,
+    polygons,
+    reset_peak_memory,
+)
+from scripts.label_studio_server import LabelStudioServer
+from scripts.make_phantoms import CLASS_NAMES
+from scripts.tiny_version import tiny_version
+
+VERSION = "tsp-1-00000000"
+ANNOTATED = 100  # at most, of the tasks; fewer than a batch, so that no cycle is planned
+ANNOTATED_MEANWHILE = 10
+
+
+def look(options: Namespace, server: LabelStudioServer | None = None) -> dict[str, Any]:
+    """`options.tasks` tasks with a prediction of `options.regions` polygons each, all seen by the active version but
+    for a few that are annotated. `ours` are the seconds of a look when nothing has changed, `theirs` those of the first
+    one. RuntimeError when a look imports or sees anything."""
+    with connected(server) as label_studio:
+        count = min(ANNOTATED, options.tasks // 2)
+        tasks = image_tasks(options.tasks)
+        for number, task in enumerate(tasks[:count]):
+            task["annotations"] = [{"result": polygons(1, number, origin="manual")}]
+        project_id, key, task_ids = label_studio.new_project("look", tasks)
+        unannotated = task_ids[count:]
+        _see(label_studio, key, unannotated, options.regions)
+        with closing(open_claims(label_studio.service.settings)) as claims:
+            looks = PoolLooks(label_studio.service, claims, None)
+            reset_peak_memory(os.getpid())
+            before = peak_memory_mb(os.getpid())
+            first = _look(label_studio, key, looks)
+            grown = peak_memory_mb(os.getpid()) - before
+            unchanged = _look(label_studio, key, looks)
+            annotated = unannotated[:ANNOTATED_MEANWHILE]
+            for task_id in annotated:
+                label_studio.client.submit_annotation(task_id, result=polygons(1, task_id), lead_time_seconds=1)
+            changed = _look(label_studio, key, looks)
+        published = label_studio.client.model_versions(project_id)
+        if published != {VERSION: len(unannotated)}:
+            raise RuntimeError(f"expected {len(unannotated)} predictions of {VERSION}, got {published}")
+    return {
+        "ours": unchanged["seconds"],
+        "theirs": first["seconds"],
+        "ratio": round(unchanged["seconds"] / first["seconds"], 4),
+        "first": first,
+        "unchanged": unchanged,
+        "changed": changed,
+        "annotated_meanwhile": len(annotated),
+        "memory_mb_of_the_first": grown,
+        "tasks": options.tasks,
+        "regions": options.regions,
+    }
+
+
+def _see(label_studio: Connected, key: str, task_ids: list[int], regions: int) -> None:
+    """The version is active, has seen these tasks, and its predictions stand in Label Studio."""
+    service = label_studio.service
+    service.registry.add(key, *tiny_version(VERSION, CLASS_NAMES))
+    service.registry.activate(key, VERSION)
+    path = service.scores_file(key, VERSION)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_lines(path) as lines:
+        for task_id in task_ids:
+            score = float(np.random.default_rng(task_id).uniform())
+            line = {"task": task_id, "image": f"{task_id:064x}", "score": score, "result": polygons(regions, task_id)}
+            append_line(lines, line)
+    if (imported := import_missing(service, key, VERSION)) != len(task_ids):
+        raise RuntimeError(f"expected {len(task_ids)} predictions, Label Studio has {imported}")
+
+
+def _look(label_studio: Connected, key: str, looks: PoolLooks) -> dict[str, float]:
+    """Both parts of a worker's look: what has been annotated, and what of the pool has not been seen."""
+    with Requests(label_studio) as measured:
+        decision = reconcile(label_studio.service, key)
+        looks.note_change(key)
+        looks.begin_if_due(key, 0.0)
+        while looks.is_going(key):
+            looks.go_on(key)
+    if decision.start:
+        raise RuntimeError(f"expected no cycle, but one starts: {decision.reason}")
+    return measured.costs
