@@ -3,6 +3,7 @@ the SDK lacks. What Label Studio really answers was observed on 1.23.2."""
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
@@ -51,12 +52,32 @@ _FILES_AN_UPLOAD = 50  # Label Studio refuses more than 100 files in one request
 _BYTES_AN_UPLOAD = 64_000_000
 _LEAST_BYTES_AN_IMPORT = 2_000_000
 _BYTES_AN_IMPORT = 176_000_000  # Label Studio takes 20 times its size as memory (docs/decisions/081)
+_BROKEN_OFF_SECONDS = 10.0  # a request that ends sooner, without an answer, was not too long
 _LONG_SECONDS = 3600.0  # bulk imports and deletions are one synchronous request
 
 
 def counted_annotations(task: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The annotations of an exported task that count: neither skipped nor drafts (those sit under `drafts`)."""
     return [annotation for annotation in task["annotations"] if not annotation["was_cancelled"]]
+
+
+class _ImportSize:
+    """How many bytes a bulk import has, by what became of those before."""
+
+    def __init__(self) -> None:
+        self.bytes = self._most = _BYTES_AN_IMPORT
+
+    def refused(self, size: int) -> None:
+        """A proxy takes none so large, at any time."""
+        self.bytes = self._most = max(size // 2, _LEAST_BYTES_AN_IMPORT)
+
+    def broke_off(self, size: int) -> None:
+        """After a while: a proxy or a server gives up on requests that take long, or the memory was not enough."""
+        self._most = max(size // 2, _LEAST_BYTES_AN_IMPORT)
+        self.bytes = max(size // 4, _LEAST_BYTES_AN_IMPORT)
+
+    def went_well(self) -> None:
+        self.bytes = min(2 * self.bytes, self._most)
 
 
 class LabelStudioClient:
@@ -69,7 +90,7 @@ class LabelStudioClient:
     """
 
     def __init__(self, url: str, api_key: str, *, timeout_seconds: float = 60.0, public_url: str | None = None) -> None:
-        self._bytes_an_import = _BYTES_AN_IMPORT
+        self._import_size = _ImportSize()
         self._http = Http(url=url, credentials=read_credentials(api_key), timeout_seconds=timeout_seconds)
         self._timeout_seconds = timeout_seconds
         self.url = str(self._http.base_url).rstrip("/")
@@ -289,7 +310,7 @@ class LabelStudioClient:
         prediction twice. Ask `predicted_task_ids` what arrived.
         """
         sent = created = 0
-        for parts in _json_parts(predictions, max_bytes=max_request_bytes or self._bytes_an_import):
+        for parts in _json_parts(predictions, max_bytes=lambda: max_request_bytes or self._import_size.bytes):
             created += self._import_encoded(project_id, parts, turn)
             sent += len(parts)
             on_progress(sent)
@@ -299,17 +320,22 @@ class LabelStudioClient:
         self, project_id: int, parts: Sequence[bytes], turn: Callable[[int], AbstractContextManager[None]]
     ) -> int:
         path, body = f"/api/projects/{project_id}/import/predictions", _json_array(parts)
+        began = time.monotonic()
         try:
             with turn(len(body)):
+                began = time.monotonic()
                 answer = self._http.json("POST", path, content=body, headers=_JSON_BODY, timeout=_LONG_SECONDS)
         except TooLargeRequestError:
             if len(parts) == 1:
                 raise
+            self._import_size.refused(len(body))
             middle = len(parts) // 2
             return sum(self._import_encoded(project_id, half, turn) for half in (parts[:middle], parts[middle:]))
-        except LabelStudioUnavailableError:  # perhaps a proxy that gives up on long requests: the next are shorter
-            self._bytes_an_import = max(self._bytes_an_import // 4, _LEAST_BYTES_AN_IMPORT)
+        except LabelStudioUnavailableError:
+            if time.monotonic() - began > _BROKEN_OFF_SECONDS:
+                self._import_size.broke_off(len(body))
             raise
+        self._import_size.went_well()
         return int(answer["created"])
 
     def delete_model_version(self, project_id: int, version: str) -> None:
@@ -492,18 +518,19 @@ def _changed_after(moment: datetime) -> dict[str, Any]:
     return {"filter": "filter:tasks:updated_at", "operator": "greater", "type": "Datetime", "value": text}
 
 
-def _json_parts(items: Iterable[Mapping[str, Any]], *, max_bytes: int) -> Iterator[list[bytes]]:
-    """The items in order, each as JSON, as many together as make an array of at most `max_bytes`."""
+def _json_parts(items: Iterable[Mapping[str, Any]], *, max_bytes: Callable[[], int]) -> Iterator[list[bytes]]:
+    """The items in order, each as JSON, as many together as make an array of at most `max_bytes`, which is asked each
+    time."""
     parts: list[bytes] = []
     size = 2
     for item in items:
-        part = _json(item)
-        if len(part) + 2 > max_bytes:
+        part, most = _json(item), max_bytes()
+        if len(part) + 2 > most:
             raise LabelStudioError(
-                f"the prediction of task {item.get('task')} is {len(part)} bytes long, a request may have {max_bytes}: "
+                f"the prediction of task {item.get('task')} is {len(part)} bytes long, a request may have {most}: "
                 "give it fewer or simpler polygons"
             )
-        if size + len(part) + 1 > max_bytes:
+        if parts and size + len(part) + 1 > most:
             yield parts
             parts, size = [], 2
         parts.append(part)

@@ -252,6 +252,7 @@ def test_after_a_request_that_broke_off_the_next_are_shorter(
     one = len(json.dumps(sent[0]))
     monkeypatch.setattr(ls_client, "_BYTES_AN_IMPORT", 20 * one)
     monkeypatch.setattr(ls_client, "_LEAST_BYTES_AN_IMPORT", one)
+    monkeypatch.setattr(ls_client, "_BROKEN_OFF_SECONDS", 0.0)
 
     def give_up_on_large(call: Call) -> Fault | None:
         return Fault(kind="status", status=504) if len(call.body) > 3 * one else None
@@ -260,36 +261,80 @@ def test_after_a_request_that_broke_off_the_next_are_shorter(
         FaultProxy(label_studio.url, give_up_on_large) as proxy,
         LabelStudioClient(proxy.url, label_studio.token) as behind,
     ):
-        for _ in range(2):
+        with pytest.raises(LabelStudioUnavailableError):
+            behind.import_predictions(project.id, sent)
+        assert behind.import_predictions(project.id, sent) == 8
+    assert client.predicted_task_ids(project.id, "v1") == set(ids)
+
+
+@pytest.mark.label_studio
+def test_a_server_that_is_away_at_once_makes_no_request_shorter(
+    client: LabelStudioClient, project: Project, label_studio: LabelStudioServer
+) -> None:
+    sizes: list[int] = []
+    faults = [Fault(kind="status", status=503)] * 3
+
+    def away_at_first(call: Call) -> Fault | None:
+        sizes.append(len(call.body))
+        return faults.pop() if faults and call.method == "POST" else None
+
+    ids = client.import_tasks(project.id, [{"data": {"image": f"/{number}.png"}} for number in range(8)])
+    sent = [prediction(task, score=0.5) for task in ids]
+    with (
+        FaultProxy(label_studio.url, away_at_first) as proxy,
+        LabelStudioClient(proxy.url, label_studio.token) as behind,
+    ):
+        for _ in range(3):
             with pytest.raises(LabelStudioUnavailableError):
                 behind.import_predictions(project.id, sent)
         assert behind.import_predictions(project.id, sent) == 8
-    assert client.predicted_task_ids(project.id, "v1") == set(ids)
+    assert len(sizes) == 4
+    assert len(set(sizes)) == 1
+
+
+def test_the_size_of_imports_follows_what_became_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ls_client, "_BYTES_AN_IMPORT", 160)
+    monkeypatch.setattr(ls_client, "_LEAST_BYTES_AN_IMPORT", 10)
+    size = ls_client._ImportSize()
+    size.went_well()
+    assert size.bytes == 160
+    size.broke_off(160)
+    sizes = [size.bytes]
+    for _ in range(3):
+        size.went_well()
+        sizes.append(size.bytes)
+    assert sizes == [40, 80, 80, 80]  # not what has broken off
+    size.refused(80)
+    size.went_well()
+    assert size.bytes == 40
+    for _ in range(5):
+        size.broke_off(size.bytes)
+    assert size.bytes == 10
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_number_that_is_not_finite_is_no_prediction(value: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        list(ls_client._json_parts([prediction(7, score=value)], max_bytes=1000))
+        list(ls_client._json_parts([prediction(7, score=value)], max_bytes=lambda: 1000))
 
 
 def test_words_that_look_like_numbers_are_sent_as_they_are() -> None:
     item = {"task": 1, "result": ["NaN", "-Infinity", "ä", 1e-7, 12.125, None, True]}
-    ((part,),) = ls_client._json_parts([item], max_bytes=1000)
+    ((part,),) = ls_client._json_parts([item], max_bytes=lambda: 1000)
     assert json.loads(part) == item
 
 
 @pytest.mark.parametrize("max_bytes", [20, 21, 22, 50, 1000])
 def test_no_request_is_longer_than_allowed_and_nothing_is_lost(max_bytes: int) -> None:
     items = [{"a": number} for number in range(20)]
-    bodies = [ls_client._json_array(parts) for parts in ls_client._json_parts(items, max_bytes=max_bytes)]
+    bodies = [ls_client._json_array(parts) for parts in ls_client._json_parts(items, max_bytes=lambda: max_bytes)]
     assert max(map(len, bodies)) <= max_bytes
     assert [item for body in bodies for item in json.loads(body)] == items
 
 
 def test_a_prediction_that_is_too_long_for_any_request_is_named() -> None:
     with pytest.raises(LabelStudioError, match=r"prediction of task 7 is .* bytes long"):
-        list(ls_client._json_parts([prediction(7, score=0.5)], max_bytes=100))
+        list(ls_client._json_parts([prediction(7, score=0.5)], max_bytes=lambda: 100))
 
 
 @pytest.mark.label_studio
