@@ -77,6 +77,10 @@ class AnnotatedIds:
         self._known[project_key] = listed_at, found
         return found.keys()
 
+    def forget(self, project_key: str) -> None:
+        """Nobody looks after the project any more."""
+        self._known.pop(project_key, None)
+
 
 def _listed(
     client: LabelStudioClient, project_id: int, known: Mapping[int, AnnotatedTask], *, overlap: timedelta

@@ -83,6 +83,9 @@ def score_pool_in_steps(
     read yet are lost to who stops. With what is `known` from the version's last look, only changes are asked for."""
     viewer = Viewer.of_project(service, project_key, version)
     path = service.scores_file(project_key, version)
+    service.bring_lines(path)
+    if known and known.seen_bytes != _size(path):  # another worker has looked in between
+        known = None
     folder, chunk = service.chunks_folder(project_key, version), service.settings.scoring_chunk
     pool = find_cut(folder, project_key, version, store=service.store) if team else None
     is_resumed = pool is not None
@@ -96,7 +99,8 @@ def score_pool_in_steps(
                 pool = cut(folder, project_key, version, unseen, size=chunk, store=service.store)
         seeing = _Seeing(pool.total if pool else len(unseen), log)
         if not seeing.total:
-            return PoolSeen(count=unseen.seen, added=0, known=unseen.known(seen=unseen.seen, away=set()))
+            known = unseen.known(seen=unseen.seen, seen_bytes=_size(path), away=set())
+            return PoolSeen(count=unseen.seen, added=0, known=known)
         seen, away, added = set(seen_before()), set[int](), 0
         shared_at = time.monotonic()
         try:
@@ -127,15 +131,19 @@ def score_pool_in_steps(
         if is_resumed:
             return PoolSeen(count=len(seen), added=added, known=None)
         count = unseen.seen + added
-        return PoolSeen(count=count, added=added, known=unseen.known(seen=count, away=away))
+        known = unseen.known(seen=count, seen_bytes=_size(path), away=away)
+        return PoolSeen(count=count, added=added, known=known)
 
 
 def _seen_before(service: Service, path: Path) -> set[int]:
     """The tasks in a version's scores file, to which lines can be added now."""
-    service.bring_lines(path)
     seen = go_on_with(path, "task")
     service.share_lines(path)  # those of a worker that was killed here
     return seen
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 class _Seeing:

@@ -62,6 +62,12 @@ class PoolLooks:
         if steps := self._going.pop(project_key, None):
             steps.close()
 
+    def forget(self, project_key: str) -> None:
+        """Nobody looks after the project any more."""
+        self.end(project_key)
+        self._known.pop(project_key, None)
+        self._surplus = {of: surplus for of, surplus in self._surplus.items() if of[0] != project_key}
+
     def _is_due(self, project_key: str, now: float) -> bool:
         """A clock of its own, besides that of the looks at Label Studio, which events put off for as long as people
         annotate."""

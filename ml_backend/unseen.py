@@ -25,7 +25,8 @@ class KnownPool:
     tasks: frozenset[int]  # all that the project has, annotated or not
     listed_at: float  # time.monotonic() when they were last listed
     changed_at: datetime  # when the last of them had changed
-    seen: int  # how many of them the version has seen
+    seen: int  # how many of them the version has seen ...
+    seen_bytes: int  # ... and the size of the file that says so, to which another worker may add
     away: Mapping[int, Json]  # those without annotation whose images were away, {"id", "data"} by id
 
 
@@ -81,7 +82,7 @@ class UnseenTasks:
         self._seen = seen()
         self.seen = len(self._seen & self._tasks)
 
-    def known(self, *, seen: int, away: Set[int]) -> KnownPool:
+    def known(self, *, seen: int, seen_bytes: int, away: Set[int]) -> KnownPool:
         """What the next look need not ask for, when the version has now seen so many of the project's tasks, and the
         images of those `away` could not be had."""
         return KnownPool(
@@ -89,6 +90,7 @@ class UnseenTasks:
             listed_at=self._listed_at,
             changed_at=self._changed_at,
             seen=seen,
+            seen_bytes=seen_bytes,
             away={task["id"]: task for task in self if task["id"] in away} if away else {},
         )
 

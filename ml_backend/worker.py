@@ -142,7 +142,8 @@ class Worker:
         if self._is_pausing(project_key):
             return
         try:
-            self._pool_looks.end(project_key)
+            self._pool_looks.forget(project_key)
+            self._service.annotated.forget(project_key)
             self._note_finished_work(project_key)
             if self._claims.take(project_key):
                 self._go_on_with_work(project_key)

@@ -22,6 +22,7 @@ from ml_backend.ls_format import Json
 from ml_backend.ls_types import Project
 from ml_backend.pool import (
     OpenedImage,
+    PoolSeen,
     TaskImages,
     Viewer,
     append_line,
@@ -33,9 +34,11 @@ from ml_backend.pool import (
     read_heads,
     read_scores,
     score_pool,
+    score_pool_in_steps,
 )
 from ml_backend.pseudo_labels import seen_image
 from ml_backend.service import Service
+from ml_backend.unseen import KnownPool
 from model.types import Detections
 from scripts.fault_proxy import Call, Fault, FaultProxy
 from scripts.label_studio_server import HOST, LabelStudioServer, free_port
@@ -136,6 +139,30 @@ def test_what_was_scored_is_not_scored_again_and_new_tasks_are(
     second = import_images(client, project, images[2:])
     assert score_pool(service, key, VERSION) == 1
     assert list(scores(service, key)) == [*first, *second]
+
+
+@pytest.mark.label_studio
+def test_what_another_worker_has_seen_since_the_last_look_counts(
+    service: Service, client: LabelStudioClient, project: Project, key: str
+) -> None:
+    def look(known: KnownPool | None) -> PoolSeen:
+        steps = score_pool_in_steps(service, key, VERSION, known=known)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+    images = grey_images(3)
+    import_images(client, project, images[:2])
+    first = look(None)
+    assert (first.count, first.added) == (2, 2)
+    (new,) = import_images(client, project, images[2:])
+    assert look(None).added == 1  # the other worker
+    client.submit_annotation(new, result=[polygon_result()], lead_time_seconds=1)
+    second = look(first.known)
+    assert (second.count, second.added) == (3, 0)
+    assert look(second.known) == second
 
 
 class Alone:

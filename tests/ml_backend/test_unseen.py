@@ -50,7 +50,8 @@ class Looks:
             assert len(found) == len(tasks)
             assert found.seen == len(self.seen & {task.id for task in there})
             now = {task["id"] for task in tasks} - self.away
-            self.known = found.known(seen=found.seen + len(now), away=self.away & {task["id"] for task in tasks})
+            away = self.away & {task["id"] for task in tasks}
+            self.known = found.known(seen=found.seen + len(now), seen_bytes=0, away=away)
             self.seen |= now
         assert list(self.folder.iterdir()) == []
         self.rows[:] = rows
