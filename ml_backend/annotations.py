@@ -8,9 +8,8 @@ import hashlib
 import json
 import logging
 import sqlite3
-import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,7 +22,7 @@ from ml_backend.ls_types import AnnotatedTask
 logger = logging.getLogger(__name__)
 
 _OVERLAP = timedelta(hours=1)  # servers' clocks may differ, and a long import is seen after others that began later
-_LIST_ALL_EVERY_SECONDS = 3600.0  # by AnnotatedIds, which knows no overlap
+_SHORT_OVERLAP = timedelta(minutes=1)  # where a change that is missed is none that a cycle misses
 _LISTED_AT_ONCE = 500
 _TASKS_IN_MEMORY = 1000
 _PATIENCE_SECONDS = 5.0  # when another process writes
@@ -40,7 +39,7 @@ class AnnotatedTasks:
     def __init__(self, client: LabelStudioClient, project_id: int, path: Path) -> None:
         self._client, self._project_id, self._path = client, project_id, path
         with _Kept.opened(path) as kept:
-            self._there = _listed(client, project_id, kept.tasks(), overlap=_OVERLAP)
+            self._there = _listed(client, project_id, kept.tasks())
             kept.leave_only(self._there)
 
     def __len__(self) -> int:
@@ -65,33 +64,37 @@ class AnnotatedIds:
 
     def __init__(self, client: LabelStudioClient) -> None:
         self._client = client
-        self._known: dict[str, tuple[float, dict[int, AnnotatedTask]]] = {}  # when all were listed, and what is there
+        # By project: what is there, and when the last of all tasks had changed, as the look began.
+        self._known: dict[str, tuple[dict[int, AnnotatedTask], datetime]] = {}
 
     def of(self, project_key: str, project_id: int) -> Set[int]:
         """The tasks with an annotation that is neither skipped nor a draft; imported ground truth does count."""
-        now = time.monotonic()
-        listed_at, known = self._known.pop(project_key, (now, {}))
-        if now - listed_at > _LIST_ALL_EVERY_SECONDS:
-            listed_at, known = now, {}
-        found = _listed(self._client, project_id, known, overlap=timedelta(0))
-        self._known[project_key] = listed_at, found
-        return found.keys()
+        changed_at, _ = self._client.newest_change(project_id)
+        tasks, since = self._known.get(project_key, ({}, None))
+        if since is None:
+            tasks = {task.id: task for task in self._client.annotated(project_id)}
+        else:
+            if changed_at > since:
+                tasks = tasks | _changed(self._client, project_id, since - _SHORT_OVERLAP)
+            tasks = _agreed(self._client, project_id, tasks, 0, None)
+        self._known[project_key] = tasks, changed_at
+        return tasks.keys()
 
-    def forget(self, project_key: str) -> None:
-        """Nobody looks after the project any more."""
-        self._known.pop(project_key, None)
+    def keep_only(self, project_keys: Collection[str]) -> None:
+        """Nobody looks after the others any more."""
+        self._known = {key: known for key, known in self._known.items() if key in project_keys}
 
 
-def _listed(
-    client: LabelStudioClient, project_id: int, known: Mapping[int, AnnotatedTask], *, overlap: timedelta
-) -> dict[int, AnnotatedTask]:
-    """The annotated tasks, of which `known` have not changed if nothing says otherwise: neither the time of their last
-    change, for which `overlap` allows, nor their number."""
+def _listed(client: LabelStudioClient, project_id: int, known: Mapping[int, AnnotatedTask]) -> dict[int, AnnotatedTask]:
+    """The annotated tasks, of which `known` have not changed if nothing says otherwise."""
     if not known:
         return {task.id: task for task in client.annotated(project_id)}
-    since = max(task.updated_at for task in known.values()) - overlap
-    changed = {task.id: task for task in client.annotated(project_id, changed_after=since)}
-    return _agreed(client, project_id, {**known, **changed}, 0, None)
+    since = max(task.updated_at for task in known.values()) - _OVERLAP
+    return _agreed(client, project_id, {**known, **_changed(client, project_id, since)}, 0, None)
+
+
+def _changed(client: LabelStudioClient, project_id: int, since: datetime) -> dict[int, AnnotatedTask]:
+    return {task.id: task for task in client.annotated(project_id, changed_after=since)}
 
 
 def _agreed(

@@ -60,12 +60,17 @@ class ImportTurns:
     def _take(self) -> bool:
         if not self._here.acquire(blocking=False):
             return False
-        if self._claims is None or self._claims.take(_TURN):
-            return True
-        self._here.release()
-        return False
+        is_ours = False
+        try:
+            is_ours = self._claims is None or self._claims.take(_TURN)
+        finally:
+            if not is_ours:
+                self._here.release()
+        return is_ours
 
     def _leave(self) -> None:
-        if self._claims:
-            self._claims.release(_TURN)
-        self._here.release()
+        try:
+            if self._claims:
+                self._claims.release(_TURN)
+        finally:
+            self._here.release()

@@ -52,7 +52,7 @@ _FILES_AN_UPLOAD = 50  # Label Studio refuses more than 100 files in one request
 _BYTES_AN_UPLOAD = 64_000_000
 _LEAST_BYTES_AN_IMPORT = 2_000_000
 _BYTES_AN_IMPORT = 176_000_000  # Label Studio takes 20 times its size as memory (docs/decisions/081)
-_BROKEN_OFF_SECONDS = 10.0  # a request that ends sooner, without an answer, was not too long
+_QUICKLY_SECONDS = 10.0  # a request that ends sooner without an answer was not too long
 _LONG_SECONDS = 3600.0  # bulk imports and deletions are one synchronous request
 
 
@@ -66,18 +66,25 @@ class _ImportSize:
 
     def __init__(self) -> None:
         self.bytes = self._most = _BYTES_AN_IMPORT
+        self._failed_quickly = 0  # in a row
 
     def refused(self, size: int) -> None:
         """A proxy takes none so large, at any time."""
         self.bytes = self._most = max(size // 2, _LEAST_BYTES_AN_IMPORT)
 
-    def broke_off(self, size: int) -> None:
-        """After a while: a proxy or a server gives up on requests that take long, or the memory was not enough."""
-        self._most = max(size // 2, _LEAST_BYTES_AN_IMPORT)
-        self.bytes = max(size // 4, _LEAST_BYTES_AN_IMPORT)
+    def broke_off(self, size: int, seconds: float) -> None:
+        """After a while: a proxy or a server gives up on requests that take long, or the memory was not enough. At
+        once, a server is away as a rule; time after time, it dies of the request."""
+        self._failed_quickly = 0 if seconds > _QUICKLY_SECONDS else self._failed_quickly + 1
+        if self._failed_quickly == 0:
+            self._most = max(size // 2, _LEAST_BYTES_AN_IMPORT)
+        if self._failed_quickly != 1:
+            self.bytes = max(size // 4, _LEAST_BYTES_AN_IMPORT)
 
-    def went_well(self) -> None:
-        self.bytes = min(2 * self.bytes, self._most)
+    def went_well(self, size: int) -> None:
+        self._failed_quickly = 0
+        if 2 * size > self.bytes:
+            self.bytes = min(2 * self.bytes, self._most)
 
 
 class LabelStudioClient:
@@ -186,6 +193,15 @@ class LabelStudioClient:
                 updated_at=datetime.fromisoformat(row["updated_at"]),
             )
 
+    def newest_change(self, project_id: int) -> tuple[datetime, int]:
+        """When the last of a project's tasks changed by Label Studio's clock, and how many tasks there are. A project
+        without tasks changed in 1970."""
+        answer = self._data_manager(
+            project_id, filters=[], fields="id,updated_at", page_size=1, ordering="-tasks:updated_at"
+        )
+        times = [datetime.fromisoformat(row["updated_at"]) for row in answer["tasks"]]
+        return max(times, default=datetime.fromtimestamp(0, UTC)), int(answer["total"])
+
     def annotated_task_ids(self, project_id: int) -> frozenset[int]:
         """The tasks with an annotation that is neither skipped nor a draft; imported ground truth does count."""
         return frozenset(row["id"] for row in self._rows(project_id, filters=[_HAS_ANNOTATION], fields="id"))
@@ -249,9 +265,15 @@ class LabelStudioClient:
         return int(self._data_manager(project_id, filters=filters, fields="id", page_size=1)["total"])
 
     def _data_manager(
-        self, project_id: int, *, filters: list[dict[str, Any]], fields: str, page_size: int
+        self,
+        project_id: int,
+        *,
+        filters: list[dict[str, Any]],
+        fields: str,
+        page_size: int,
+        ordering: str = "tasks:id",
     ) -> dict[str, Any]:
-        query = {"filters": {"conjunction": "and", "items": filters}, "ordering": ["tasks:id"]}
+        query = {"filters": {"conjunction": "and", "items": filters}, "ordering": [ordering]}
         params = {
             "project": project_id,
             "page_size": page_size,
@@ -332,10 +354,9 @@ class LabelStudioClient:
             middle = len(parts) // 2
             return sum(self._import_encoded(project_id, half, turn) for half in (parts[:middle], parts[middle:]))
         except LabelStudioUnavailableError:
-            if time.monotonic() - began > _BROKEN_OFF_SECONDS:
-                self._import_size.broke_off(len(body))
+            self._import_size.broke_off(len(body), time.monotonic() - began)
             raise
-        self._import_size.went_well()
+        self._import_size.went_well(len(body))
         return int(answer["created"])
 
     def delete_model_version(self, project_id: int, version: str) -> None:

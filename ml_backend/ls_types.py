@@ -51,7 +51,7 @@ class Task:
         return self.annotation_count > 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AnnotatedTask:
     """A task with `annotations` that are neither skipped nor drafts, at least one; `updated_at` moves with each of
     them."""

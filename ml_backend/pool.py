@@ -26,7 +26,7 @@ from ml_backend.inbox import label_studio_id
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.ls_format import Json, image_uri, prediction
 from ml_backend.pseudo_labels import kept_detections, trust_by
-from ml_backend.service import Service
+from ml_backend.service import Service, size_here
 from ml_backend.unseen import KnownPool, UnseenTasks
 from model.dataset import load_seen
 from model.duplicates import distinct
@@ -83,9 +83,9 @@ def score_pool_in_steps(
     read yet are lost to who stops. With what is `known` from the version's last look, only changes are asked for."""
     viewer = Viewer.of_project(service, project_key, version)
     path = service.scores_file(project_key, version)
-    service.bring_lines(path)
-    if known and known.seen_bytes != _size(path):  # another worker has looked in between
-        known = None
+    is_seen_known = known is not None and service.has_lines_of(path, known.seen_bytes)
+    if not is_seen_known:  # another worker has looked, or the last look ended early
+        service.bring_lines(path)
     folder, chunk = service.chunks_folder(project_key, version), service.settings.scoring_chunk
     pool = find_cut(folder, project_key, version, store=service.store) if team else None
     is_resumed = pool is not None
@@ -93,13 +93,15 @@ def score_pool_in_steps(
     with UnseenTasks(service.settings.model_dir) as unseen:
         if not is_resumed:
             project_id = label_studio_id(project_key)
-            for _ in unseen.list_in_steps(service.label_studio, project_id, seen_before, known):
+            for _ in unseen.list_in_steps(
+                service.label_studio, project_id, seen_before, known, is_seen_known=is_seen_known
+            ):
                 yield False
             if team and len(unseen) > chunk:
                 pool = cut(folder, project_key, version, unseen, size=chunk, store=service.store)
         seeing = _Seeing(pool.total if pool else len(unseen), log)
         if not seeing.total:
-            known = unseen.known(seen=unseen.seen, seen_bytes=_size(path), away=set())
+            known = unseen.known(seen=unseen.seen, seen_bytes=size_here(path), away=set())
             return PoolSeen(count=unseen.seen, added=0, known=known)
         seen, away, added = set(seen_before()), set[int](), 0
         shared_at = time.monotonic()
@@ -131,7 +133,7 @@ def score_pool_in_steps(
         if is_resumed:
             return PoolSeen(count=len(seen), added=added, known=None)
         count = unseen.seen + added
-        known = unseen.known(seen=count, seen_bytes=_size(path), away=away)
+        known = unseen.known(seen=count, seen_bytes=size_here(path), away=away)
         return PoolSeen(count=count, added=added, known=known)
 
 
@@ -140,10 +142,6 @@ def _seen_before(service: Service, path: Path) -> set[int]:
     seen = go_on_with(path, "task")
     service.share_lines(path)  # those of a worker that was killed here
     return seen
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 class _Seeing:

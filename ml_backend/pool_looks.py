@@ -3,7 +3,7 @@ version, without keeping the other projects and wishes waiting."""
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 
 from ml_backend import inbox
 from ml_backend.claims import Claims
@@ -17,7 +17,6 @@ from ml_backend.team import ScoringTeam
 from ml_backend.unseen import KnownPool
 
 _MOST_AT_ONCE = 2  # each has a network in the memory
-_LIST_ALL_EVERY_SECONDS = 3600.0  # what changed could be missed where clocks are set back
 _QUICKLY_COMPARED = 1000  # tasks
 _SLICE_SECONDS = 5.0  # how long a project's new tasks are worked on before the others have their turn
 
@@ -31,7 +30,7 @@ class PoolLooks:
         self._changed: set[str] = set()  # projects of which an event said so since the last look began
         self._going: dict[str, Generator[object, None, None]] = {}
         self._surplus: dict[tuple[str, str], int] = {}  # predictions of a project's version for tasks it has not seen
-        self._known: dict[str, tuple[str, KnownPool]] = {}  # the last look's version, and what it has found out
+        self._known: dict[str, tuple[str, KnownPool | None]] = {}  # the last look's version, and what it has found out
 
     def is_going(self, project_key: str) -> bool:
         """Whether a look at the project has begun and not ended."""
@@ -62,11 +61,10 @@ class PoolLooks:
         if steps := self._going.pop(project_key, None):
             steps.close()
 
-    def forget(self, project_key: str) -> None:
-        """Nobody looks after the project any more."""
-        self.end(project_key)
-        self._known.pop(project_key, None)
-        self._surplus = {of: surplus for of, surplus in self._surplus.items() if of[0] != project_key}
+    def keep_only(self, project_keys: Collection[str]) -> None:
+        """Nobody looks after the others any more."""
+        self._known = {key: known for key, known in self._known.items() if key in project_keys}
+        self._surplus = {of: surplus for of, surplus in self._surplus.items() if of[0] in project_keys}
 
     def _is_due(self, project_key: str, now: float) -> bool:
         """A clock of its own, besides that of the looks at Label Studio, which events put off for as long as people
@@ -89,16 +87,20 @@ class PoolLooks:
     def _predict_new_tasks(self, project_key: str, version: str) -> Generator[object, None, None]:
         """Also those whose predictions somebody has deleted in Label Studio, which sends no event for that."""
         log = PoolLookLog(self._service.database, project_key, 1, confirm=self._claims.confirm)
-        known = self._forget_known(project_key, version)
+        of_version, known = self._known.get(project_key, (version, None))
         try:
             seen = yield from score_pool_in_steps(
-                self._service, project_key, version, log, team=self._team, known=known
+                self._service,
+                project_key,
+                version,
+                log,
+                team=self._team,
+                known=known if of_version == version else None,
             )
             self._publish_missing(project_key, version, seen, log)
         finally:
             log.end()
-        if seen.known:
-            self._known[project_key] = version, seen.known
+        self._known[project_key] = version, seen.known
 
     def _publish_missing(self, project_key: str, version: str, seen: PoolSeen, log: CycleLog) -> None:
         """Each task that the version has seen has one prediction. Those of others, which people may have retrieved, are
@@ -109,14 +111,7 @@ class PoolLooks:
         if seen.added or is_doubtful or surplus < (known or 0):
             import_missing(self._service, project_key, version, log)
             surplus = self._count_published(project_key, version) - seen.count
-        self._surplus[project_key, version] = surplus
-
-    def _forget_known(self, project_key: str, version: str) -> KnownPool | None:
-        """What the last whole look with this version has found out, unless that is too old. A look that ends early
-        leaves nothing behind."""
-        of_version, known = self._known.pop(project_key, (version, None))
-        is_young = known is not None and time.monotonic() - known.listed_at < _LIST_ALL_EVERY_SECONDS
-        return known if is_young and of_version == version else None
+        self._surplus[project_key, version] = max(surplus, 0)
 
     def _count_published(self, project_key: str, version: str) -> int:
         """How many predictions of the version Label Studio has."""

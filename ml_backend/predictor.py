@@ -88,8 +88,9 @@ class Predictor:
 
     def _load(self, project_key: str, version: str) -> "LoadedVersion":
         """In the networks' thread only, so each is loaded once however many ask."""
+        names = version, self.version(project_key)
         loaded = self._kept.pop(project_key, None) or self._living.get(project_key)
-        if loaded and loaded.names != (version, self.version(project_key)):
+        if loaded and loaded.names != names:
             loaded = None
         while len(self._kept) >= self._service.settings.loaded_versions:
             self._kept.popitem(last=False)

@@ -140,6 +140,11 @@ class Service:
         if self.store:
             self.store.download_lines(path)
 
+    def has_lines_of(self, path: Path, size: int) -> bool:
+        """Whether such a file has so many bytes, here and for the other processes."""
+        is_so_here = size_here(path) == size
+        return is_so_here and (self.store is None or self.store.size_of_lines(path) == size)
+
     def cycle_folder(self, project_key: str, number: int) -> Path:
         """Where a cycle keeps its snapshot and its training checkpoint."""
         return self.cycles_folder(project_key) / str(number)
@@ -184,6 +189,11 @@ class Service:
     def scores_folder(self, project_key: str) -> Path:
         """Where a project's versions keep what they saw."""
         return self.settings.model_dir / "scores" / project_key
+
+
+def size_here(path: Path) -> int:
+    """Of a file on this disk, in bytes; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def unusable_database(settings: Settings, error: DBAPIError | OSError, *, expected: str) -> SettingsError:

@@ -231,8 +231,9 @@ class Settings(BaseSettings):
     loaded_versions: int = _env(
         "TSP_LOADED_VERSIONS",
         4,
-        "model versions that the web process keeps in memory, of the projects that were asked for predictions last; "
-        "each takes 0.3 GB with `resnet50_fpn`, 0.05 GB with `efficientnet_lite0_fpn`",
+        "model versions that the web process keeps in memory, of the projects that were asked for predictions last, "
+        "besides those of requests that are under way; each takes 0.3 GB with `resnet50_fpn`, 0.05 GB with "
+        "`efficientnet_lite0_fpn`",
         ge=1,
     )
     processes: int = _env(

@@ -258,6 +258,11 @@ class Store:
                     return  # all are being removed
                 file.write(lines)
 
+    def size_of_lines(self, path: Path) -> int:
+        """How many bytes of a file to which lines are added the store has."""
+        parts = self._parts(path)
+        return parts[-1].end if parts else 0
+
     def _parts(self, path: Path) -> list["_Part"]:
         """Those that make up the file, in their order; what does not follow on another is left out."""
         parts: list[_Part] = []

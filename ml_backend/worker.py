@@ -131,8 +131,11 @@ class Worker:
         """Every project's turn."""
         for project_key in forgotten_projects(self._service):
             self._forget(project_key)
-        for project_key in self._projects():
+        projects = self._projects()
+        for project_key in projects:
             self._look_after(project_key)
+        self._pool_looks.keep_only(projects)
+        self._service.annotated.keep_only(projects)
 
     def _forget(self, project_key: str) -> None:
         """Let unfinished work of a forgotten project end, which it does when it finds that; then remove the data.
@@ -142,8 +145,7 @@ class Worker:
         if self._is_pausing(project_key):
             return
         try:
-            self._pool_looks.forget(project_key)
-            self._service.annotated.forget(project_key)
+            self._pool_looks.end(project_key)
             self._note_finished_work(project_key)
             if self._claims.take(project_key):
                 self._go_on_with_work(project_key)

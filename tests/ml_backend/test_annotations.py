@@ -32,6 +32,7 @@ Read = Callable[[], list[int]]
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small parts, and no hour in which everything is looked at again."""
     monkeypatch.setattr(annotations, "_OVERLAP", timedelta(0))
+    monkeypatch.setattr(annotations, "_SHORT_OVERLAP", timedelta(0))
     monkeypatch.setattr(annotations, "_LISTED_AT_ONCE", 2)
     monkeypatch.setattr(annotations, "_TASKS_IN_MEMORY", 3)
     monkeypatch.setattr(annotations, "_PATIENCE_SECONDS", 0.1)
@@ -115,9 +116,7 @@ def test_only_what_changed_is_fetched_again(
     assert reader.read() == []
 
 
-def test_ids_that_are_known_are_not_listed_again(
-    client: LabelStudioClient, project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ids_that_are_known_are_not_listed_again(client: LabelStudioClient, project: Project) -> None:
     ids, rows = AnnotatedIds(client), listed_rows(client)
     tasks, _ = annotated(client, project, 4)
     assert ids.of("a project", project.id) == set(tasks)
@@ -125,9 +124,12 @@ def test_ids_that_are_known_are_not_listed_again(
     (new,) = client.import_tasks(project.id, [{"data": {"image": "/new.png"}}])
     annotate(client, new)
     assert ids.of("a project", project.id) == {*tasks, new}
-    monkeypatch.setattr(annotations, "_LIST_ALL_EVERY_SECONDS", -1.0)
+    ids.keep_only({"a project"})
     assert ids.of("a project", project.id) == {*tasks, new}
-    assert rows == [4, 0, 1, 5]
+    assert rows == [4, 1]
+    ids.keep_only(set())
+    assert ids.of("a project", project.id) == {*tasks, new}
+    assert rows == [4, 1, 5]
 
 
 CHANGES: dict[str, Callable[[httpx.Client, Project, int, int], httpx.Response]] = {

@@ -214,3 +214,33 @@ def test_who_waits_for_a_forgotten_project_gives_up(lonely_service: Service) -> 
             pass
     with turns.turn(LARGE):
         pass
+
+
+class Failing:
+    """Claims that cannot be had, or given back, since the disk or the database has trouble."""
+
+    def __init__(self, *, takes: bool) -> None:
+        self._takes = takes
+
+    def take(self, key: str) -> bool:
+        if self._takes:
+            return True
+        raise OSError("no locks available")
+
+    def release(self, key: str) -> None:
+        raise OSError("no locks available")
+
+    def confirm(self, key: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_a_claim_that_fails_keeps_no_turn(takes: bool) -> None:
+    turns = ImportTurns(Failing(takes=takes))
+    for _ in range(2):
+        with pytest.raises(OSError, match="no locks"), turns.turn(LARGE):
+            pass
+    assert turns._here.acquire(blocking=False)

@@ -252,7 +252,7 @@ def test_after_a_request_that_broke_off_the_next_are_shorter(
     one = len(json.dumps(sent[0]))
     monkeypatch.setattr(ls_client, "_BYTES_AN_IMPORT", 20 * one)
     monkeypatch.setattr(ls_client, "_LEAST_BYTES_AN_IMPORT", one)
-    monkeypatch.setattr(ls_client, "_BROKEN_OFF_SECONDS", 0.0)
+    monkeypatch.setattr(ls_client, "_QUICKLY_SECONDS", 0.0)
 
     def give_up_on_large(call: Call) -> Fault | None:
         return Fault(kind="status", status=504) if len(call.body) > 3 * one else None
@@ -267,49 +267,40 @@ def test_after_a_request_that_broke_off_the_next_are_shorter(
     assert client.predicted_task_ids(project.id, "v1") == set(ids)
 
 
-@pytest.mark.label_studio
-def test_a_server_that_is_away_at_once_makes_no_request_shorter(
-    client: LabelStudioClient, project: Project, label_studio: LabelStudioServer
-) -> None:
-    sizes: list[int] = []
-    faults = [Fault(kind="status", status=503)] * 3
-
-    def away_at_first(call: Call) -> Fault | None:
-        sizes.append(len(call.body))
-        return faults.pop() if faults and call.method == "POST" else None
-
-    ids = client.import_tasks(project.id, [{"data": {"image": f"/{number}.png"}} for number in range(8)])
-    sent = [prediction(task, score=0.5) for task in ids]
-    with (
-        FaultProxy(label_studio.url, away_at_first) as proxy,
-        LabelStudioClient(proxy.url, label_studio.token) as behind,
-    ):
-        for _ in range(3):
-            with pytest.raises(LabelStudioUnavailableError):
-                behind.import_predictions(project.id, sent)
-        assert behind.import_predictions(project.id, sent) == 8
-    assert len(sizes) == 4
-    assert len(set(sizes)) == 1
-
-
 def test_the_size_of_imports_follows_what_became_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ls_client, "_BYTES_AN_IMPORT", 160)
     monkeypatch.setattr(ls_client, "_LEAST_BYTES_AN_IMPORT", 10)
     size = ls_client._ImportSize()
-    size.went_well()
+    size.went_well(160)
     assert size.bytes == 160
-    size.broke_off(160)
+    size.broke_off(160, 300.0)
     sizes = [size.bytes]
-    for _ in range(3):
-        size.went_well()
+    for sent in (40, 10, 70, 80):
+        size.went_well(sent)
         sizes.append(size.bytes)
-    assert sizes == [40, 80, 80, 80]  # not what has broken off
+    assert sizes == [40, 80, 80, 80, 80]  # not what has broken off
     size.refused(80)
-    size.went_well()
+    size.went_well(40)
     assert size.bytes == 40
     for _ in range(5):
-        size.broke_off(size.bytes)
+        size.broke_off(size.bytes, 300.0)
     assert size.bytes == 10
+
+
+def test_imports_that_fail_at_once_get_shorter_only_when_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ls_client, "_BYTES_AN_IMPORT", 160)
+    monkeypatch.setattr(ls_client, "_LEAST_BYTES_AN_IMPORT", 10)
+    size = ls_client._ImportSize()
+    for _ in range(3):
+        size.broke_off(160, 0.1)
+        size.went_well(160)
+        assert size.bytes == 160
+    size.broke_off(160, 0.1)
+    size.broke_off(160, 0.1)
+    assert size.bytes == 40
+    size.went_well(40)
+    size.went_well(80)
+    assert size.bytes == 160  # nothing took long
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
