@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -42,8 +43,9 @@ class UnseenTasks:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = TemporaryFile("w+", dir=folder, encoding="utf-8")  # noqa: SIM115, closed in __exit__
         self._folder = folder
+        with self._naming_full_disk():
+            self._file = TemporaryFile("w+", dir=folder, encoding="utf-8")  # noqa: SIM115, closed in __exit__
         self._ids: list[int | None] = []  # by line of the file; None: the line counts no more
         self._places: dict[int, int] = {}  # the lines of the tasks
         self._seen: Set[int] = frozenset()
@@ -64,7 +66,7 @@ class UnseenTasks:
         return sum(task not in self._seen for task in self._places)
 
     def __iter__(self) -> Iterator[Json]:
-        with naming_full_disk("the tasks that a version has still to look at", self._folder):
+        with self._naming_full_disk():
             self._file.seek(0)  # writes what is held back
         for task, line in zip(self._ids, self._file, strict=True):
             if task is not None and task not in self._seen:
@@ -150,10 +152,13 @@ class UnseenTasks:
                 yield
 
     def _keep(self, task: Json) -> None:
-        with naming_full_disk("the tasks that a version has still to look at", self._folder):
+        with self._naming_full_disk():
             self._file.write(json.dumps(task) + "\n")
         self._places[task["id"]] = len(self._ids)
         self._ids.append(task["id"])
+
+    def _naming_full_disk(self) -> AbstractContextManager[None]:
+        return naming_full_disk("the tasks that a version has still to look at", self._folder)
 
     def _forget(self) -> None:
         self._file.seek(0)

@@ -135,7 +135,7 @@ def test_every_stage_that_found_no_space_goes_on_where_it_was(
         evaluate_version(service, key, 1, version, log)
     assert service.registry.versions(key) == []
     evaluate_version(service, key, 1, version, log)
-    with disk.full(), pytest.raises(DiskFullError, match=r"the image of task|a line of"):
+    with disk.full(), pytest.raises(DiskFullError, match=r"the tasks that a version|the image of task|a line of"):
         score_pool(service, key, version, log)
     score_pool(service, key, version, log)
     assert [line["task"] for line in read_scores(service.scores_file(key, version))] == pool
