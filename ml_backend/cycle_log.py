@@ -43,7 +43,7 @@ class CycleLog:
 
     def stage(self, stage: str, *, done: int = 0, total: int = 0) -> None:
         """A new stage has begun."""
-        logger.info("project %s, %s %d: %s", self._identity[0], self._what, self._identity[1], stage)
+        logger.info("project %s, %s: %s", self._identity[0], self._name, stage)
         self._last_write = time.monotonic()
         self._pace = Pace()
         self.check_wanted()
@@ -86,7 +86,7 @@ class CycleLog:
     def finish(self, status: str, *, error: str = "") -> None:
         """The cycle is over: "done" or "failed"."""
         stage = "finished" if status == "done" else "failed"
-        logger.info("project %s, %s %d: %s", self._identity[0], self._what, self._identity[1], stage)
+        logger.info("project %s, %s: %s", self._identity[0], self._name, stage)
         self.go_on()
         self._update(status=status, stage=stage, error=error, finished_at=utc_now())
 
@@ -119,6 +119,10 @@ class CycleLog:
                 setattr(row, name, value)
             row.facts = _without(row.facts, "pace") | ({"pace": pace} if pace else {})
 
+    @property
+    def _name(self) -> str:
+        return f"{self._what} {self._identity[1]}"
+
 
 class ActivationLog(CycleLog):
     """The same for an activation."""
@@ -132,7 +136,7 @@ class PoolLookLog(CycleLog):
     something to do until the `end`."""
 
     _table = PoolLookRow
-    _what = "look at new tasks"
+    _name = "look at new tasks"  # there is one at a time
 
     def stage(self, stage: str, *, done: int = 0, total: int = 0) -> None:
         if total:

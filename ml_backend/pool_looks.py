@@ -109,7 +109,8 @@ class PoolLooks:
         known = self._surplus.get((project_key, version))
         is_doubtful = known is None and (surplus != 0 or seen.count <= _QUICKLY_COMPARED)
         if seen.added or is_doubtful or surplus < (known or 0):
-            import_missing(self._service, project_key, version, log)
+            there = seen.known.tasks if seen.known else None
+            import_missing(self._service, project_key, version, log, among=there)
             surplus = self._count_published(project_key, version) - seen.count
         self._surplus[project_key, version] = max(surplus, 0)
 

@@ -50,15 +50,23 @@ def publish(service: Service, project_key: str, version: str, log: CycleLog) -> 
             client.delete_model_version(project_id, old)
 
 
-def import_missing(service: Service, project_key: str, version: str, log: CycleLog | None = None) -> int:
+def import_missing(
+    service: Service,
+    project_key: str,
+    version: str,
+    log: CycleLog | None = None,
+    *,
+    among: Set[int] | None = None,
+) -> int:
     """Import what Label Studio lacks of the version's predictions, so that each task has exactly one; returns how many.
+    `among` are the tasks that are there, if that is known: one that was deleted makes Label Studio refuse a request.
 
     LabelStudioError when Label Studio did not take all of them.
     """
     path = service.scores_file(project_key, version)
     order = order_of(service, project_key, version)
     keep_order(service, project_key, version, order)
-    tasks = {line["task"] for line in read_heads(path)}
+    tasks = {line["task"] for line in read_heads(path) if among is None or line["task"] in among}
     return import_lines(service, service.project(project_key).id, order, tasks, lambda: read_scores(path), log)
 
 

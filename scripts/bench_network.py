@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 
 from model.config import TrainingConfig
+from model.errors import InvalidInputError
 from model.inference import for_inference
 from model.losses import total_loss
 from model.network import MaskRCNNWithScores, build_model
@@ -48,7 +49,8 @@ def ssl_step(options: Namespace) -> dict[str, Any]:
 
 def branches(options: Namespace) -> dict[str, Any]:
     """Inference with both IoU branches, against inference that leaves them out; both are made quick, as predictions and
-    the look at the pool have them, and the masks stay in their boxes. RuntimeError unless both find as many as asked.
+    the look at the pool have them, and the masks stay in their boxes. InvalidInputError unless both find as many as
+    asked.
 
     A score threshold of 0 lets an untrained network, too, fill its detections, for which the branches work.
     """
@@ -60,7 +62,7 @@ def branches(options: Namespace) -> dict[str, Any]:
     images, _ = _batch(options.size, 1)
     for network in (ours, without):
         if (found := _look(network, images)) != options.detections:
-            raise RuntimeError(f"expected {options.detections} detections, got {found}: lower --detections")
+            raise InvalidInputError(f"expected {options.detections} detections, got {found}: lower --detections")
     measured = compare(partial(_look, ours, images), partial(_look, without, images), rounds=options.rounds)
     return {**measured, **_setting(options, "profile", "size", "detections")}
 

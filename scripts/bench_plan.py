@@ -182,7 +182,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
         f"reading {cost['reading']:.2f}; {cost['memory_mb']} MB, {cost['empty_mb']} of them before it began"
         for name, costs in result["costs"].items()
         for cost in costs
-    ] + [f"{name}: seconds grow with exponents {growth}" for name, growth in result["growth"].items()]
+    ] + [f"{name}: seconds grow with exponents {growth}" for name, growth in result["growth"].items() if growth]
 
 
 if __name__ == "__main__":

@@ -357,6 +357,9 @@ class _Status:
             if cycle["status"] == "failed":
                 print(f"  {cycle['number']:>5} {facts.get('annotated', ''):>10} failed: {cycle['error']}")
                 continue
+            if cycle["status"] in UNFINISHED:
+                print(f"  {cycle['number']:>5} {facts.get('annotated', ''):>10} going on: {cycle['stage']}")
+                continue
             print(
                 f"  {cycle['number']:>5} {facts.get('annotated', ''):>10} {facts.get('pseudo_labeled', ''):>16} "
                 f"{_figure(metrics.get('map_50')):>13} {_figure(metrics.get('map_50_95')):>13}"

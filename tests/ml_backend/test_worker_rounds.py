@@ -1,12 +1,13 @@
 """The rounds of a worker within this process, one after the other: what it looks at, and when."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from dbos import DBOS
 from dbos._dbos import _get_or_create_dbos_registry
@@ -181,9 +182,9 @@ def test_nothing_is_published_again_when_only_a_task_is_deleted(
 ) -> None:
     published: list[str] = []
 
-    def import_and_note(service: Service, key: str, version: str, log: CycleLog) -> int:
+    def import_and_note(service: Service, key: str, version: str, log: CycleLog, *, among: Set[int]) -> int:
         published.append(version)
-        return import_missing(service, key, version, log)
+        return import_missing(service, key, version, log, among=among)
 
     monkeypatch.setattr("ml_backend.pool_looks.import_missing", import_and_note)
     rounds = begin(TSP_RECONCILE_SECONDS=3600)
@@ -344,6 +345,27 @@ def test_a_worker_that_starts_publishes_what_predictions_of_other_tasks_hide(
     retrieved = [{"task": task, "result": [], "score": 0.5, "model_version": VERSION} for task in annotated]
     client.import_predictions(project.id, retrieved)
     first.until(lambda: client.predicted_task_ids(project.id, VERSION) == {*annotated, *tasks})
+
+
+def test_a_deleted_task_makes_label_studio_refuse_no_import(
+    begin: Callable[..., Rounds], label_studio: LabelStudioServer, client: LabelStudioClient, project: Project
+) -> None:
+    rounds = begin(TSP_RECONCILE_SECONDS=1)
+    key = use_version(rounds.service, project)
+    gone, *tasks = import_images(client, project, phantom_images(3)[:2])
+    rounds.until(lambda: key in rounds.worker._pool_looks._looked_at)
+    with raw_api(label_studio) as api:
+        api.delete(f"/api/tasks/{gone}/").raise_for_status()
+    refused: list[int] = []
+
+    def note(response: httpx.Response) -> None:
+        if response.request.url.path.endswith("/import/predictions"):
+            refused.append(response.status_code)
+
+    rounds.service.label_studio._http.event_hooks = {"response": [note]}
+    tasks += import_images(client, project, phantom_images(3)[2:])
+    rounds.until(lambda: client.predicted_task_ids(project.id, VERSION) == set(tasks))
+    assert refused == [201]
 
 
 def test_a_look_when_nothing_has_changed_lists_nothing(
