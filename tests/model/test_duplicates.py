@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from model import duplicates
 from model.duplicates import distinct
 from model.types import Detections
 
@@ -44,3 +45,20 @@ BOX, SHIFTED, INSIDE, APART = (10, 10, 50, 50), (14, 10, 54, 50), (12, 12, 26, 2
 )
 def test_of_two_detections_of_one_instance_the_better_one_is_kept(instances, kept):
     assert distinct(detections(*instances), mask_threshold=0.3).tolist() == kept
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_only_masks_that_may_meet_are_compared(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, 90, (40, 2))
+    boxes = np.concatenate([low, np.minimum(low + rng.uniform(0.5, 30, (40, 2)), 100)], axis=1)
+    boxes[1::4] = np.round(boxes[::4])  # nearly the same ones, and sides that touch
+    masks = rng.uniform(size=(40, 28, 28)) ** 0.3
+    labels, scores = rng.integers(1, 3, 40), rng.uniform(size=40)
+    found = detections(*zip(boxes, masks, labels, scores, strict=True))
+    quickly = distinct(found, mask_threshold=0.3)
+    same_class = (found.labels[:, None] == found.labels) & ~np.eye(40, dtype=bool)
+    assert (duplicates._meet(found) < same_class).any()
+    monkeypatch.setattr(duplicates, "_meet", lambda _: same_class)
+    assert quickly.tolist() == distinct(found, mask_threshold=0.3).tolist()
+    assert not quickly.all()
