@@ -1,11 +1,9 @@
 """What reading a project's annotations costs a cycle: the first time, when a few of them have changed since the cycle
 before, and when none has; against reading everything each time."""
 
-import sqlite3
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import httpx
 import numpy as np
 
 from ml_backend.annotations import AnnotatedTasks
-from scripts.bench_label_studio import Connected, Requests, connected, image_tasks, polygons
+from scripts.bench_label_studio import Connected, Requests, connected, image_tasks, make_older, polygons
 from scripts.label_studio_server import LabelStudioServer
 
 CHANGED, DELETED = 0.01, 0.001  # of all tasks
@@ -31,7 +29,7 @@ def ingest(options: Namespace, server: LabelStudioServer | None = None) -> dict[
             for number, task in enumerate(image_tasks(options.tasks))
         ]
         project_id, key, task_ids = label_studio.new_project("ingest", tasks)
-        _make_older(label_studio.server)
+        make_older(label_studio.server)
         prepared = time.perf_counter() - began
         path = label_studio.service.annotations_file(key)
         first, _ = _read(label_studio, project_id, path)
@@ -79,14 +77,6 @@ def _essence(tasks: Iterable[Mapping[str, Any]]) -> dict[int, Any]:
         task["id"]: [(a["id"], a["updated_at"], len(a["result"]), a["result"][:1]) for a in task["annotations"]]
         for task in tasks
     }
-
-
-def _make_older(server: LabelStudioServer) -> None:
-    """Label Studio's tasks of today spread over the month before yesterday."""
-    with closing(sqlite3.connect(server.data_dir / "label_studio.sqlite3", timeout=60.0)) as database, database:
-        minutes = "(2880 + abs(random()) % 43200)"
-        moment = f"strftime('%Y-%m-%d %H:%M:%f', updated_at, '-' || {minutes} || ' minutes')"
-        database.execute(f"UPDATE task SET updated_at = {moment}")  # noqa: S608
 
 
 def _change(label_studio: Connected, task_ids: list[int]) -> tuple[int, int]:

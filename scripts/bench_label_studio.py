@@ -1,10 +1,11 @@
 """A real Label Studio for the benchmarks, and projects of any size in it."""
 
 import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -104,6 +105,14 @@ def polygons(count: int, seed: int, *, origin: str = "prediction") -> list[dict[
             }
         )  # fmt: skip
     return regions
+
+
+def make_older(server: LabelStudioServer) -> None:
+    """Label Studio's tasks of today spread over the month before yesterday."""
+    with closing(sqlite3.connect(server.data_dir / "label_studio.sqlite3", timeout=60.0)) as database, database:
+        minutes = "(2880 + abs(random()) % 43200)"
+        moment = f"strftime('%Y-%m-%d %H:%M:%f', updated_at, '-' || {minutes} || ' minutes')"
+        database.execute(f"UPDATE task SET updated_at = {moment}")  # noqa: S608
 
 
 class Requests:

@@ -18,6 +18,7 @@ from scripts.bench_label_studio import (
     Requests,
     connected,
     image_tasks,
+    make_older,
     peak_memory_mb,
     polygons,
     reset_peak_memory,
@@ -32,9 +33,9 @@ ANNOTATED_MEANWHILE = 10
 
 
 def look(options: Namespace, server: LabelStudioServer | None = None) -> dict[str, Any]:
-    """`options.tasks` tasks with a prediction of `options.regions` polygons each, all seen by the active version but
-    for a few that are annotated. `ours` are the seconds of a look when nothing has changed, `theirs` those of the first
-    one. RuntimeError when a look imports or sees anything."""
+    """`options.tasks` tasks of the last month with a prediction of `options.regions` polygons each, all seen by the
+    active version but for a few that are annotated. `ours` are the seconds of a look when nothing has changed,
+    `theirs` those of the first one. RuntimeError when a look imports or sees anything."""
     with connected(server) as label_studio:
         count = min(ANNOTATED, options.tasks // 2)
         tasks = image_tasks(options.tasks)
@@ -43,6 +44,7 @@ def look(options: Namespace, server: LabelStudioServer | None = None) -> dict[st
         project_id, key, task_ids = label_studio.new_project("look", tasks)
         unannotated = task_ids[count:]
         _see(label_studio, key, unannotated, options.regions)
+        make_older(label_studio.server)
         with closing(open_claims(label_studio.service.settings)) as claims:
             looks = PoolLooks(label_studio.service, claims, None)
             reset_peak_memory(os.getpid())

@@ -13,7 +13,6 @@ import torch
 
 from ml_backend.pool import append_line, feature_of, read_scores
 from ml_backend.pseudo_labels import seen_image
-from model.errors import InvalidInputError
 from model.network import MaskRCNNWithScores
 from model.train import train
 from scripts import (
@@ -64,7 +63,7 @@ def test_the_last_line_is_what_was_measured(name, others, monkeypatch, capsys):
 
 
 def test_branches_that_lack_detections_to_work_for_are_not_measured(monkeypatch, capsys):
-    with pytest.raises(InvalidInputError, match=r"expected 3000 detections, got \d+: lower --detections"):
+    with pytest.raises(SystemExit, match=r"branches: expected 3000 detections, got \d+: lower --detections"):
         run(monkeypatch, capsys, "branches", "--profile", PROFILE, "--size", "64", "--detections", "3000")
 
 
