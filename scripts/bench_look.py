@@ -1,7 +1,6 @@
 """What a worker's look at a project costs when nothing has changed since the last one, and when people have annotated;
 against one that lists all tasks, as the first look of a worker does."""
 
-import os
 from argparse import Namespace
 from contextlib import closing
 from typing import Any
@@ -19,9 +18,7 @@ from scripts.bench_label_studio import (
     connected,
     image_tasks,
     make_older,
-    peak_memory_mb,
     polygons,
-    reset_peak_memory,
 )
 from scripts.label_studio_server import LabelStudioServer
 from scripts.make_phantoms import CLASS_NAMES
@@ -47,10 +44,7 @@ def look(options: Namespace, server: LabelStudioServer | None = None) -> dict[st
         make_older(label_studio.server)
         with closing(open_claims(label_studio.service.settings)) as claims:
             looks = PoolLooks(label_studio.service, claims, None)
-            reset_peak_memory(os.getpid())
-            before = peak_memory_mb(os.getpid())
             first = _look(label_studio, key, looks)
-            grown = peak_memory_mb(os.getpid()) - before
             unchanged = _look(label_studio, key, looks)
             annotated = unannotated[:ANNOTATED_MEANWHILE]
             for task_id in annotated:
@@ -67,7 +61,6 @@ def look(options: Namespace, server: LabelStudioServer | None = None) -> dict[st
         "unchanged": unchanged,
         "changed": changed,
         "annotated_meanwhile": len(annotated),
-        "memory_mb_of_the_first": grown,
         "tasks": options.tasks,
         "regions": options.regions,
     }
