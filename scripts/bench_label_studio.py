@@ -15,10 +15,12 @@ import numpy as np
 
 from ml_backend.inbox import ProjectName, remember_project
 from ml_backend.ls_client import LabelStudioClient
+from ml_backend.pool import append_line, open_lines
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from scripts.label_studio_server import LabelStudioServer
 from scripts.make_phantoms import CLASS_NAMES
+from scripts.tiny_version import tiny_version
 
 LABEL_CONFIG = (
     '<View><Image name="image" value="$image"/><PolygonLabels name="label" toName="image">'
@@ -47,6 +49,17 @@ class Connected:
             raise ValueError(f"expected a project's name such as 7.1700000000, got {project.uid!r}")
         remember_project(self.service.database, name)
         return project.id, name.key, self.client.import_tasks(project.id, tasks)
+
+    def add_version(self, key: str, version: str, task_ids: list[int], regions: int) -> None:
+        """A version of a project that has seen these tasks, and so many polygons in each."""
+        self.service.registry.add(key, *tiny_version(version, CLASS_NAMES))
+        path = self.service.scores_file(key, version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_lines(path) as lines:
+            for task in task_ids:
+                score = float(np.random.default_rng(task).uniform())
+                line = {"task": task, "image": f"{task:064x}", "score": score, "result": polygons(regions, task)}
+                append_line(lines, line)
 
 
 def own_server(folder: Path, environment: Mapping[str, str] | None = None) -> LabelStudioServer:

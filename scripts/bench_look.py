@@ -5,10 +5,7 @@ from argparse import Namespace
 from contextlib import closing
 from typing import Any
 
-import numpy as np
-
 from ml_backend.claims import open_claims
-from ml_backend.pool import append_line, open_lines
 from ml_backend.pool_looks import PoolLooks
 from ml_backend.publish import import_missing
 from ml_backend.reconcile import reconcile
@@ -21,8 +18,6 @@ from scripts.bench_label_studio import (
     polygons,
 )
 from scripts.label_studio_server import LabelStudioServer
-from scripts.make_phantoms import CLASS_NAMES
-from scripts.tiny_version import tiny_version
 
 VERSION = "tsp-1-00000000"
 ANNOTATED = 100  # at most, of the tasks; fewer than a batch, so that no cycle is planned
@@ -69,15 +64,8 @@ def look(options: Namespace, server: LabelStudioServer | None = None) -> dict[st
 def _see(label_studio: Connected, key: str, task_ids: list[int], regions: int) -> None:
     """The version is active, has seen these tasks, and its predictions stand in Label Studio."""
     service = label_studio.service
-    service.registry.add(key, *tiny_version(VERSION, CLASS_NAMES))
+    label_studio.add_version(key, VERSION, task_ids, regions)
     service.registry.activate(key, VERSION)
-    path = service.scores_file(key, VERSION)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_lines(path) as lines:
-        for task_id in task_ids:
-            score = float(np.random.default_rng(task_id).uniform())
-            line = {"task": task_id, "image": f"{task_id:064x}", "score": score, "result": polygons(regions, task_id)}
-            append_line(lines, line)
     if (imported := import_missing(service, key, VERSION)) != len(task_ids):
         raise RuntimeError(f"expected {len(task_ids)} predictions, Label Studio has {imported}")
 

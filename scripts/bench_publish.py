@@ -12,7 +12,6 @@ import numpy as np
 
 from ml_backend.cycle_log import CycleLog
 from ml_backend.db import CycleRow
-from ml_backend.pool import append_line, open_lines
 from ml_backend.publish import publish as publish_version
 from scripts.bench_label_studio import (
     Connected,
@@ -24,8 +23,6 @@ from scripts.bench_label_studio import (
     reset_peak_memory,
 )
 from scripts.label_studio_server import LabelStudioServer
-from scripts.make_phantoms import CLASS_NAMES
-from scripts.tiny_version import tiny_version
 
 GOAL = 1.2
 MOST_ROUNDS = 2
@@ -65,14 +62,7 @@ def _ours(label_studio: Connected, tasks: int, regions: int) -> dict[str, Any]:
     """Publishing a version from its scores file, until the queue has switched to it."""
     service = label_studio.service
     project_id, key, task_ids = label_studio.new_project("ours", image_tasks(tasks))
-    service.registry.add(key, *tiny_version(VERSION, CLASS_NAMES))
-    path = service.scores_file(key, VERSION)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_lines(path) as lines:
-        for task_id in task_ids:
-            score = float(np.random.default_rng(task_id).uniform())
-            line = {"task": task_id, "image": f"{task_id:064x}", "score": score, "result": polygons(regions, task_id)}
-            append_line(lines, line)
+    label_studio.add_version(key, VERSION, task_ids, regions)
     with service.database.session() as session:
         session.add(CycleRow(project_key=key, number=1))
     log = CycleLog(service.database, key, 1)
